@@ -1,0 +1,112 @@
+"""Where points go: identity map, sampling, composition, Jacobian.
+
+Arrays are `(N, C, *S)` with `S = (X, Y)` or `(X, Y, Z)`. Points and displacements are `(N, D, *S)` in
+unit coordinates: 0 is the centre of an axis' first sample and 1 that of its last, channel d along axis d.
+A map `phi` sends points of the fixed grid into the moving image, so that `moving(phi(x)) ~ fixed(x)`.
+"""
+
+import functools
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=32)
+def identity_map(shape: tuple[int, ...], dtype=torch.float32, device="cpu") -> Tensor:
+    """Every grid point's own unit coordinates, `(1, D, *shape)`; shared, so do not write into it.
+
+    >>> identity_map((3, 2))[0, 0]
+    tensor([[0.0000, 0.0000],
+            [0.5000, 0.5000],
+            [1.0000, 1.0000]])
+    """
+    axes = [torch.linspace(0, 1, n, dtype=torch.float64) for n in shape]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return grid[None].to(dtype=dtype, device=device)
+
+
+def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """Look `image` `(N, C, *S)` up at `points` `(N, D, *P)`: returns `(N, C, *P)`.
+
+    mode: "bilinear" (trilinear in 3-D) or "nearest", the one for labels.
+    padding: "border" repeats the edge outside the image, "zeros" fills with 0.
+
+    >>> ramp = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    >>> sample(ramp, torch.tensor([0.5, 0.5]).view(1, 2, 1, 1)).item()
+    1.5
+    """
+    # grid_sample wants its coordinates last, from -1 to 1, and the last axis first.
+    grid = (points * 2 - 1).flip(1).movedim(1, -1)
+    return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=True)
+
+
+def warp(image: Tensor, phi_map: Tensor, *, mode: str = "bilinear", padding: str = "zeros") -> Tensor:
+    """The moving `image` `(N, C, *S)` seen from the fixed grid through `phi_map` `(N, D, *P)`.
+
+    Outside the moving image there is nothing to see, hence zeros (as in uniGradICON's loss).
+    """
+    return sample(image, phi_map, mode=mode, padding=padding)
+
+
+def warp_label(label: Tensor, phi_map: Tensor) -> Tensor:
+    """An integer label image `(N, C, *S)` through `phi_map`, by nearest neighbour; keeps its dtype."""
+    return sample(label.to(phi_map.dtype), phi_map, mode="nearest", padding="zeros").round().to(label.dtype)
+
+
+def compose(outer: Tensor, inner: Tensor) -> Tensor:
+    """The map `outer(inner(x))`, both `(N, D, *S)`; outside its grid `outer`'s displacement is the border's."""
+    displacement = outer - identity_map(tuple(outer.shape[2:]), outer.dtype, outer.device)
+    return inner + sample(displacement, inner)
+
+
+def voxels(points: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Unit coordinates or displacements `(N, D, *P)` in samples of a grid of `shape`."""
+    scale = torch.tensor([n - 1 for n in shape], dtype=points.dtype, device=points.device)
+    return points * scale.view(1, -1, *[1] * (points.dim() - 2))
+
+
+def jacobian_determinant(phi_map: Tensor) -> Tensor:
+    """`det d phi / d x` in every cell, `(N, *S - 1)`: 1 keeps volume, 0 or below is a fold.
+
+    Forward differences between neighbouring samples, so that a cell counts as folded when one of
+    its corner's edges turn inside out. Both sides are measured in voxels of the fixed grid.
+    """
+    shape = tuple(phi_map.shape[2:])
+    phi = voxels(phi_map, shape)
+    corner = (slice(None), slice(None), *[slice(0, -1)] * len(shape))
+    edges = [torch.diff(phi, dim=axis + 2)[_cells(axis, len(shape))] for axis in range(len(shape))]
+    assert all(edge.shape == phi[corner].shape for edge in edges)
+    matrix = torch.stack(edges, dim=2)  # (N, D, D, *S-1): component, then axis
+    return sum(
+        _sign(order) * functools.reduce(torch.mul, [matrix[:, row, column] for row, column in enumerate(order)])
+        for order in itertools.permutations(range(len(shape)))
+    )
+
+
+def _cells(axis: int, dim: int) -> tuple:
+    """After a difference along `axis`, cut the last sample of every other axis away."""
+    return (slice(None), slice(None), *[slice(None) if a == axis else slice(0, -1) for a in range(dim)])
+
+
+def _sign(order: tuple[int, ...]) -> int:
+    return (-1) ** sum(a > b for a, b in itertools.combinations(order, 2))
+
+
+def inverse_error(phi_map: Tensor, psi_map: Tensor) -> Tensor:
+    """How far `phi(psi(x))` lands from `x`, `(N, D, *S)` in unit coordinates; 0 for exact inverses."""
+    return compose(phi_map, psi_map) - identity_map(tuple(psi_map.shape[2:]), psi_map.dtype, psi_map.device)
+
+
+def invert(phi_map: Tensor, *, iterations: int = 20) -> Tensor:
+    """The inverse of a smooth map `(N, D, *S)` by fixed-point iteration (Chen et al. 2008, Med. Phys. 35(1)).
+
+    Converges where the displacement's Lipschitz constant is below 1.
+    """
+    identity = identity_map(tuple(phi_map.shape[2:]), phi_map.dtype, phi_map.device)
+    displacement = phi_map - identity
+    inverse = identity.expand_as(phi_map)
+    for _ in range(iterations):
+        inverse = identity - sample(displacement, inverse)
+    return inverse
