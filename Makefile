@@ -1,0 +1,37 @@
+# make study [STUDY=quick] [DATA=folder]   compute a study (see studies/)
+# make test                                lint and run the tests
+# make lab                                 open the notebooks
+# Each makes the environment first, in .venv, with the versions of constraints.txt.
+
+STUDY ?= quick
+DATA ?= $(FMSAM_DATA)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export FMSAM_DATA := $(if $(DATA),$(abspath $(DATA)),)
+
+.PHONY: study test lab lint clean
+
+study: $(VENV)/ready
+	$(BIN)/python -m fmsam_lib.study $(STUDY)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(VENV)/ready
+	$(BIN)/python -m jupyter lab notebooks
+
+clean: # the environment and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .snakemake
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: expected Python 3.11 or newer, got {sys.version.split()[0]}: make PYTHON=/path/to/python3.11 ...")'
+	@echo "setting up $(VENV): a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,98 @@
+# A study as a graph of papermill notebooks. `python -m fmsam_lib.study NAME` writes the notebooks'
+# parameter files and calls this; an executed notebook is a rule's log, so that it stays when the rule fails.
+import sys
+from pathlib import Path
+
+from fmsam_lib.study import grid, read_study
+
+root = Path(config["root"])
+study = read_study(f"studies/{config['study']}.yaml")
+runs = [run.folder for run in grid(study)]
+papermill = f"FMSAM_HEADLESS=1 {sys.executable} -m papermill --cwd notebooks --log-level ERROR --no-progress-bar"
+
+
+wildcard_constraints:
+    run=r".+/seed\d+",
+
+
+rule report:
+    input:
+        root / "report.html",
+
+
+rule train:
+    input:
+        notebook=ancient("notebooks/10_train.ipynb"),
+        parameters=root / "{run}/10_train.yaml",
+    output:
+        root / "{run}/weights.pt",
+    log:
+        root / "{run}/10_train.ipynb",
+    shell:
+        "{papermill} {input.notebook} {log} -f {input.parameters}"
+
+
+rule evaluate:
+    input:
+        notebook=ancient("notebooks/20_evaluate.ipynb"),
+        parameters=root / "{run}/20_evaluate.yaml",
+        weights=root / "{run}/weights.pt",
+    output:
+        root / "{run}/results.csv",
+    log:
+        root / "{run}/20_evaluate.ipynb",
+    shell:
+        "{papermill} {input.notebook} {log} -f {input.parameters}"
+
+
+rule no_registration:
+    input:
+        notebook=ancient("notebooks/20_evaluate.ipynb"),
+        parameters=root / "none/20_evaluate.yaml",
+    output:
+        root / "none/results.csv",
+    log:
+        root / "none/20_evaluate.ipynb",
+    shell:
+        "{papermill} {input.notebook} {log} -f {input.parameters}"
+
+
+rule landscape:
+    input:
+        notebook=ancient("notebooks/30_loss_landscape.ipynb"),
+        parameters=root / "{run}/30_loss_landscape.yaml",
+        weights=root / "{run}/weights.pt",
+    output:
+        root / "{run}/landscape.csv",
+    log:
+        root / "{run}/30_loss_landscape.ipynb",
+    shell:
+        "{papermill} {input.notebook} {log} -f {input.parameters}"
+
+
+rule compare:
+    input:
+        notebook=ancient("notebooks/40_compare.ipynb"),
+        parameters=root / "40_compare.yaml",
+        results=[root / "none/results.csv", *(root / f"{run}/results.csv" for run in runs)],
+        landscapes=[root / f"{run}/landscape.csv" for run in runs],
+    output:
+        root / "report.html",
+    log:
+        root / "40_compare.ipynb",
+    shell:
+        "{papermill} {input.notebook} {log} -f {input.parameters}"
+        " && {sys.executable} -m jupyter nbconvert --log-level ERROR --to html --no-input --no-prompt"
+        " --output {output} {log}"
+
+
+# The same comparison of whatever is there, after other rules have failed.
+rule what_there_is:
+    log:
+        root / "40_compare.ipynb",
+    params:
+        report=root / "report.html",
+    shell:
+        "{papermill} notebooks/40_compare.ipynb {log} -f {root}/40_compare.yaml"
+        " && {sys.executable} -m jupyter nbconvert --log-level ERROR --to html --no-input --no-prompt"
+        " --output {params.report} {log}"

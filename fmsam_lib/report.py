@@ -1,0 +1,122 @@
+"""What the comparison notebook shows: everything a study's runs have left, and what is missing."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from fmsam_lib import plots
+from fmsam_lib.config import Compare, written_whole
+from fmsam_lib.data import DataError, open_domain
+from fmsam_lib.evaluate import as_text, read_results
+from fmsam_lib.network import load
+from fmsam_lib.study import Study, grid
+
+
+class Found(NamedTuple):
+    """All tables of a study; `configs` by run folder; `problems` in plain words, nothing dropped."""
+
+    results: pd.DataFrame
+    landscape: pd.DataFrame
+    history: pd.DataFrame
+    configs: dict[str, dict]
+    problems: list[str]
+
+
+def gather(study: Study, folder: Path | str) -> Found:
+    """Read what the runs of the study's grid wrote; a file that is not there is a problem named, not an error.
+
+    Raises DataError when there is no result at all.
+    """
+    folder = Path(folder)
+    results, landscapes, histories, configs, problems = [], [], [], {}, []
+    problems += _json(folder / "left_out.json", [])
+    if (folder / "none/results.csv").exists():
+        results.append(read_results(folder / "none/results.csv"))
+    else:
+        problems.append("none/results.csv: the test pairs before registration were not measured")
+    problems += _json(folder / "none/problems.json", [])
+    for run in grid(study):
+        there = folder / run.folder
+        about = {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}
+        for file, tables, reader in (
+            ("results.csv", results, read_results),
+            ("landscape.csv", landscapes, pd.read_csv),
+            ("history.jsonl", histories, _read_history),
+        ):
+            if (there / file).exists():
+                tables.append(reader(there / file).assign(**about))
+            else:
+                problems.append(f"{run.folder}/{file}: this run did not get there")
+        configs[run.folder] = _json(there / "config.json", {})
+        problems += _json(there / "problems.json", [])
+    if not results:
+        raise DataError(f"no results under {folder}: run the study first (make study STUDY=...)")
+    tables = (pd.concat(t, ignore_index=True) if t else pd.DataFrame() for t in (results, landscapes, histories))
+    return Found(*tables, configs, list(dict.fromkeys(problems)))
+
+
+def _read_history(path: Path) -> pd.DataFrame:
+    return pd.read_json(path, lines=True)
+
+
+def _json(path: Path, default):
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def caption(study: Study, found: Found) -> str:
+    """Data, numbers of pairs and seeds, grid: what every figure's reader needs to know."""
+    pairs = found.results.groupby("test_domain").pair.nunique()
+    return (
+        f"Trained on {', '.join(study.train_domains)}; tested on "
+        + ", ".join(f"{domain} ({count} pairs)" for domain, count in pairs.items())
+        + f"; optimizers {', '.join(study.optimizers)}; {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
+        + f" ({', '.join(map(str, study.seeds))}); grid of {' x '.join(map(str, study.shape))} samples."
+    )
+
+
+def write_summary(summary: pd.DataFrame, study: Study, found: Found, folder: Path | str) -> None:
+    """The comparison as `summary.csv` and, for a terminal, `summary.txt`."""
+    with written_whole(Path(folder) / "summary.csv") as partial:
+        summary.to_csv(partial, index=False, lineterminator="\n")
+    with written_whole(Path(folder) / "summary.txt") as partial:
+        partial.write_text(f"{caption(study, found)}\n\n{as_text(summary)}\n")
+
+
+def examples(study: Study, found: Found, settings: Compare) -> dict[str, Figure]:
+    """The first test pair of each domain through the treatment's first network that is there."""
+    trained = [run.folder for run in grid(study) if run.optimizer == settings.treatment and found.configs[run.folder]]
+    weights = [path for run in trained if (path := Path(settings.folder) / run / "weights.pt").exists()]
+    if not weights:
+        return {}
+    net = load(weights[0])
+    data = found.configs[trained[0]]["parameters"]["data"]
+    figures = {}
+    for domain in study.test_domains:
+        if domain not in set(found.results.test_domain):
+            continue  # named among the problems
+        pair = open_domain(domain, shape=tuple(study.shape), data=data or None).test_pair(0)
+        with torch.no_grad():
+            phi_map = net(pair.moving[None], pair.fixed[None]).map
+        figures[domain] = plots.registration(pair, phi_map)
+    return figures
+
+
+def provenance_table(found: Found) -> str:
+    """A Markdown table of every run's commit, hardware, versions and cost."""
+    lines = ["| run | commit | processor | torch | threads | s a step | time |", "|---|---|---|---|---|---|---|"]
+    for run, config in found.configs.items():
+        if not config:
+            continue
+        of, made = config["parameters"], config["provenance"]
+        history = found.history
+        mine = history[(history.train_domain == of["train_domain"]) & (history.optimizer == of["optimizer"])]
+        seconds = mine[mine.seed == of["seed"]].seconds.median()
+        lines.append(
+            f"| {run} | {made['commit']} | {made['cpu']} ({made['cores']} cores) | {made['packages']['torch']} "
+            f"| {of['threads']} | {seconds:.3f} | {made['time']} |"
+        )
+    return "\n".join(lines)

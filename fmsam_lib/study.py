@@ -1,0 +1,233 @@
+"""A whole study: its file, its grid of runs, and `python -m fmsam_lib.study NAME` that computes it.
+
+The work is a graph of papermill notebooks (`Snakefile`), for every train domain x optimizer x seed: train,
+evaluate, landscape; then one comparison. Everything goes to `runs/<study>/`; what is there already
+is not computed again.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+import typing
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+
+from fmsam_lib.config import ConfigError, Evaluate, Landscape, Optimizer, Train, nearest, problems_of, read, write_json
+from fmsam_lib.data import DataError, fetch_hippocampus, open_domain
+
+PROJECT = Path(__file__).resolve().parents[1]
+BASELINE, TREATMENT = "adam", "sam"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults."""
+
+    description: str
+    train_domains: list[str]
+    test_domains: list[str]
+    optimizers: list[Optimizer]
+    seeds: list[int]
+    shape: list[int]
+    train: dict[str, object]
+    evaluate: dict[str, object]
+    landscape: dict[str, object]
+
+
+SECTIONS = {"train": Train, "evaluate": Evaluate, "landscape": Landscape}
+SET_BY_THE_STUDY = ("out", "run", "train_domain", "test_domains", "optimizer", "seed", "shape", "data")
+
+
+def read_study(path: Path | str) -> Study:
+    """A study file; unknown names, in its sections too, are errors that list the known ones."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
+        raise ConfigError(f"no study file {path}; known studies: {known}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of {', '.join(f.name for f in fields(Study))}, got {values!r}")
+    study = read(Study, values, source=str(path))
+    for section, kind in SECTIONS.items():
+        hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in SET_BY_THE_STUDY}
+        given = getattr(study, section)
+        problems = [
+            f"{n}: unknown; known are {', '.join(hints)}{nearest(n, hints)}" for n in sorted(given.keys() - hints)
+        ]
+        problems += [f"{n}: {p}" for n in sorted(given.keys() & hints) for p in problems_of(n, given[n], hints[n])]
+        if problems:
+            raise ConfigError(f"{path}, section {section}:\n" + "\n".join(f"- {p}" for p in problems))
+    return study
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the grid."""
+
+    train_domain: str
+    optimizer: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.train_domain}/{self.optimizer}/seed{self.seed}"
+
+
+def grid(study: Study) -> list[Run]:
+    """All runs of a study, the slow ones first so that no core waits for one at the end."""
+    runs = [Run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
+    return sorted(runs, key=lambda run: run.optimizer == "adam")
+
+
+def parameters(study: Study, run: Run | None, root: Path, data: str, study_file: Path) -> dict[str, dict]:
+    """What each notebook of `run` takes beyond its defaults, by the notebook's name; None: those of no run."""
+    common = {"test_domains": study.test_domains, "data": data}
+    if run is None:
+        evaluate = study.evaluate | common | {"run": "", "out": f"{root}/none", "shape": study.shape}
+        compare = {"study": str(study_file), "folder": str(root), "baseline": BASELINE, "treatment": TREATMENT}
+        return {"none/20_evaluate": evaluate, "40_compare": compare}
+    out = f"{root}/{run.folder}"
+    cell = {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}
+    return {
+        f"{run.folder}/10_train": study.train | cell | {"out": out, "shape": study.shape, "data": data},
+        f"{run.folder}/20_evaluate": study.evaluate | common | {"run": out, "out": out, "shape": study.shape},
+        f"{run.folder}/30_loss_landscape": study.landscape | common | {"run": out, "out": out},
+    }
+
+
+def plan(study: Study, root: Path, data: str, study_file: Path) -> None:
+    """Write every notebook's parameter file; one that says the same already keeps its date."""
+    for run in (None, *grid(study)):
+        for name, values in parameters(study, run, root, data, study_file).items():
+            path, text = root / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False)
+            if not path.exists() or path.read_text() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+
+
+# --- the command ---
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(prog="python -m fmsam_lib.study", description="Compute a whole study.")
+    arguments.add_argument("study", help="name of a file in studies/, without .yaml")
+    arguments.add_argument("--data", default="", help="folder of data sets (default: FMSAM_DATA, else ./data)")
+    arguments.add_argument("--runs", default="runs", help="folder for the results (default: %(default)s)")
+    arguments.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks at a time (default: all cores)")
+    given = arguments.parse_args()
+    root = Path(given.runs).resolve() / given.study
+    data = str(Path(given.data or os.environ.get("FMSAM_DATA") or PROJECT / "data").resolve())
+    study_file = PROJECT / "studies" / f"{given.study}.yaml"
+    try:
+        study, left_out = preflight(read_study(study_file), data)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_json(root / "left_out.json", left_out)
+    plan(study, root, data, study_file)
+    done = compute(study, given.study, root, given.cores)
+    for problem in failures(study, root):
+        print(f"failed: {problem}", file=sys.stderr)
+    if not done:  # compare what there is
+        command = [sys.executable, "-m", "snakemake", "what_there_is", *snakemake_arguments(given.study, root, 1)]
+        if subprocess.run(command, capture_output=True).returncode:
+            print("error: there is no result to compare yet", file=sys.stderr)
+            return 1
+    problems = json.loads((root / "problems.json").read_text())
+    print("\n" + (root / "summary.txt").read_text())
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if not done:
+        print("What was computed is kept: mend the cause and run the same command again.", file=sys.stderr)
+    print(f"report: {root / 'report.html'}")
+    return 0 if done and not problems else 1
+
+
+def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
+    """The study without the test domains that are not there, and a line about each of those.
+
+    Raises DataError when a training domain is not there (after an attempt to fetch it).
+    """
+    left_out = []
+    for domain in dict.fromkeys([*study.train_domains, *study.test_domains]):
+        try:
+            if domain == "HippocampusMR" and not (Path(data) / domain).exists():
+                fetch_hippocampus(data)
+            open_domain(domain, shape=tuple(study.shape), data=data)
+        except DataError as error:
+            if domain in study.train_domains:
+                raise
+            left_out.append(f"{domain} is left out of the tests: {error}")
+    there = [domain for domain in study.test_domains if not any(line.startswith(f"{domain} is ") for line in left_out)]
+    if not there:
+        raise DataError("no test domain is there:\n- " + "\n- ".join(left_out))
+    return dataclasses.replace(study, test_domains=there), left_out
+
+
+def snakemake_arguments(name: str, root: Path, cores: int) -> list[str]:
+    return [
+        *("--snakefile", str(PROJECT / "Snakefile"), "--directory", str(PROJECT), "--cores", str(cores)),
+        *("--profile", str(PROJECT / "profiles" / "default"), "--config", f"study={name}", f"root={root}"),
+    ]
+
+
+def compute(study: Study, name: str, root: Path, cores: int) -> bool:
+    """Run the graph, telling how far it is; whether all of it was done."""
+    command = [sys.executable, "-m", "snakemake", *snakemake_arguments(name, root, cores)]
+    start, told = time.monotonic(), ""
+    print(f"study {name} on {cores} cores; log: {root / 'snakemake.log'}", flush=True)
+    with open(root / "snakemake.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.5)
+                seconds = int(time.monotonic() - start)
+                if (now := progress(study, root)) != told and seconds % 5 == 0:
+                    print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
+                    told = now
+        except KeyboardInterrupt:
+            process.terminate()  # trainings go on from their checkpoints next time
+            process.wait()
+            raise
+    return process.returncode == 0
+
+
+def progress(study: Study, root: Path) -> str:
+    """How many notebooks are done, and where the trainings under way stand."""
+    outputs = [root / "none/results.csv", root / "report.html"]
+    outputs += [root / run.folder / f for run in grid(study) for f in ("weights.pt", "results.csv", "landscape.csv")]
+    parts = [f"{sum(path.exists() for path in outputs)} of {len(outputs)} notebooks done"]
+    for run in grid(study):
+        folder = root / run.folder
+        history = folder / "history.jsonl"
+        if history.exists() and not (folder / "weights.pt").exists() and (lines := history.read_text().splitlines()):
+            last = json.loads(lines[-1])
+            parts.append(
+                f"{run.train_domain} {run.optimizer} seed {run.seed}: step {last['step']}, loss {last['total']:.3f}"
+            )
+    return " | ".join(parts)
+
+
+def failures(study: Study, root: Path) -> list[str]:
+    """What went wrong in the study's notebooks, from the errors they hold."""
+    found = []
+    names = [name for run in (None, *grid(study)) for name in parameters(study, run, root, "", Path())]
+    for notebook in (root / f"{name}.ipynb" for name in names):
+        cells = json.loads(notebook.read_text())["cells"] if notebook.exists() else []
+        errors = [o for cell in cells for o in cell.get("outputs", []) if o["output_type"] == "error"]
+        found += [f"{notebook}: {error['ename']}: {error['evalue']}" for error in errors]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
