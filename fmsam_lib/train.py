@@ -84,16 +84,26 @@ def train_step(net: GradICON, batch: Batch, run: Train, optimizer, sam: SAM | No
     """One update; the loss at w, and whether all was finite (when not, the weights stay as they are)."""
     optimizer.zero_grad()
     loss = objective(net, batch, lmbda=run.lmbda, sigma=run.sigma)
-    loss.total.backward()  # gradient at w
+    if not backward(loss):  # gradient at w
+        return loss, False
     if sam is not None:
         with sam.perturbed():  # at w + eps: the worst weights within rho
             optimizer.zero_grad()
-            objective(net, batch, lmbda=run.lmbda, sigma=run.sigma).total.backward()  # its gradient moves w
+            if not backward(objective(net, batch, lmbda=run.lmbda, sigma=run.sigma)):  # its gradient moves w
+                return loss, False
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    finite = bool(torch.isfinite(loss.total.detach() + torch.stack(torch._foreach_norm(gradients)).sum()))
+    finite = all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients))
     if finite:
         optimizer.step()
     return loss, finite
+
+
+def backward(loss: Loss) -> bool:
+    """Fill the gradients, unless the loss is not finite: through NaN, torch's 2-D grid_sample crashes going back."""
+    finite = bool(torch.isfinite(loss.total))
+    if finite:
+        loss.total.backward()
+    return finite
 
 
 def make_batch(dataset, run: Train, step: int) -> Batch:

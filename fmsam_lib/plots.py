@@ -1,0 +1,626 @@
+"""Every figure, from tidy tables (`results.csv`, a training history, a landscape) or from an image pair.
+
+Each function returns a matplotlib `Figure` that pyplot does not know of: it is garbage once nobody holds
+it, and shows itself at the end of a notebook's cell. An optimizer has one colour, marker and line style in
+all of them; what is compared shares its scale; what is missing shows as a hatched hole with a dash.
+"""
+
+import io
+import math
+import os
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib import colormaps, colors, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from torch import Tensor
+
+from fmsam_lib.evaluate import paired_difference as paired_difference_of
+from fmsam_lib.evaluate import per_pair
+from fmsam_lib.spatial import identity_map, jacobian_determinant, warp, warp_label
+from fmsam_lib.synthetic import Pair
+
+WIDTH = 9.0  # inches; 900 pixels on a screen, the width of a README
+
+# Okabe and Ito's colours: told apart by colour-blind readers, and by marker and line in black and white.
+LOOKS = {
+    "none": {"color": "#808080", "marker": "x", "linestyle": ":"},
+    "adam": {"color": "#0072B2", "marker": "o", "linestyle": "--"},
+    "sam": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
+    "asam": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+}
+OTHER_LOOKS = [
+    {"color": "#CC79A7", "marker": "D", "linestyle": (0, (5, 1))},
+    {"color": "#56B4E9", "marker": "v", "linestyle": (0, (1, 1))},
+    {"color": "#E69F00", "marker": "P", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
+    {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
+]
+NAMES = {"none": "before registration", "adam": "Adam", "sam": "SAM", "asam": "ASAM", "sgd": "SGD", "adamw": "AdamW"}
+
+# a metric's name, decimals, and whether more of it is better
+METRICS = {
+    "dice": ("Dice", 3, True),
+    "hd95": ("HD95", 1, False),
+    "tre": ("target registration error", 2, False),
+    "folding_percent": ("folded volume", 2, False),
+    "sdlogj": ("SD of the log-Jacobian", 3, False),
+}
+FIXED_LINE = {"colors": "#56B4E9", "linestyles": "solid", "linewidths": 1.3}
+WARPED_LINE = {"colors": "#E69F00", "linestyles": "dashed", "linewidths": 1.3}
+PLANES = ("sagittal", "coronal", "axial")  # across axis 0, 1, 2 of a canonical volume
+
+
+class Picture(Figure):
+    """A figure that a notebook can show although pyplot has never heard of it."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
+def png(figure: Figure, *, dpi: float = 100) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path_without_suffix: str | Path) -> None:
+    """Write `<path>.png` (150 dpi) and `<path>.pdf` (vectors), whole or not at all; the same bytes every time."""
+    path = Path(path_without_suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
+        try:
+            figure.savefig(partial, format=suffix, dpi=150, metadata=metadata)
+            os.replace(partial, path.with_name(f"{path.name}.{suffix}"))
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+# --- image pairs
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One plane of a pair as pictures `(rows, columns)`, the first row at the bottom, for `origin="lower"`.
+
+    phi: `(2, rows, columns)`, where the plane's points lie in the moving image, horizontally and vertically, mm.
+    jacobian: `(rows - 1, columns - 1)`. size: millimetres between the first and the last sample's centres.
+    step: spacing, mm. ends: the patient's sides at the picture's left, right, bottom, top.
+    """
+
+    name: str
+    fixed: np.ndarray
+    moving: np.ndarray
+    warped: np.ndarray
+    fixed_label: np.ndarray | None
+    moving_label: np.ndarray | None
+    warped_label: np.ndarray | None
+    phi: np.ndarray
+    jacobian: np.ndarray
+    size: tuple[float, float]
+    step: tuple[float, float]
+    ends: str
+
+
+def check_map(pair: Pair, phi_map: Tensor) -> Tensor:
+    """`phi_map` on the CPU; ValueError unless it is `(1, D, *S)` on the pair's grid."""
+    phi_map, shape = torch.as_tensor(phi_map), tuple(pair.fixed.shape[1:])
+    if tuple(phi_map.shape) != (1, len(shape), *shape):
+        raise ValueError(
+            f"expected a map {(1, len(shape), *shape)} on the grid of pair {pair.name!r}, got {tuple(phi_map.shape)}; "
+            f"give one pair's phi.map, made from these images"
+        )
+    return phi_map.detach().to("cpu", torch.float32)
+
+
+def cut(
+    pair: Pair,
+    phi_map: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    index: int | None = None,
+    strength: float = 1.0,
+) -> Cut:
+    """The plane across `axis` (the last one unless given) at `index` (the middle); a 2-D pair is its own plane.
+
+    phi_map: `(1, D, *S)` in unit coordinates, the identity unless given. strength: how much of it is applied,
+    `id + strength (phi - id)`. Only the plane is warped, so this is quick enough for a slider.
+    """
+    shape = tuple(pair.fixed.shape[1:])
+    dim = len(shape)
+    if dim == 2 and (axis, index) != (None, None):
+        raise ValueError(f"expected no axis and no index for the 2-D pair {pair.name!r}, got {axis}, {index}")
+    axis = 2 if axis is None else axis
+    if axis not in (0, 1, 2):
+        raise ValueError(f"expected axis 0, 1 or 2, got {axis}; they are the {', '.join(PLANES)} planes")
+    if dim == 3:
+        index = shape[axis] // 2 if index is None else index
+        if not 0 <= index < shape[axis]:
+            raise ValueError(f"expected an index from 0 to {shape[axis] - 1} along axis {axis}, got {index}")
+    identity = identity_map(shape)
+    phi_map = identity if phi_map is None else check_map(pair, phi_map)
+
+    def slab(volume: Tensor, width: int = 1) -> Tensor:  # (..., *S), `width` samples thick
+        return volume if dim == 2 else volume.narrow(axis - 3, min(index, shape[axis] - width), width)
+
+    def picture(volume: Tensor) -> np.ndarray:  # of a slab: up is superior or anterior
+        return (volume if dim == 2 else volume.squeeze(axis - 3)).transpose(-1, -2).numpy()
+
+    points = torch.lerp(slab(identity), slab(phi_map), strength)
+    thick = torch.lerp(slab(identity, 2), slab(phi_map, 2), strength)
+    # jacobian_determinant takes the slab for the whole grid, so its unit along `axis` is too short
+    jacobian = jacobian_determinant(thick)[0] * (1 if dim == 2 else shape[axis] - 1)
+    across = [a for a in range(dim) if dim == 2 or a != axis]
+    spacing = [float(s) for s in pair.spacing] or [1.0] * dim
+    size = np.array([(shape[a] - 1) * spacing[a] for a in across])
+    label, moving_label = pair.fixed_label, pair.moving_label
+    return Cut(
+        name=pair.name if dim == 2 else f"{pair.name}, {PLANES[axis]} slice {index} (0 to {shape[axis] - 1})",
+        fixed=picture(slab(pair.fixed[0])),
+        moving=picture(slab(pair.moving[0])),
+        warped=picture(warp(pair.moving[None], points)[0, 0]),
+        fixed_label=None if label is None else picture(slab(label[0])),
+        moving_label=None if moving_label is None else picture(slab(moving_label[0])),
+        warped_label=None if moving_label is None else picture(warp_label(moving_label[None], points)[0, 0]),
+        phi=picture(points[0, across]) * size[:, None, None],
+        jacobian=picture(jacobian),
+        size=tuple(size.tolist()),
+        step=tuple(spacing[a] for a in across),
+        ends="".join(_ends(pair.affine, a) for a in across),
+    )
+
+
+def _ends(affine: Tensor | None, axis: int) -> str:
+    """Which side of the patient the first and the last sample of a grid's axis are: "LR", "PA" or "IS"."""
+    if affine is None:
+        return "  "
+    direction = np.asarray(affine)[:3, axis]
+    main = int(np.abs(direction).argmax())
+    return ("LR", "PA", "IS")[main][:: int(np.sign(direction[main]))]
+
+
+def show(axes: Axes, plane: Cut, picture: np.ndarray, **how):
+    """Draw a picture of the plane, grey from 0 to 1 unless told how, with the patient's sides at its borders."""
+    samples = (np.array(picture.shape[1::-1]) - 1) * plane.step
+    left, bottom = (np.array(plane.size) - samples) / 2 - np.array(plane.step) / 2  # cells lie between the samples
+    extent = (left, left + samples[0] + plane.step[0], bottom, bottom + samples[1] + plane.step[1])
+    if "norm" not in how:
+        how = {"cmap": "gray", "vmin": 0, "vmax": 1} | how
+    image = axes.imshow(picture, origin="lower", extent=extent, **how)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"))
+    places += ((0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
+    box = {"facecolor": "black", "alpha": 0.55, "pad": 1, "linewidth": 0}
+    for end, (x, y, ha, va) in zip(plane.ends.strip(), places, strict=False):
+        axes.text(x, y, end, transform=axes.transAxes, ha=ha, va=va, color="white", fontsize=8, bbox=box)
+    return image
+
+
+def outline(axes: Axes, plane: Cut, label: np.ndarray | None, line: dict) -> list:
+    """The contours of every structure in `label` (None: nothing), shared borders once; returns the artists."""
+    x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
+    numbers = [] if label is None else np.setdiff1d(label, [0])
+    lower = {number: (label > 0) & (label < number) for number in numbers}
+    return [axes.contour(x, y, np.ma.array(label == n, mask=lower[n]), [0.5], **line) for n in numbers]
+
+
+def deformed_grid(axes: Axes, plane: Cut) -> list:
+    """A square grid drawn on the moving image, seen through the map; returns the artists."""
+    x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
+    apart = max(plane.size) / 20
+    line = {"colors": "#F0E442", "linewidths": 0.9, "linestyles": "solid"}
+    return [
+        axes.contour(x, y, component, np.arange(-size, 2 * size, apart), **line)
+        for component, size in zip(plane.phi, plane.size, strict=True)
+    ]
+
+
+def checkerboard(first: np.ndarray, second: np.ndarray, squares: int = 8) -> np.ndarray:
+    """Both pictures in squares, `squares` of them along the longer side."""
+    side = max(1, math.ceil(max(first.shape) / squares))
+    rows, columns = np.indices(first.shape) // side
+    return np.where((rows + columns) % 2 == 0, first, second)
+
+
+def jacobian_look() -> dict:
+    """Orange grows, purple shrinks, on a log scale where 1/2 is as far from 1 as 2; black is folded."""
+    return {"cmap": colormaps["PuOr_r"].with_extremes(bad="black"), "norm": colors.LogNorm(1 / 3, 3)}
+
+
+def jacobian_bar(figure: Figure, image, axes: Axes) -> None:
+    bar = figure.colorbar(image, ax=axes, ticks=[1 / 3, 1 / 2, 1, 2, 3], extend="both", shrink=0.8, pad=0.02)
+    bar.ax.set_yticklabels(["⅓", "½", "1", "2", "3"])
+    bar.ax.minorticks_off()
+
+
+def contour_legend(figure: Figure, other: str) -> None:
+    """Below the panels: which contours are the fixed image's labels, which the `other` one's."""
+    lines = {"fixed labels": FIXED_LINE, f"{other} labels": WARPED_LINE}
+    handles = [
+        Line2D([], [], color=line["colors"], linestyle=line["linestyles"], linewidth=2, label=name)
+        for name, line in lines.items()
+    ]
+    figure.legend(handles=handles, frameon=False, ncols=2, fontsize=9, loc="outside lower center")
+
+
+def registration(
+    pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index: int | None = None
+) -> Figure:
+    """Fixed and moving image; with `phi_map` `(1, D, *S)` also what it does: warped, checkerboard, grid, Jacobian.
+
+    3-D: the plane across `axis` (0 sagittal, 1 coronal, 2 axial: the default) at `index` (the middle).
+    """
+    plane = cut(pair, phi_map, axis=axis, index=index)
+    columns, rows = (2, 1) if phi_map is None else (3, 2)
+    tall = (plane.size[1] + plane.step[1]) / (plane.size[0] + plane.step[0])
+    figure = Picture(
+        figsize=(WIDTH, rows * ((WIDTH - 0.5) / columns * min(tall, 1.4) + 0.3) + 0.5), layout="constrained"
+    )
+    figure.suptitle(plane.name, fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    titles = ["fixed", "moving", "warped", "checkerboard of fixed and warped", "deformation grid"]
+    pictures = [plane.fixed, plane.moving, plane.warped, checkerboard(plane.fixed, plane.warped), plane.warped]
+    for ax, title, picture in zip(axes, titles, pictures, strict=False):
+        show(ax, plane, picture)
+        ax.set_title(title, fontsize=10)
+    outline(axes[0], plane, plane.fixed_label, FIXED_LINE)
+    outline(axes[1], plane, plane.moving_label, WARPED_LINE)
+    _scale_bar(axes[0], plane, known=bool(pair.spacing))
+    if phi_map is not None:
+        outline(axes[2], plane, plane.fixed_label, FIXED_LINE)
+        outline(axes[2], plane, plane.warped_label, WARPED_LINE)
+        deformed_grid(axes[4], plane)
+        image = show(axes[5], plane, plane.jacobian, **jacobian_look())
+        jacobian_bar(figure, image, axes[5])
+        axes[5].set_title(f"Jacobian determinant, {100 * (plane.jacobian <= 0).mean():.2g} % folded", fontsize=10)
+    if pair.fixed_label is not None or pair.moving_label is not None:
+        contour_legend(figure, "moving" if phi_map is None else "moving and warped")
+    return figure
+
+
+def _scale_bar(axes: Axes, plane: Cut, known: bool) -> None:
+    longest = plane.size[0] / 3
+    length = max(m * 10.0**e for m in (1, 2, 5) for e in range(-3, 5) if m * 10.0**e <= longest)
+    x, y = plane.size[0] * 0.04, plane.size[1] * 0.05
+    axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
+    text = f"{length:g} mm" if known else f"{length:g} samples"
+    axes.text(x, y + plane.size[1] * 0.015, text, color="white", fontsize=8, va="bottom")
+
+
+# --- tables
+
+
+def _select(table: pd.DataFrame, columns: str, **where) -> pd.DataFrame:
+    """The rows where columns have these values; ValueError for a missing column or when no row is left."""
+    names = columns.split()
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ValueError(f"expected the columns {', '.join(names)}, got {', '.join(map(str, table.columns))}")
+    rows = table
+    for column, value in where.items():
+        left = rows[rows[column] == value]
+        if left.empty:
+            there = ", ".join(map(str, rows[column].dropna().unique())) or "no rows at all"
+            raise ValueError(
+                f"expected rows with {column} {value!r}, got {there}; choose one of these or add such rows"
+            )
+        rows = left
+    if rows.empty:
+        raise ValueError(f"expected rows of {', '.join(names)}, got an empty table; run the study first")
+    return rows.assign(train_domain=rows.train_domain.fillna(""))
+
+
+RESULTS = "train_domain test_domain optimizer seed pair label metric value unit"
+
+
+def _optimizers(rows: pd.DataFrame) -> list[str]:
+    """Those in the table, the known ones first and in their order."""
+    there = set(rows.optimizer)
+    return [name for name in LOOKS if name in there] + sorted(there - set(LOOKS))
+
+
+def _look(optimizer: str, optimizers: list[str]) -> dict:
+    others = [name for name in optimizers if name not in LOOKS]
+    return LOOKS.get(optimizer) or OTHER_LOOKS[others.index(optimizer) % len(OTHER_LOOKS)]
+
+
+def _name(optimizer: str) -> str:
+    return NAMES.get(optimizer, optimizer)
+
+
+def _wrap(domains: str, width: int = 20) -> str:
+    return textwrap.fill(domains.replace("+", " + "), width, break_on_hyphens=False)
+
+
+def _metric_name(rows: pd.DataFrame, metric: str) -> str:
+    units = [str(unit) for unit in rows.unit.dropna().unique() if str(unit) not in ("", "1")]
+    name = METRICS.get(metric, (metric,))[0]
+    return f"{name} ({units[0]})" if units else name
+
+
+def _panels(number: int, most: int, height: float, ylabel: str = "", **share) -> tuple[Figure, list[Axes]]:
+    """A figure of `number` panels, at most so many beside each other, `height` inches each."""
+    columns = min(number, most)
+    rows = math.ceil(number / columns)
+    figure = Picture(figsize=(WIDTH, rows * height + 0.4), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **share).flat)
+    for ax in axes[number:]:
+        ax.remove()
+    for ax in axes[:number:columns]:
+        ax.set_ylabel(ylabel)
+    for ax in axes[max(0, number - columns) : number]:
+        ax.tick_params(labelbottom=True)  # where the panel below has just been removed
+    return figure, axes[:number]
+
+
+def _open(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _legend(figure: Figure, optimizers: list[str]) -> None:
+    handles = [Line2D([], [], label=_name(o), linewidth=2, **_look(o, optimizers)) for o in optimizers]
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False, handlelength=3.5)
+
+
+def _hole(axes: Axes, corner: tuple[float, float], transform) -> None:
+    """A hatched unit square with a dash: nothing was measured here."""
+    x, y = corner
+    look = {"facecolor": "white", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
+    axes.add_patch(Rectangle(corner, 1, 1, transform=transform, **look))
+    box = {"facecolor": "white", "linewidth": 0, "pad": 2}
+    axes.text(x + 0.5, y + 0.5, "–", transform=transform, ha="center", va="center", fontsize=14, bbox=box)
+
+
+def matrix(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
+    """Trained on (rows) by tested on (columns), one panel per optimizer, above them all before registration.
+
+    A cell is the mean over seeds of the mean over pairs of the mean over labels; +- is the standard
+    deviation over seeds. A frame says that the domain was trained on.
+    """
+    rows = _select(results, RESULTS, metric=metric)
+    rows = rows.assign(train_domain=rows.train_domain.where(rows.optimizer != "none", ""))
+    _, decimals, more_is_better = METRICS.get(metric, (metric, 3, True))
+    cell = ["optimizer", "train_domain", "test_domain"]
+    pairs = rows.groupby([*cell, "seed", "pair"], dropna=False).value.mean()
+    cells = pairs.groupby([*cell, "seed"], dropna=False).mean().groupby(cell).agg(["mean", "std"])
+    tests = list(rows.test_domain.unique())
+    trains = list(rows.train_domain[rows.optimizer != "none"].unique())
+    optimizers = [o for o in _optimizers(rows) if o != "none"] or ["none"]
+    labels = [NAMES["none"], *map(_wrap, trains)]
+    line_height = max(0.5, *(0.17 * (label.count("\n") + 1) for label in labels))
+    figure, panels = _panels(len(optimizers), 2, line_height * len(labels) + 0.9, sharex=True, sharey=True)
+    norm = colors.Normalize(cells["mean"].min(), cells["mean"].max())
+    cmap = colormaps["cividis" if more_is_better else "cividis_r"]  # the brighter, the better
+    size = 9 if len(optimizers) == 1 or len(tests) <= 5 else 7
+    for ax, optimizer in zip(panels, optimizers, strict=True):
+        means = np.full((len(labels), len(tests)), np.nan)
+        for (row, train), (column, test) in ((r, c) for r in enumerate(["", *trains]) for c in enumerate(tests)):
+            key = (optimizer if row else "none", train, test)
+            means[row, column], spread = cells.loc[key] if key in cells.index else (np.nan, np.nan)
+            if np.isnan(means[row, column]):
+                _hole(ax, (column - 0.5, row - 0.5), ax.transData)
+                continue
+            text = f"{means[row, column]:.{decimals}f}" + ("" if np.isnan(spread) else f"\n±{spread:.{decimals}f}")
+            dark = np.dot(cmap(norm(means[row, column]))[:3], (0.3, 0.59, 0.11)) < 0.5
+            ax.text(column, row, text, ha="center", va="center", fontsize=size, color="white" if dark else "black")
+            if test in train.split("+"):
+                frame = Rectangle((column - 0.46, row - 0.42), 0.92, 0.84, fill=False, edgecolor="black", linewidth=2)
+                ax.add_patch(frame)
+        image = ax.imshow(means, cmap=cmap, norm=norm, aspect="auto")
+        ax.axhline(0.5, color="white", linewidth=5, zorder=1)
+        ax.set_title(_name(optimizer), fontsize=11, color=LOOKS.get(optimizer, {}).get("color"), fontweight="bold")
+        ax.set_xticks(range(len(tests)), tests, rotation=30, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_xlabel("tested on")
+        ax.tick_params(length=0, labelsize=9)
+        ax.spines[:].set_visible(False)
+    panels[0].set_ylabel("trained on")
+    better = f", {'higher' if more_is_better else 'lower'} is better" if metric in METRICS else ""
+    figure.colorbar(image, ax=panels, label=_metric_name(rows, metric) + better, aspect=30, pad=0.02)
+    note = "mean" + (" ± SD over seeds" if cells["std"].notna().any() else "")
+    handles = [Patch(fill=False, edgecolor="black", linewidth=2, label=f"{note}; framed: trained on this domain")]
+    figure.legend(handles=handles, loc="outside lower right", frameon=False, fontsize=9)
+    return figure
+
+
+def paired_difference(
+    results: pd.DataFrame, *, metric: str = "dice", baseline: str = "adam", treatment: str = "sam"
+) -> Figure:
+    """Treatment minus baseline on the same pair, seed and labels: every one, the mean, its 95 % interval.
+
+    Mean and interval (a bootstrap over pairs, a pair's seeds kept together) are those of the results' table.
+    n counts pairs and seeds; "unpaired" counts values that only one of the two optimizers has.
+    """
+    rows = _select(results, RESULTS, metric=metric)
+    trains, tests = list(rows.train_domain[rows.optimizer != "none"].unique()), list(rows.test_domain.unique())
+    rows = pd.concat([_select(rows, RESULTS, optimizer=optimizer) for optimizer in (baseline, treatment)])
+    keys = ["train_domain", "test_domain", "seed", "pair", "label"]
+    matched = rows.groupby(keys, dropna=False).value.transform("count") == 2
+    if not matched.any():
+        raise ValueError(f"expected {treatment!r} and {baseline!r} on the same pairs and seeds, got none in common")
+    pairs = per_pair(rows[matched], metric)
+    colour = _look(treatment, [treatment, baseline])["color"]
+    figure, panels = _panels(len(trains), 3, 0.42 * len(tests) + 1.0, "tested on", sharex=True, sharey=True)
+    for ax, train in zip(panels, trains, strict=True):
+        ax.axvline(0, color="black", linewidth=1)
+        for y, test in enumerate(tests):
+            mine = pairs[(pairs.train_domain == train) & (pairs.test_domain == test)]
+            if test in train.split("+"):
+                ax.axhspan(y - 0.5, y + 0.5, color="#eeeeee", linewidth=0)
+            if mine.empty:
+                _hole(ax, (0, y - 0.5), ax.get_yaxis_transform())
+                continue
+            wide = mine.pivot(index=["pair", "seed"], columns="optimizer", values="value")
+            points = wide[treatment] - wide[baseline]
+            jitter = np.random.default_rng(0).uniform(-0.28, 0.28, len(points))
+            ax.scatter(points, y + jitter, s=9, color="#808080", alpha=0.45, linewidth=0)
+            mean, low, high = paired_difference_of(mine, baseline, treatment).values()
+            ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], color=colour, linewidth=2.5, capsize=6, capthick=2)
+            ax.plot(mean, y, "D", color=colour, markersize=5)
+            lost = ((rows.train_domain == train) & (rows.test_domain == test) & ~matched).sum()
+            count = f"n = {len(points)}" + (f"\n{lost} unpaired" if lost else "")
+            ax.text(1.02, y, count, transform=ax.get_yaxis_transform(), va="center", fontsize=8)
+        ax.set_title(f"trained on {_wrap(train, 24)}", fontsize=10)
+        ax.set_yticks(range(len(tests)), tests)
+        ax.set_ylim(len(tests) - 0.5, -0.5)
+        _open(ax)
+        ax.grid(visible=False, axis="y")
+    better = ""
+    if metric in METRICS:
+        better = f"  ({'→' if METRICS[metric][2] else '←'} {_name(treatment)} better)"
+    figure.supxlabel(f"{_metric_name(rows, metric)}: {_name(treatment)} minus {_name(baseline)}{better}", fontsize=10)
+    handles = [
+        Line2D([], [], color="#808080", marker=".", linestyle="", label="a pair and seed"),
+        Line2D([], [], color=colour, marker="D", markersize=5, linewidth=2.5, label="mean, 95 % bootstrap interval"),
+        Patch(color="#eeeeee", label="trained on this domain"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def training_curves(history: pd.DataFrame) -> Figure:
+    """The loss, its similarity and its penalty over the steps: every logged value faint, a running mean on top.
+
+    history: train_domain, optimizer, seed, step, total, similarity, regulariser; a row of panels per train_domain.
+    """
+    terms = {"total": "total loss", "similarity": "similarity term", "regulariser": "GradICON penalty"}
+    rows = _select(history, f"train_domain optimizer seed step {' '.join(terms)}")
+    trains, optimizers = list(rows.train_domain.unique()), _optimizers(rows)
+    figure, panels = _panels(3 * len(trains), 3, 2.5, sharex=True, sharey="col")
+    for place, ax in enumerate(panels):
+        train, (term, name) = trains[place // 3], list(terms.items())[place % 3]
+        mine = rows[rows.train_domain == train]
+        for (optimizer, _), run in mine.groupby(["optimizer", "seed"], dropna=False):
+            run, look = run.sort_values("step"), _look(optimizer, optimizers)
+            smooth = run[term].rolling(max(1, len(run) // 15), center=True, min_periods=1).mean()
+            ax.plot(run.step, run[term], color=look["color"], alpha=0.18, linewidth=0.8)
+            ax.plot(run.step, smooth, markevery=max(1, len(run) // 6), markersize=5, linewidth=1.5, **look)
+        ax.set_title((name if place < 3 else "") + _missing(mine, optimizers), fontsize=10)
+        if term == "regulariser":
+            ax.set_yscale("log", nonpositive="mask")
+        if place % 3 == 0:
+            ax.set_ylabel(f"trained on\n{_wrap(train)}", fontsize=9)
+        _open(ax)
+    figure.supxlabel("optimizer step", fontsize=10)
+    _legend(figure, optimizers)
+    return figure
+
+
+def _missing(mine: pd.DataFrame, optimizers: list[str]) -> str:
+    """What a panel's title says about the optimizers without a line."""
+    return "".join(f"\n{_name(o)}: –" for o in optimizers if o not in set(mine.optimizer))
+
+
+LANDSCAPE = "train_domain test_domain optimizer seed kind value"
+
+
+def _total(landscape: pd.DataFrame, kind: str, columns: str) -> pd.DataFrame:
+    rows = _select(landscape, f"{LANDSCAPE} {columns}", kind=kind)
+    return _select(rows, LANDSCAPE, term="total") if "term" in rows and rows.term.notna().any() else rows
+
+
+def _against(rows: pd.DataFrame, x: str, ylabel: str) -> tuple[Figure, list[Axes]]:
+    """A panel per (train, test) of value against `x`: mean and range over directions and seeds."""
+    groups, optimizers = list(rows.groupby(["train_domain", "test_domain"], sort=False)), _optimizers(rows)
+    figure, panels = _panels(len(groups), 3, 2.9, ylabel, sharex=True, sharey=True)
+    for ax, ((train, test), mine) in zip(panels, groups, strict=True):
+        for optimizer in _optimizers(mine):
+            look = _look(optimizer, optimizers)
+            line = mine[mine.optimizer == optimizer].groupby(x).value.agg(["mean", "min", "max"])
+            ax.fill_between(line.index, line["min"], line["max"], color=look["color"], alpha=0.2, linewidth=0)
+            ax.plot(line.index, line["mean"], markevery=max(1, len(line) // 8), markersize=5, **look)
+        ax.set_title(f"trained on {_wrap(train, 26)}\ntested on {test}{_missing(mine, optimizers)}", fontsize=9)
+        _open(ax)
+    _legend(figure, optimizers)
+    return figure, panels
+
+
+def _wide(values: pd.Series) -> bool:
+    """Whether positive values range so far that only a log scale shows them all."""
+    return values.min() > 0 and values.max() / values.min() > 50
+
+
+def loss_lines(landscape: pd.DataFrame) -> Figure:
+    """The loss along random directions from the trained weights; lines are means, bands the smallest to the largest.
+
+    landscape: rows of kind "line" with alpha, how far along the direction, 1 being as long as the weights (filter
+    by filter, Li et al. 2018, arXiv 1712.09913).
+    """
+    rows = _total(landscape, "line", "alpha")
+    figure, panels = _against(rows, "alpha", "total loss")
+    for ax in panels:
+        ax.axvline(0, color="black", linewidth=0.8)
+        ax.set_yscale("log" if _wide(rows.value) else "linear")
+    figure.supxlabel("distance along a filter-normalised random direction (relative to the weights)", fontsize=10)
+    return figure
+
+
+def flatness(landscape: pd.DataFrame) -> Figure:
+    """How much the loss rises at the step SAM takes, against its radius: lower is flatter.
+
+    landscape: rows of kind "rise" with rho and value, `L(w + eps(rho)) - L(w)`.
+    """
+    rows = _total(landscape, "rise", "rho")
+    figure, panels = _against(rows, "rho", "rise of the total loss")
+    for ax, ((_, _), mine) in zip(panels, rows.groupby(["train_domain", "test_domain"], sort=False), strict=True):
+        ax.set_xscale("log", nonpositive="mask")
+        ax.set_yscale("log", nonpositive="mask")
+        below = int((mine.value <= 0).sum())
+        if below:
+            ax.text(0.02, 0.97, f"{below} not above 0", transform=ax.transAxes, va="top", fontsize=8)
+    figure.supxlabel("radius ρ of SAM's step", fontsize=10)
+    return figure
+
+
+def loss_planes(landscape: pd.DataFrame) -> Figure:
+    """The loss over a plane of two random directions, the trained weights at its centre; one scale in each row.
+
+    landscape: rows of kind "plane" with alpha and beta; of several seeds or planes the first is shown.
+    """
+    rows = _total(landscape, "plane", "alpha beta")
+    optimizers, groups = _optimizers(rows), list(rows.groupby(["train_domain", "test_domain"], sort=False))
+    figure = Picture(figsize=(WIDTH, 3.4 * len(groups) * (2 / max(2, len(optimizers))) + 0.5), layout="constrained")
+    panels = figure.subplots(len(groups), len(optimizers), sharex=True, sharey=True, squeeze=False)
+    for line, ((train, test), mine) in zip(panels, groups, strict=True):
+        first = {}
+        for optimizer in _optimizers(mine):
+            run = mine[mine.optimizer == optimizer]
+            for column in {"seed", "direction"} & set(run):
+                run = run[run[column].isna() | (run[column] == run[column].min())]
+            first[optimizer] = run
+        values = pd.concat(first.values()).value
+        ends = (values.min(), max(values.max(), values.min() + 1e-12))
+        levels = np.geomspace(*ends, 13) if _wide(values) else np.linspace(*ends, 13)
+        norm = colors.LogNorm(*ends) if _wide(values) else colors.Normalize(*ends)
+        for ax, optimizer in zip(line, optimizers, strict=True):
+            ax.set_title(_name(optimizer), fontsize=10, color=_look(optimizer, optimizers)["color"], fontweight="bold")
+            ax.set_box_aspect(1)
+            if optimizer not in first:
+                _hole(ax, (0, 0), ax.transAxes)
+                continue
+            table = first[optimizer].pivot(index="beta", columns="alpha", values="value")
+            filled = ax.contourf(table.columns, table.index, table, levels, norm=norm, cmap="viridis")
+            ax.contour(filled, colors="white", linewidths=0.4)
+            ax.plot(0, 0, "P", color="white", markeredgecolor="black", markersize=10, label="trained weights")
+        line[0].set_ylabel(f"{_wrap(train)}\n→ {test}\nβ, along the second direction", fontsize=9)
+        ticks = ticker.LogLocator(subs=(1, 2, 5)) if _wide(values) else ticker.MaxNLocator(6)
+        bar = figure.colorbar(filled, ax=list(line), label="total loss", pad=0.02, ticks=ticks, format="%.3g")
+        bar.ax.minorticks_off()
+    figure.supxlabel(
+        "α, distance along the first filter-normalised random direction (relative to the weights)", fontsize=10
+    )
+    handles = [
+        Line2D([], [], marker="P", color="white", markeredgecolor="black", markersize=10, label="trained weights")
+    ]
+    figure.legend(handles=handles, loc="outside upper center", frameon=False)
+    return figure

@@ -1,0 +1,136 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fmsam_lib.config import ConfigError, Train, as_dict
+from fmsam_lib.data import open_domain
+from fmsam_lib.train import GIVE_UP_AFTER, make_batch, train, train_step, untrained
+
+
+def tiny(out, **changes) -> Train:
+    settings = {
+        "out": str(out), "train_domain": "brain-mr", "optimizer": "sam", "seed": 0, "shape": [16, 16], "data": "",
+        "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3, "rho": 0.01,
+        "lmbda": 1.5, "sigma": 3.0, "threads": 1,
+    }  # fmt: skip
+    return Train(**(settings | changes))
+
+
+def run(settings: Train):
+    net = untrained(settings)
+    history = train(net, open_domain(settings.train_domain, shape=tuple(settings.shape)), settings, progress=False)
+    return net, history
+
+
+def weights(net):
+    return torch.cat([value.flatten().double() for value in net.state_dict().values()])
+
+
+def test_training_lowers_the_loss(tmp_path):
+    _, history = run(tiny(tmp_path, optimizer="adam", shape=[32, 32], steps=200, lr=3e-3))
+    assert [line["step"] for line in history] == list(range(10, 201, 10))
+    losses = [line["total"] for line in history]  # of single pairs, which differ in difficulty
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sam", "asam"])
+def test_the_same_seed_gives_the_same_weights(tmp_path, optimizer):
+    nets = [run(tiny(tmp_path / str(i), optimizer=optimizer))[0] for i in range(2)]
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+    other = run(tiny(tmp_path / "other", optimizer=optimizer, seed=1))[0]
+    assert not torch.equal(weights(nets[0]), weights(other))
+
+
+def test_optimizers_differ_from_the_second_step(tmp_path):
+    """In the first, the zero last layer leaves ASAM nowhere to climb."""
+    nets = [run(tiny(tmp_path / o, optimizer=o, steps=3))[0] for o in ("adam", "sam", "asam")]
+    assert len({weights(net).sum().item() for net in nets}) == 3
+
+
+def test_sam_with_rho_zero_is_adam_to_the_bit(tmp_path):
+    adam, sam = run(tiny(tmp_path / "a", optimizer="adam"))[0], run(tiny(tmp_path / "s", rho=0.0))[0]
+    assert torch.equal(weights(adam), weights(sam))
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+    """A real SIGKILL of a real process, then the same call again."""
+    settings = tiny(tmp_path / "killed", steps=400)
+    code = (
+        "import json, sys; from fmsam_lib.config import Train; from fmsam_lib.data import open_domain\n"
+        "from fmsam_lib.train import train, untrained\n"
+        "run = Train(**json.loads(sys.argv[1]))\n"
+        "train(untrained(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(as_dict(settings))])
+    checkpoint = tmp_path / "killed" / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL  # it was still at work
+    first = torch.load(checkpoint, weights_only=True)["step"]
+    assert 0 < first < 400
+
+    resumed, _ = run(settings)
+    whole, history = run(dataclasses.replace(settings, out=str(tmp_path / "whole")))
+    assert torch.equal(weights(resumed), weights(whole))
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [line["step"] for line in history]
+    assert [line["total"] for line in lines] == [line["total"] for line in history]
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
+    net, history = run(tiny(tmp_path))
+    monkeypatch.setattr("fmsam_lib.train.train_step", lambda *_: pytest.fail("trained again"))
+    again, same = run(tiny(tmp_path))
+    assert torch.equal(weights(net), weights(again))
+    assert same == history
+
+
+def test_a_folder_of_another_training_is_refused_with_the_difference(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    with pytest.raises(ConfigError, match=r"(?s)other parameters.*lr: 0.001 there, 0.01 now.*choose another"):
+        run(tiny(tmp_path, steps=1, lr=0.01))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt cannot be read"):
+        run(tiny(tmp_path, steps=1))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sam"])
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, optimizer):
+    settings = tiny(tmp_path, optimizer=optimizer)
+    net = untrained(settings)
+    batch = make_batch(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    batch.moving[0, 0, 3, 3] = float("nan")
+    before = [p.detach().clone() for p in net.parameters()]
+    from fmsam_lib.sam import SAM
+
+    sam = SAM(net.parameters(), 0.01, net=net) if optimizer == "sam" else None
+    _, finite = train_step(net, batch, settings, torch.optim.Adam(net.parameters()), sam)
+    assert not finite
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_training_gives_up_when_nothing_stays_finite(tmp_path):
+    with pytest.raises(FloatingPointError, match=f"{GIVE_UP_AFTER} steps in a row.*smaller lr"):
+        run(tiny(tmp_path, lr=1e30, steps=100))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    first, again = (make_batch(dataset, tiny(tmp_path), 7) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.moving, make_batch(dataset, tiny(tmp_path), 8).moving)
+    assert not torch.equal(first.points, make_batch(dataset, tiny(tmp_path, seed=1), 7).points)
