@@ -1,6 +1,7 @@
 # make study [STUDY=quick] [DATA=folder]   compute a study (see studies/)
 # make test                                lint and run the tests
 # make lab                                 open the notebooks
+# make bench                               measure speed, beside the figures to reach
 # Each makes the environment first, in .venv, with the versions of constraints.txt.
 
 STUDY ?= quick
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export FMSAM_DATA := $(if $(DATA),$(abspath $(DATA)),)
 
-.PHONY: study test lab lint clean
+.PHONY: study test lab bench lint clean
 
 study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study $(STUDY)
@@ -24,6 +25,9 @@ lint: $(VENV)/ready
 
 lab: $(VENV)/ready
 	$(BIN)/python -m jupyter lab notebooks
+
+bench: $(VENV)/ready # writes benchmarks/*.csv
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean: # the environment and the caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .snakemake

@@ -64,9 +64,12 @@ class Picture(Figure):
         return png(self)
 
 
-def png(figure: Figure, *, dpi: float = 100) -> bytes:
+def png(figure: Figure, *, compression: int = 6) -> bytes:
+    """The figure as a PNG's bytes, 100 dpi; compression 1 is quick, 9 small."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    figure.savefig(
+        buffer, format="png", dpi=100, metadata={"Software": None}, pil_kwargs={"compress_level": compression}
+    )
     return buffer.getvalue()
 
 

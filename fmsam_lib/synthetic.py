@@ -98,8 +98,17 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
     negative index or seed.
     """
     _check(domain, seed, index, shape)
-    d = DOMAINS[domain]
-    rng = np.random.default_rng(np.random.SeedSequence([zlib.crc32(domain.encode()), seed, index]))
+    # Hundreds of small operations: a second thread gains little, costs much on a busy machine, may change bits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _make_pair(DOMAINS[domain], seed, index, tuple(shape))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair:
+    rng = np.random.default_rng(np.random.SeedSequence([zlib.crc32(d.name.encode()), seed, index]))
     across, level = d.plane if len(shape) == 2 else (None, 0.0)
     axes = [axis for axis in range(3) if axis != across]
     grid = list(shape)
@@ -113,7 +122,7 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
         fixed_subject, fixed_look, motion = moving_subject, moving_look, _motion(rng, d, axes)
 
     # The maps are so smooth that it is enough to know them on a coarse lattice; cubic splines do the rest.
-    nodes = [torch.linspace(-1, 1, 20) if n > 1 else torch.tensor([level]) for n in grid]
+    nodes = [torch.linspace(-1, 1, 24) if n > 1 else torch.tensor([float(level)]) for n in grid]
     x = torch.stack(torch.meshgrid(*nodes, indexing="ij"))
     q_moving = x + moving_subject(x)
     q_fixed = x + fixed_subject(x)
@@ -122,8 +131,8 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
     q_moving, q_fixed, phi = _refine(q_moving, grid), _refine(q_fixed, grid), _refine(phi, grid)
 
     landmarks = _landmarks(d, across, level)
-    moving_landmarks = _solve(moving_subject, landmarks, 50)
-    fixed_landmarks = _solve(fixed_subject, _solve(motion, landmarks, 50), 50)
+    moving_landmarks = _solve(moving_subject, landmarks, 30)
+    fixed_landmarks = _solve(fixed_subject, _solve(motion, landmarks, 30), 30)
     seen = (torch.cat([moving_landmarks, fixed_landmarks]).abs() < 1).all(dim=0)
 
     moving, moving_label = _paint(d, q_moving, moving_look, second=False)
@@ -132,7 +141,7 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
 
     spacing = tuple(d.field_of_view[axis] / (n - 1) for axis, n in zip(axes, shape, strict=True))
     return Pair(
-        name=f"{domain}-{seed}-{index}",
+        name=f"{d.name}-{seed}-{index}",
         moving=moving.view(1, *shape),
         fixed=fixed.view(1, *shape),
         moving_label=moving_label.view(1, *shape),
@@ -240,8 +249,7 @@ def _paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tens
         [f(q[axis], dim=[a for a in range(3) if a != axis]).numpy() for f in (torch.amin, torch.amax)]
         for axis in range(3)
     ]
-    for part, brightness in zip(d.parts, look.brightness, strict=False):
-        box = _box(part, ranges, edge)
+    for part, brightness, box in zip(d.parts, look.brightness, _boxes(d.parts, ranges, edge), strict=False):
         if box is None:
             continue
         here = q[:, *box]
@@ -257,19 +265,23 @@ def _paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tens
     return image, label
 
 
-def _box(part: Part, ranges: list, edge: float) -> tuple[slice, ...] | None:
-    """The slices of the grid that a part can touch; None if there are none."""
-    reach = np.array(part.radii) * (1 + (1.5 * part.wave[0] if part.wave else 0)) + edge
-    if part.tilt[1]:
-        turned = [axis for axis in range(3) if axis != part.tilt[0]]
-        reach[turned] = reach[turned].max()
-    box = []
-    for (low, high), centre, r in zip(ranges, part.centre, reach, strict=True):
-        touched = np.flatnonzero((high > centre - r) & (low < centre + r))
-        if not len(touched):
-            return None
-        box.append(slice(int(touched[0]), int(touched[-1]) + 1))
-    return tuple(box)
+def _boxes(parts: tuple[Part, ...], ranges: list, edge: float) -> list[tuple[slice, ...] | None]:
+    """For every part the slices of the grid that it can touch; None if there are none."""
+    centres, reach = np.array([part.centre for part in parts]), np.array([part.radii for part in parts])
+    for r, part in zip(reach, parts, strict=True):
+        if part.wave:
+            r *= 1 + 1.5 * part.wave[0]
+        if part.tilt[1]:
+            r[np.arange(3) != part.tilt[0]] = max(np.delete(r, part.tilt[0]))
+    bounds, empty = [], np.zeros(len(parts), dtype=bool)
+    for (low, high), centre, r in zip(ranges, centres.T[..., None], reach.T[..., None] + edge, strict=True):
+        touched = (high > centre - r) & (low < centre + r)  # (parts, n)
+        bounds.append((touched.argmax(axis=1).tolist(), (len(low) - touched[:, ::-1].argmax(axis=1)).tolist()))
+        empty |= ~touched.any(axis=1)
+    return [
+        None if nothing else tuple(slice(first[k], last[k]) for first, last in bounds)
+        for k, nothing in enumerate(empty)
+    ]
 
 
 def _outside(part: Part, q: Tensor) -> Tensor:
@@ -541,7 +553,8 @@ def _beat(q: Tensor) -> Tensor:
 # a fifth that it never saw (ACDC, with its label numbers). The heart's z is its long axis: an x-y slice is short-axis.
 DOMAINS = {d.name: d for d in (
     Domain("brain-mr", "MR", "inter-subject",
-        {1: "cortex", 2: "white matter", 3: "ventricles", 4: "thalamus", 5: "striatum", 6: "cerebellum", 7: "brainstem"},
+        {1: "cortex", 2: "white matter", 3: "ventricles", 4: "thalamus", 5: "striatum",
+         6: "cerebellum", 7: "brainstem"},
         held_out=False, parts=BRAIN, field_of_view=(180, 216, 180), plane=(1, -0.2), air=0, noise=2.5, variation=0.6),
     Domain("lung-ct", "CT", "intra-subject",
         {1: "left lung", 2: "right lung", 3: "heart", 4: "liver", 5: "spine"}, motion=_breathe,
@@ -551,7 +564,7 @@ DOMAINS = {d.name: d for d in (
         held_out=False, parts=KNEE, field_of_view=(140, 140, 160), plane=(0, 0.2), air=0, noise=5, variation=0.5),
     Domain("abdomen-ct", "CT", "inter-subject",
         {1: "liver", 2: "spleen", 3: "left kidney", 4: "right kidney", 5: "stomach", 6: "aorta"},
-        held_out=False, parts=ABDOMEN, field_of_view=(380, 290, 300), plane=(2, 0.05), air=-1000, noise=15, variation=0.6),
+        held_out=False, parts=ABDOMEN, field_of_view=(380, 290, 300), plane=(2, 0), air=-1000, noise=15, variation=0.6),
     Domain("heart-mr", "MR", "intra-subject", {1: "RV", 2: "myocardium", 3: "LV"}, motion=_beat,
-        held_out=True, parts=HEART, field_of_view=(240, 220, 120), plane=(2, 0.0), air=0, noise=5, variation=0.4),
+        held_out=True, parts=HEART, field_of_view=(240, 220, 120), plane=(2, 0), air=0, noise=5, variation=0.4),
 )}

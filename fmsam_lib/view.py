@@ -71,7 +71,7 @@ class Explorer:
         self.index = widgets.IntSlider(description="slice", min=0)
         self.strength = widgets.FloatSlider(value=1, min=0, max=1, step=0.05, description="strength")
         self.squares = widgets.IntSlider(value=8, min=2, max=24, description="squares")
-        self.labels = widgets.Checkbox(value=True, description="labels", indent=False)
+        self.labels = widgets.Checkbox(value=True, description="labels", indent=False, layout={"width": "auto"})
         self.image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
         self.hint = widgets.HTML()
 
@@ -133,7 +133,9 @@ class Explorer:
         pictures = self._pictures(cut)
         wide = 9 if len(pictures) > 1 else 5.5
         tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
-        self.figure = plots.Picture(figsize=(wide, min(wide / len(pictures) * tall, 6) + 0.6), layout="constrained")
+        bar = 1.0 if view in (DIFFERENCE, JACOBIAN) else 0.0  # inches beside the picture
+        high = min(wide / len(pictures) * tall, 6) + 0.6
+        self.figure = plots.Picture(figsize=(wide + bar, high), layout="constrained")
         self.caption = self.figure.suptitle(cut.name, fontsize=10)
         self.axes = self.figure.subplots(1, len(pictures), squeeze=False)[0]
         how = {JACOBIAN: plots.jacobian_look(), DIFFERENCE: {"cmap": colormaps["PuOr_r"], "vmin": -1, "vmax": 1}}
@@ -163,7 +165,7 @@ class Explorer:
         for contour in self.contours:
             contour.remove()
         self.contours = self._contours(cut)
-        self.image.value = plots.png(self.figure)
+        self.image.value = plots.png(self.figure, compression=1)
 
     def _contours(self, cut: plots.Cut) -> list:
         lines = plots.deformed_grid(self.axes[0], cut) if self.view.value == GRID else []
