@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
+from torch import Tensor
 
-from fmsam_lib import plots
 from fmsam_lib.config import Compare, written_whole
 from fmsam_lib.data import DataError, open_domain
 from fmsam_lib.evaluate import as_text, read_results
 from fmsam_lib.network import load
 from fmsam_lib.study import Study, grid
+from fmsam_lib.synthetic import Pair
 
 
 class Found(NamedTuple):
@@ -86,23 +86,22 @@ def write_summary(summary: pd.DataFrame, study: Study, found: Found, folder: Pat
         partial.write_text(f"{caption(study, found)}\n\n{as_text(summary)}\n")
 
 
-def examples(study: Study, found: Found, settings: Compare) -> dict[str, Figure]:
-    """The first test pair of each domain through the treatment's first network that is there."""
+def examples(study: Study, found: Found, settings: Compare) -> dict[str, tuple[Pair, Tensor]]:
+    """The first test pair of each domain, and its map by the treatment's first network that is there."""
     trained = [run.folder for run in grid(study) if run.optimizer == settings.treatment and found.configs[run.folder]]
     weights = [path for run in trained if (path := Path(settings.folder) / run / "weights.pt").exists()]
     if not weights:
         return {}
     net = load(weights[0])
     data = found.configs[trained[0]]["parameters"]["data"]
-    figures = {}
+    registered = {}
     for domain in study.test_domains:
         if domain not in set(found.results.test_domain):
             continue  # named among the problems
         pair = open_domain(domain, shape=tuple(study.shape), data=data or None).test_pair(0)
         with torch.no_grad():
-            phi_map = net(pair.moving[None], pair.fixed[None]).map
-        figures[domain] = plots.registration(pair, phi_map)
-    return figures
+            registered[domain] = pair, net(pair.moving[None], pair.fixed[None]).map
+    return registered
 
 
 def provenance_table(found: Found) -> str:

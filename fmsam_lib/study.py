@@ -6,7 +6,9 @@ is not computed again.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -84,9 +86,8 @@ class Run:
 
 
 def grid(study: Study) -> list[Run]:
-    """All runs of a study, the slow ones first so that no core waits for one at the end."""
-    runs = [Run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
-    return sorted(runs, key=lambda run: run.optimizer == "adam")
+    """All runs of a study."""
+    return [Run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
 
 
 def parameters(study: Study, run: Run | None, root: Path, data: str, study_file: Path) -> dict[str, dict]:
@@ -133,9 +134,16 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    root.mkdir(parents=True, exist_ok=True)
+    lock = open(root / ".lock", "w")  # noqa: SIM115 - held until this process and those it starts have ended
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"error: another process is computing this study in {root}; wait for it or end it", file=sys.stderr)
+        return 2
     write_json(root / "left_out.json", left_out)
     plan(study, root, data, study_file)
-    done = compute(study, given.study, root, given.cores)
+    done = compute(study, given.study, root, given.cores, locked=(lock.fileno(),))
     for problem in failures(study, root):
         print(f"failed: {problem}", file=sys.stderr)
     if not done:  # compare what there is
@@ -181,23 +189,23 @@ def snakemake_arguments(name: str, root: Path, cores: int) -> list[str]:
     ]
 
 
-def compute(study: Study, name: str, root: Path, cores: int) -> bool:
+def compute(study: Study, name: str, root: Path, cores: int, *, locked: tuple[int, ...] = ()) -> bool:
     """Run the graph, telling how far it is; whether all of it was done."""
     command = [sys.executable, "-m", "snakemake", *snakemake_arguments(name, root, cores)]
-    start, told = time.monotonic(), ""
+    start, told, every = time.monotonic(), "", 2 if sys.stdout.isatty() else 20
     print(f"study {name} on {cores} cores; log: {root / 'snakemake.log'}", flush=True)
     with open(root / "snakemake.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=locked)
         try:
             while process.poll() is None:
-                time.sleep(0.5)
-                seconds = int(time.monotonic() - start)
-                if (now := progress(study, root)) != told and seconds % 5 == 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(every)
+                seconds, now = int(time.monotonic() - start), progress(study, root)
+                if now != told:
                     print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
                     told = now
         except KeyboardInterrupt:
-            process.terminate()  # trainings go on from their checkpoints next time
-            process.wait()
+            process.wait()  # Ctrl-C reaches Snakemake too; trainings go on from their checkpoints next time
             raise
     return process.returncode == 0
 

@@ -85,7 +85,7 @@ def test_the_true_map_is_what_registration_should_find(domain, shape):
         assert jacobian_determinant(phi).min() > 0.05
         points = pair.fixed_landmarks.T.reshape(1, len(shape), -1, *[1] * (len(shape) - 1))
         found = sample(phi, points).flatten(2)[0].T
-        assert (found - pair.moving_landmarks).abs().max() < 0.05 / (shape[0] - 1)  # a twentieth of a sample
+        assert (found - pair.moving_landmarks).abs().max() < 0.1 / (shape[0] - 1)  # a tenth of a sample: look-up error
         before.append(dice(pair.moving_label, pair.fixed_label, pair.labels))
         after.append(dice(warp_label(pair.moving_label[None], phi)[0], pair.fixed_label, pair.labels))
     low, high = (0.47, 0.67) if DOMAINS[domain].pairing == "inter-subject" else (0.6, 0.77)
