@@ -10,12 +10,8 @@ import functools
 import gzip
 import hashlib
 import json
-import math
 import os
 import re
-import shutil
-import tarfile
-import tempfile
 import uuid
 import warnings
 import zlib
@@ -32,21 +28,17 @@ from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
-from fmsam_lib import synthetic
-from fmsam_lib.synthetic import Pair
-
 MANIFEST_KEYS = ("name", "dimensions", "modality", "labels", "pairing", "training", "registration_val")
 MODALITIES = ("CT", "MR")
 CACHE_VERSION = 1  # raise it whenever `decode` returns something else than before
-FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, training pairs up to here
-SYNTHETIC_TEST_PAIRS = 50
 
 
 class DataError(ValueError):
     """Something is wrong with a file, a manifest or a data set's name."""
 
 
-def _error(where, expected: str, found: str, todo: str) -> DataError:
+def data_error(where, expected: str, found: str, todo: str) -> DataError:
+    """The message in the one form that all have."""
     return DataError(f"{where}: expected {expected}, found {found}. {todo}")
 
 
@@ -95,12 +87,14 @@ def read_manifest(folder) -> Manifest:
     path = folder / f"{folder.resolve().name}_dataset.json"
     if not path.is_file():
         found = "no such file" if folder.is_dir() else "no such folder"
-        raise _error(path, "a data set's manifest", found, "Put the data set there or set FMSAM_DATA to its parent.")
+        raise data_error(
+            path, "a data set's manifest", found, "Put the data set there or set FMSAM_DATA to its parent."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in MANIFEST_KEYS if key not in content]
         if missing:
-            raise _error(
+            raise data_error(
                 path, f"the keys {', '.join(MANIFEST_KEYS)}", f"no {', '.join(missing)}", "Add what is missing."
             )
         return _checked(path, content)
@@ -108,23 +102,23 @@ def read_manifest(folder) -> Manifest:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise _error(path, "JSON of Learn2Reg's structure", found, "Compare it with another data set's.") from error
+        raise data_error(path, "JSON of Learn2Reg's structure", found, "Compare it with another data set's.") from error
 
 
 def _checked(path: Path, content: dict) -> Manifest:
     folder, dimensions, labels = path.parent, content["dimensions"], content["labels"]
     if dimensions not in (2, 3):
-        raise _error(path, "dimensions 2 or 3", repr(dimensions), "Correct the manifest.")
+        raise data_error(path, "dimensions 2 or 3", repr(dimensions), "Correct the manifest.")
     modalities = sorted(set(content["modality"].values()))
     if len(modalities) != 1 or modalities[0] not in MODALITIES:
-        raise _error(
+        raise data_error(
             path, f"one modality, {' or '.join(MODALITIES)}", f"{modalities}", "Correct or split the manifest."
         )
     if isinstance(labels.get("0"), dict):  # Learn2Reg nests them by modality
         labels = labels["0"]
     labels = {int(number): name for number, name in labels.items() if int(number) != 0}
     if not all(0 < number < 256 for number in labels):
-        raise _error(path, "labels from 1 to 255", f"{sorted(labels)}", "Renumber them, in the label files too.")
+        raise data_error(path, "labels from 1 to 255", f"{sorted(labels)}", "Renumber them, in the label files too.")
 
     def image_pairs(key):
         return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content[key]]
@@ -145,18 +139,20 @@ def _checked(path: Path, content: dict) -> Manifest:
     absent = [file for file in (*label_of, *label_of.values()) if file and not file.is_file()]
     if absent:
         found = f"{len(absent)} missing, first {absent[0]}"
-        raise _error(path, "every listed file on disk", found, "Copy the files there or take them out of the manifest.")
+        raise data_error(
+            path, "every listed file on disk", found, "Copy the files there or take them out of the manifest."
+        )
     twice = [image.name for image, times in Counter(training).items() if times > 1]
     if twice:
-        raise _error(path, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
+        raise data_error(path, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
     itself = [fixed.name for fixed, moving in [*(training_pairs or []), *test_pairs] if fixed == moving]
     if itself:
-        raise _error(path, "pairs of two different images", f"{itself[0]} with itself", "Correct the pair.")
+        raise data_error(path, "pairs of two different images", f"{itself[0]} with itself", "Correct the pair.")
     subjects = {image: str(entries.get(image, {}).get("subject", subject_of(image))) for image in label_of}
     shared = sorted({subjects[image] for image in trained_on} & {subjects[image] for image in tested_on})
     if shared:
         todo = "Move their images to one side, or tell subjects apart by a key 'subject' in the entries."
-        raise _error(path, "no subject in both training and test", ", ".join(shared[:5]), todo)
+        raise data_error(path, "no subject in both training and test", ", ".join(shared[:5]), todo)
     lost = re.search("spacing was lost|no spacing", content.get("description", ""), re.IGNORECASE)
     return Manifest(
         name=content["name"],
@@ -218,7 +214,7 @@ def decode(image_path, label_path=None, *, modality: str, shape, labels=None) ->
     dim, label = len(shape), None
     if dim not in (2, 3) or min(shape) < 2 or modality not in MODALITIES:
         expected = f"a 2-D or 3-D grid and {' or '.join(MODALITIES)}"
-        raise _error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
+        raise data_error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
     volume, volume_affine = _read(Path(image_path), dim)
     image, affine = _slice(volume, volume_affine, dim)
     image = _normalise(image_path, image, modality)
@@ -227,12 +223,12 @@ def decode(image_path, label_path=None, *, modality: str, shape, labels=None) ->
         _check_label(label_path, label, labels)
         if label.shape != volume.shape:
             expected = f"the shape {volume.shape} of {image_path}"
-            raise _error(label_path, expected, f"{label.shape}", "Resample the label onto the image.")
+            raise data_error(label_path, expected, f"{label.shape}", "Resample the label onto the image.")
         # How far the label's grid strays from the image's, in voxels, at worst; at a single slice, nowhere.
         apart = np.abs(np.linalg.inv(volume_affine) @ label_affine - np.eye(4)) @ [*(n - 1 for n in label.shape), 1]
         if apart.max() > 0.1:
             expected, found = f"the affine of {image_path}", f"grids {apart.max():.3g} voxels apart"
-            raise _error(label_path, expected, found, "Correct the wrong header or resample the label.")
+            raise data_error(label_path, expected, found, "Correct the wrong header or resample the label.")
         label = _slice(label, label_affine, dim)[0]
 
     steps = [(m - 1) / (n - 1) for m, n in zip(image.shape, shape, strict=True)]
@@ -256,13 +252,13 @@ def _reading(path: Path):
         yield
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise _error(path, "a readable image", found, "The file may be damaged: copy it again.") from error
+        raise data_error(path, "a readable image", found, "The file may be damaged: copy it again.") from error
 
 
 def _read(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """A file's values `(X, Y, Z)` float32 and affine in canonical orientation; 2-D ones have one side of 1."""
     if not path.is_file():
-        raise _error(path, "an image file", "no such file", "Check the path.")
+        raise data_error(path, "an image file", "no such file", "Check the path.")
     with _reading(path):
         if path.suffix == ".gz":  # nibabel stops before the checksum at the end, so let gzip check it
             with gzip.open(path) as stream:
@@ -271,19 +267,21 @@ def _read(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray]:
         file = nibabel.load(path)
         kind, shape, affine = file.get_data_dtype(), tuple(file.shape), np.asarray(file.affine, dtype=np.float64)
     if kind.kind not in "biuf":
-        raise _error(path, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
+        raise data_error(path, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) > 3 or sum(n > 1 for n in shape) < dim:
         expected = f"a {dim}-D image with several samples along each axis"
-        raise _error(path, expected, f"shape {file.shape}", f"Choose a {dim}-D file or another grid.")
+        raise data_error(path, expected, f"shape {file.shape}", f"Choose a {dim}-D file or another grid.")
     shape = (*shape, 1)[:3]
     if not np.isfinite(affine).all() or np.linalg.cond(affine[:3, :3]) > 1e6:
-        raise _error(path, "an invertible affine", str(affine.tolist()), "Set the header's spacing and orientation.")
+        raise data_error(
+            path, "an invertible affine", str(affine.tolist()), "Set the header's spacing and orientation."
+        )
     with _reading(path):
         values = file.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
     if not np.isfinite(values).all():
-        raise _error(path, "finite values", f"{(~np.isfinite(values)).sum()} NaN or infinite", "Replace them.")
+        raise data_error(path, "finite values", f"{(~np.isfinite(values)).sum()} NaN or infinite", "Replace them.")
     orientation = nibabel.io_orientation(affine)
     affine = affine @ nibabel.orientations.inv_ornt_aff(orientation, shape)
     return nibabel.apply_orientation(values, orientation), affine
@@ -306,21 +304,23 @@ def _normalise(path, image: np.ndarray, modality: str) -> np.ndarray:
     image = np.clip(image, low, high)
     if image.max() <= image.min():
         where = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
-        raise _error(path, f"an image that varies {where}", f"{image.min():g} throughout", "Leave the image out.")
+        raise data_error(path, f"an image that varies {where}", f"{image.min():g} throughout", "Leave the image out.")
     return ((image - low) / (high - low)).astype(np.float32)
 
 
 def _check_label(path, label: np.ndarray, labels) -> None:
     values = np.unique(label)
     if np.abs(values - np.rint(values)).max() > 1e-3:
-        raise _error(path, "whole numbers", f"{values[np.rint(values) != values][0]:g}", "Save labels as integers.")
+        raise data_error(path, "whole numbers", f"{values[np.rint(values) != values][0]:g}", "Save labels as integers.")
     found = {int(value) for value in np.rint(values)} - {0}
     named = set(range(1, 256)) if labels is None else set(labels)
     expected = "labels from 1 to 255" if labels is None else f"labels {sorted(named)}"
     if not found <= named:
-        raise _error(path, expected, f"also {sorted(found - named)[:10]}", "Name them in the manifest or remove them.")
+        raise data_error(
+            path, expected, f"also {sorted(found - named)[:10]}", "Name them in the manifest or remove them."
+        )
     if not found:
-        raise _error(path, expected, "only background", "Leave the image out.")
+        raise data_error(path, expected, "only background", "Leave the image out.")
 
 
 # The disk cache
@@ -386,224 +386,3 @@ def _store(entry: Path, sample: Sample, layout: np.dtype) -> None:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
-
-
-# Domains: the same access to synthetic and real images
-
-
-def domain_names(data=None) -> list[str]:
-    """The synthetic domains, then the data sets found in the data folder."""
-    folders = sorted(path.parent.name for path in data_folder(data).glob("*/*_dataset.json"))
-    return [*synthetic.DOMAINS, *folders]
-
-
-def open_domain(name: str, *, shape, data=None, cache=None, seed: int = 0):
-    """A source of pairs on the grid `shape`: a synthetic domain, a data set's folder, or "a+b", a mixture.
-
-    All have `name`, `labels`, `modality`, `pairing`, `unit` ("mm", or "voxel" where the spacing is unknown),
-    `training_count` (images, infinite for synthetic ones), `training_pair(i)`: the i-th of an endless
-    sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the same for every seed, and
-    `check()`: the messages of everything wrong with its files.
-    Raises DataError for an unknown name, with the known ones.
-    """
-    shape = tuple(shape)
-    if "+" in name:
-        parts = [open_domain(part, shape=shape, data=data, cache=cache, seed=seed) for part in name.split("+")]
-        return Mixture(name, parts)
-    if name in synthetic.DOMAINS:
-        return SyntheticDomain(name, shape, seed)
-    known = domain_names(data)
-    if name not in known:
-        todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
-        raise _error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
-    return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
-
-
-class SyntheticDomain:
-    """Pairs made on the spot."""
-
-    unit = "mm"
-    training_count = math.inf
-
-    def __init__(self, name: str, shape: tuple[int, ...], seed: int):
-        domain = synthetic.DOMAINS[name]
-        self.name, self.shape, self.seed = name, shape, seed
-        self.labels, self.modality, self.pairing = domain.labels, domain.modality, domain.pairing
-
-    def training_pair(self, index: int) -> Pair:
-        return synthetic.make_pair(self.name, seed=self.seed, index=index % FIRST_TEST_INDEX, shape=self.shape)
-
-    @property
-    def test_count(self) -> int:
-        return SYNTHETIC_TEST_PAIRS
-
-    def test_pair(self, index: int) -> Pair:
-        return synthetic.make_pair(self.name, seed=0, index=FIRST_TEST_INDEX + index, shape=self.shape)
-
-    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
-        return []
-
-
-class FileDomain:
-    """Pairs of a manifest's files; each file is read once and then kept in memory."""
-
-    def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
-        if len(shape) > manifest.dimensions:
-            raise _error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
-        self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
-        self.name, self.labels, self.modality = manifest.name, manifest.labels, manifest.modality
-        self.pairing, self.training_count = manifest.pairing, len(manifest.training)
-        self.unit = "mm" if manifest.spacing_known else "voxel"
-        self.samples: dict[Path, Sample] = {}
-
-    def training_pair(self, index: int) -> Pair:
-        images, pairs = self.manifest.training, self.manifest.training_pairs
-        rng = np.random.default_rng([self.seed, index])
-        if pairs:
-            return self._pair(*pairs[rng.integers(len(pairs))])
-        if len(images) < 2 or pairs == []:
-            raise _error(self.manifest.folder, "training pairs", "none", "Use this data set for testing only.")
-        return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
-
-    @property
-    def test_count(self) -> int:
-        return len(self.manifest.test_pairs)
-
-    def test_pair(self, index: int) -> Pair:
-        return self._pair(*self.manifest.test_pairs[index])
-
-    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
-        """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
-        manifest = self.manifest
-        pairs = [*(manifest.training_pairs or []) * training, *manifest.test_pairs * test]
-        images = {*manifest.training * training, *(image for pair in pairs for image in pair)}
-        problems = []
-        for image in sorted(images):
-            try:
-                self._sample(image)
-            except DataError as error:
-                problems.append(str(error))
-        return problems
-
-    def _sample(self, image: Path) -> Sample:
-        if image not in self.samples:
-            options = {"modality": self.modality, "shape": self.shape, "labels": self.labels, "cache": self.cache}
-            self.samples[image] = load(image, self.manifest.label_of[image], **options)
-        return self.samples[image]
-
-    def _pair(self, fixed_path: Path, moving_path: Path) -> Pair:
-        fixed, moving = self._sample(fixed_path), self._sample(moving_path)
-        fixed_stem, moving_stem = (re.sub(r"\.nii(\.gz)?$", "", path.name) for path in (fixed_path, moving_path))
-        return Pair(
-            name=f"{fixed_stem}<-{moving_stem}",
-            moving=moving.image,
-            fixed=fixed.image,
-            moving_label=moving.label,
-            fixed_label=fixed.label,
-            labels=self.labels,
-            spacing=tuple(np.linalg.norm(fixed.affine[:3, : len(self.shape)], axis=0).tolist()),
-            affine=torch.from_numpy(fixed.affine),
-        )
-
-
-class Mixture:
-    """Several domains in turn, for training only; each pair carries its own labels."""
-
-    def __init__(self, name: str, domains: list):
-        self.name, self.domains = name, domains
-        self.labels, self.unit = {}, "mm" if all(domain.unit == "mm" for domain in domains) else "voxel"
-        self.modality = "+".join(dict.fromkeys(domain.modality for domain in domains))
-        self.pairing = "+".join(dict.fromkeys(domain.pairing for domain in domains))
-        self.training_count = sum(domain.training_count for domain in domains)
-
-    def training_pair(self, index: int) -> Pair:
-        turn, domain = divmod(index, len(self.domains))
-        return self.domains[domain].training_pair(turn)
-
-    @property
-    def test_count(self) -> int:
-        return 0
-
-    def test_pair(self, index: int) -> Pair:
-        raise _error(self.name, "a single domain to test on", "a mixture", "Test its domains one by one.")
-
-    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
-        return [message for domain in self.domains for message in domain.check(training=training, test=test)]
-
-
-# HippocampusMR
-
-
-def fetch_hippocampus(folder=None) -> Path:
-    """Make `<folder>/HippocampusMR` from the Medical Segmentation Decathlon's task 4 (CC-BY-SA 4.0, 27 MB).
-
-    The 260 images in order of number: 200 to train, the last 60 to test, each with its mirror image in the
-    list. Uses what was put there by hand: `HippocampusMR/{imagesTr,labelsTr}`, `Task04_Hippocampus/` or
-    `Task04_Hippocampus.tar`; else downloads through MONAI. Returns the data set's folder.
-    """
-    folder = data_folder(folder)
-    target, extracted = folder / "HippocampusMR", folder / "Task04_Hippocampus"
-    if (target / "HippocampusMR_dataset.json").is_file():
-        return read_manifest(target).folder
-    folder.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        # Everything is prepared aside, then moved in one step: what is half finished never looks complete.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
-            source = extracted if extracted.is_dir() else _download_hippocampus(folder, Path(work))
-            for part in ("imagesTr", "labelsTr"):
-                (Path(work) / "ready" / part).mkdir(parents=True)
-                for file in sorted(source.glob(f"{part}/hippocampus_*.nii.gz")):
-                    shutil.copyfile(file, Path(work) / "ready" / part / file.name)
-            _write_hippocampus_manifest(Path(work) / "ready", source)
-            os.replace(Path(work) / "ready", target)
-    else:
-        _write_hippocampus_manifest(target, target)
-    return read_manifest(target).folder
-
-
-def _download_hippocampus(folder: Path, work: Path) -> Path:
-    from monai.apps import DecathlonDataset, download_and_extract  # here: importing MONAI takes seconds
-
-    task = "Task04_Hippocampus"
-    by_hand = folder / f"{task}.tar"
-    tar = by_hand if by_hand.is_file() else work / by_hand.name
-    try:
-        url, md5 = DecathlonDataset.resource[task], DecathlonDataset.md5[task]
-        download_and_extract(url, filepath=tar, output_dir=work, hash_val=md5, hash_type="md5")
-    except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
-        expected = "task 4 (Hippocampus) of the Medical Segmentation Decathlon"
-        where = folder / "HippocampusMR"
-        todo = f"Without network, put {by_hand.name} into {folder}, or its imagesTr and labelsTr into {where}."
-        raise _error(tar if tar == by_hand else where, expected, f"{type(error).__name__}: {error}", todo) from error
-    return work / task
-
-
-def _write_hippocampus_manifest(target: Path, source: Path) -> None:
-    images = sorted(file.name for file in (target / "imagesTr").glob("hippocampus_*.nii.gz"))
-    labels = sorted(file.name for file in (target / "labelsTr").glob("hippocampus_*.nii.gz"))
-    if len(images) != 260 or images != labels:
-        expected, found = "260 imagesTr and their labelsTr", f"{len(images)} images and {len(labels)} labels"
-        raise _error(source, expected, found, "Complete or remove the folder.")
-    train, test = images[:200], images[200:]
-    content = {
-        "name": "HippocampusMR",
-        "release": "1.0",
-        "description": "T1-weighted MR of the hippocampus, cropped; Medical Segmentation Decathlon task 4, "
-        "also Learn2Reg 2020 task 4. Inter-subject registration.",
-        "licence": "CC-BY-SA 4.0",
-        "reference": "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nature Communications 13:4128",
-        "dimensions": 3,
-        "modality": {"0": "MR"},
-        "labels": {"0": "background", "1": "anterior", "2": "posterior"},
-        "pairing": "inter-subject",
-        "numTraining": len(train),
-        "numRegistration_val": len(test),
-        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in train],
-        "registration_val": [
-            {"fixed": f"./imagesTr/{fixed}", "moving": f"./imagesTr/{moving}"}
-            for fixed, moving in zip(test, reversed(test), strict=True)
-        ],
-    }
-    part = target / "manifest.part"
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, target / "HippocampusMR_dataset.json")

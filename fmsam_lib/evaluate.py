@@ -8,7 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from fmsam_lib.config import Evaluate, written_whole
-from fmsam_lib.data import DataError, open_domain
+from fmsam_lib.data import DataError
+from fmsam_lib.domains import open_domain
 from fmsam_lib.metrics import measure
 from fmsam_lib.network import GradICON
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fmsam_lib.config import Compare, written_whole
-from fmsam_lib.data import DataError, open_domain
+from fmsam_lib.data import DataError
+from fmsam_lib.domains import open_domain
 from fmsam_lib.evaluate import as_text, read_results
 from fmsam_lib.network import load
 from fmsam_lib.study import Study, grid

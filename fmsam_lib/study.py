@@ -22,7 +22,8 @@ from pathlib import Path
 import yaml
 
 from fmsam_lib.config import ConfigError, Evaluate, Landscape, Optimizer, Train, nearest, problems_of, read, write_json
-from fmsam_lib.data import DataError, fetch_hippocampus, open_domain
+from fmsam_lib.data import DataError
+from fmsam_lib.domains import fetch_hippocampus, open_domain
 
 PROJECT = Path(__file__).resolve().parents[1]
 BASELINE, TREATMENT = "adam", "sam"
@@ -169,8 +170,8 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     left_out = []
     for domain in dict.fromkeys([*study.train_domains, *study.test_domains]):
         try:
-            if domain == "HippocampusMR" and not (Path(data) / domain).exists():
-                fetch_hippocampus(data)
+            if domain == "HippocampusMR":
+                fetch_hippocampus(data)  # returns at once where it is there already
             open_domain(domain, shape=tuple(study.shape), data=data)
         except DataError as error:
             if domain in study.train_domains:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fmsam_lib.config import Evaluate
-from fmsam_lib.data import DataError, open_domain
+from fmsam_lib.data import DataError
+from fmsam_lib.domains import open_domain
 from fmsam_lib.evaluate import (
     COLUMNS,
     as_text,

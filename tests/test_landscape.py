@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fmsam_lib.config import Landscape, Train
-from fmsam_lib.data import open_domain
+from fmsam_lib.domains import open_domain
 from fmsam_lib.landscape import (
     TERMS,
     filter_normalised_direction,

@@ -177,10 +177,7 @@ def test_two_processes_do_not_compute_the_same_study(project, computed):
 def test_a_missing_training_domain_is_an_error_before_anything_is_computed(project):
     study = TINY | {"train_domains": ["NoSuchSet"]}
     (project / "studies/tiny2.yaml").write_text(yaml.safe_dump(study))
-    command = [sys.executable, "-m", "fmsam_lib.study", "tiny2"]
-    process = subprocess.run(
-        command, cwd=project, env=environment(project), capture_output=True, text=True, check=False
-    )
+    process = compute(project, study="tiny2")
     assert process.returncode == 2
     assert "NoSuchSet" in process.stderr
     assert "brain-mr" in process.stderr  # what there is

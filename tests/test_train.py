@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fmsam_lib.config import ConfigError, Train, as_dict
-from fmsam_lib.data import open_domain
+from fmsam_lib.domains import open_domain
 from fmsam_lib.train import GIVE_UP_AFTER, make_batch, train, train_step, untrained
 
 
@@ -63,7 +63,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     """A real SIGKILL of a real process, then the same call again."""
     settings = tiny(tmp_path / "killed", steps=400)
     code = (
-        "import json, sys; from fmsam_lib.config import Train; from fmsam_lib.data import open_domain\n"
+        "import json, sys; from fmsam_lib.config import Train; from fmsam_lib.domains import open_domain\n"
         "from fmsam_lib.train import train, untrained\n"
         "run = Train(**json.loads(sys.argv[1]))\n"
         "train(untrained(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)\n"

@@ -1,0 +1,249 @@
+"""Domains: the same access to pairs of images, whether made on the spot or read from files.
+
+Modules below this one see no file and no manifest: a domain gives training pairs and test pairs.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fmsam_lib import synthetic
+from fmsam_lib.data import DataError, Manifest, Sample, data_error, data_folder, load, read_manifest
+from fmsam_lib.synthetic import Pair
+
+SYNTHETIC_TRAINING_PAIRS = 200
+SYNTHETIC_TEST_PAIRS = 50
+FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
+
+
+def domain_names(data=None) -> list[str]:
+    """The synthetic domains, then the data sets found in the data folder."""
+    folders = sorted(path.parent.name for path in data_folder(data).glob("*/*_dataset.json"))
+    return [*synthetic.DOMAINS, *folders]
+
+
+def open_domain(name: str, *, shape, data=None, cache=None, seed: int = 0):
+    """A source of pairs on the grid `shape`: a synthetic domain, a data set's folder, or "a+b", a mixture.
+
+    All have `name`, `labels`, `modality`, `pairing`, `unit` ("mm", or "voxel" where the spacing is unknown),
+    `training_count` (images; pairs of a synthetic domain), `training_pair(i)`: the i-th of an endless
+    sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the same for every seed, and
+    `check()`: the messages of everything wrong with its files.
+    Raises DataError for an unknown name, with the known ones.
+    """
+    shape = tuple(shape)
+    if "+" in name:
+        parts = [open_domain(part, shape=shape, data=data, cache=cache, seed=seed) for part in name.split("+")]
+        return Mixture(name, parts)
+    if name in synthetic.DOMAINS:
+        return SyntheticDomain(name, shape, seed)
+    known = domain_names(data)
+    if name not in known:
+        todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
+        raise data_error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
+    return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
+
+
+class SyntheticDomain:
+    """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
+
+    unit = "mm"
+    training_count = SYNTHETIC_TRAINING_PAIRS
+
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int):
+        domain = synthetic.DOMAINS[name]
+        self.name, self.shape, self.seed = name, shape, seed
+        self.labels, self.modality, self.pairing = domain.labels, domain.modality, domain.pairing
+        self.made: dict[int, Pair] = {}
+
+    def training_pair(self, index: int) -> Pair:
+        number = int(np.random.default_rng([self.seed, index]).integers(SYNTHETIC_TRAINING_PAIRS))
+        if number not in self.made:
+            pair = synthetic.make_pair(self.name, seed=self.seed, index=number, shape=self.shape)
+            self.made[number] = dataclasses.replace(pair, true_map=None)  # the largest part, not needed to train
+        return self.made[number]
+
+    @property
+    def test_count(self) -> int:
+        return SYNTHETIC_TEST_PAIRS
+
+    def test_pair(self, index: int) -> Pair:
+        return synthetic.make_pair(self.name, seed=0, index=FIRST_TEST_INDEX + index, shape=self.shape)
+
+    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
+        return []
+
+
+class FileDomain:
+    """Pairs of a manifest's files; each file is read once and then kept in memory."""
+
+    def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
+        if len(shape) > manifest.dimensions:
+            raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
+        self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
+        self.name, self.labels, self.modality = manifest.name, manifest.labels, manifest.modality
+        self.pairing, self.training_count = manifest.pairing, len(manifest.training)
+        self.unit = "mm" if manifest.spacing_known else "voxel"
+        self.samples: dict[Path, Sample] = {}
+
+    def training_pair(self, index: int) -> Pair:
+        images, pairs = self.manifest.training, self.manifest.training_pairs
+        rng = np.random.default_rng([self.seed, index])
+        if pairs:
+            return self._pair(*pairs[rng.integers(len(pairs))])
+        if len(images) < 2 or pairs == []:
+            raise data_error(self.manifest.folder, "training pairs", "none", "Use this data set for testing only.")
+        return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
+
+    @property
+    def test_count(self) -> int:
+        return len(self.manifest.test_pairs)
+
+    def test_pair(self, index: int) -> Pair:
+        return self._pair(*self.manifest.test_pairs[index])
+
+    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
+        """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
+        manifest = self.manifest
+        pairs = [*(manifest.training_pairs or []) * training, *manifest.test_pairs * test]
+        images = {*manifest.training * training, *(image for pair in pairs for image in pair)}
+        problems = []
+        for image in sorted(images):
+            try:
+                self._sample(image)
+            except DataError as error:
+                problems.append(str(error))
+        return problems
+
+    def _sample(self, image: Path) -> Sample:
+        if image not in self.samples:
+            options = {"modality": self.modality, "shape": self.shape, "labels": self.labels, "cache": self.cache}
+            self.samples[image] = load(image, self.manifest.label_of[image], **options)
+        return self.samples[image]
+
+    def _pair(self, fixed_path: Path, moving_path: Path) -> Pair:
+        fixed, moving = self._sample(fixed_path), self._sample(moving_path)
+        fixed_stem, moving_stem = (re.sub(r"\.nii(\.gz)?$", "", path.name) for path in (fixed_path, moving_path))
+        return Pair(
+            name=f"{fixed_stem}<-{moving_stem}",
+            moving=moving.image,
+            fixed=fixed.image,
+            moving_label=moving.label,
+            fixed_label=fixed.label,
+            labels=self.labels,
+            spacing=tuple(np.linalg.norm(fixed.affine[:3, : len(self.shape)], axis=0).tolist()),
+            affine=torch.from_numpy(fixed.affine),
+        )
+
+
+class Mixture:
+    """Several domains in turn, for training only; each pair carries its own labels."""
+
+    def __init__(self, name: str, domains: list):
+        self.name, self.domains = name, domains
+        self.labels, self.unit = {}, "mm" if all(domain.unit == "mm" for domain in domains) else "voxel"
+        self.modality = "+".join(dict.fromkeys(domain.modality for domain in domains))
+        self.pairing = "+".join(dict.fromkeys(domain.pairing for domain in domains))
+        self.training_count = sum(domain.training_count for domain in domains)
+
+    def training_pair(self, index: int) -> Pair:
+        turn, domain = divmod(index, len(self.domains))
+        return self.domains[domain].training_pair(turn)
+
+    @property
+    def test_count(self) -> int:
+        return 0
+
+    def test_pair(self, index: int) -> Pair:
+        raise data_error(self.name, "a single domain to test on", "a mixture", "Test its domains one by one.")
+
+    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
+        return [message for domain in self.domains for message in domain.check(training=training, test=test)]
+
+
+# HippocampusMR
+
+
+def fetch_hippocampus(folder=None) -> Path:
+    """Make `<folder>/HippocampusMR` from the Medical Segmentation Decathlon's task 4 (CC-BY-SA 4.0, 27 MB).
+
+    The 260 images in order of number: 200 to train, the last 60 to test, each with its mirror image in the
+    list. Uses what was put there by hand: `HippocampusMR/{imagesTr,labelsTr}`, `Task04_Hippocampus/` or
+    `Task04_Hippocampus.tar`; else downloads through MONAI. Returns the data set's folder.
+    """
+    folder = data_folder(folder)
+    target, extracted = folder / "HippocampusMR", folder / "Task04_Hippocampus"
+    if (target / "HippocampusMR_dataset.json").is_file():
+        return read_manifest(target).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        # Everything is prepared aside, then moved in one step: what is half finished never looks complete.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
+            source = extracted if extracted.is_dir() else _download_hippocampus(folder, Path(work))
+            for part in ("imagesTr", "labelsTr"):
+                (Path(work) / "ready" / part).mkdir(parents=True)
+                for file in sorted(source.glob(f"{part}/hippocampus_*.nii.gz")):
+                    shutil.copyfile(file, Path(work) / "ready" / part / file.name)
+            _write_hippocampus_manifest(Path(work) / "ready", source)
+            os.replace(Path(work) / "ready", target)
+    else:
+        _write_hippocampus_manifest(target, target)
+    return read_manifest(target).folder
+
+
+def _download_hippocampus(folder: Path, work: Path) -> Path:
+    from monai.apps import DecathlonDataset, download_and_extract  # here: importing MONAI takes seconds
+
+    task = "Task04_Hippocampus"
+    by_hand = folder / f"{task}.tar"
+    tar = by_hand if by_hand.is_file() else work / by_hand.name
+    try:
+        url, md5 = DecathlonDataset.resource[task], DecathlonDataset.md5[task]
+        download_and_extract(url, filepath=tar, output_dir=work, hash_val=md5, hash_type="md5")
+    except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        expected = "task 4 (Hippocampus) of the Medical Segmentation Decathlon"
+        where = folder / "HippocampusMR"
+        todo = f"Without network, put {by_hand.name} into {folder}, or its imagesTr and labelsTr into {where}."
+        raise data_error(
+            tar if tar == by_hand else where, expected, f"{type(error).__name__}: {error}", todo
+        ) from error
+    return work / task
+
+
+def _write_hippocampus_manifest(target: Path, source: Path) -> None:
+    images = sorted(file.name for file in (target / "imagesTr").glob("hippocampus_*.nii.gz"))
+    labels = sorted(file.name for file in (target / "labelsTr").glob("hippocampus_*.nii.gz"))
+    if len(images) != 260 or images != labels:
+        expected, found = "260 imagesTr and their labelsTr", f"{len(images)} images and {len(labels)} labels"
+        raise data_error(source, expected, found, "Complete or remove the folder.")
+    train, test = images[:200], images[200:]
+    content = {
+        "name": "HippocampusMR",
+        "release": "1.0",
+        "description": "T1-weighted MR of the hippocampus, cropped; Medical Segmentation Decathlon task 4, "
+        "also Learn2Reg 2020 task 4. Inter-subject registration.",
+        "licence": "CC-BY-SA 4.0",
+        "reference": "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nature Communications 13:4128",
+        "dimensions": 3,
+        "modality": {"0": "MR"},
+        "labels": {"0": "background", "1": "anterior", "2": "posterior"},
+        "pairing": "inter-subject",
+        "numTraining": len(train),
+        "numRegistration_val": len(test),
+        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in train],
+        "registration_val": [
+            {"fixed": f"./imagesTr/{fixed}", "moving": f"./imagesTr/{moving}"}
+            for fixed, moving in zip(test, reversed(test), strict=True)
+        ],
+    }
+    part = target / "manifest.part"
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, target / "HippocampusMR_dataset.json")
