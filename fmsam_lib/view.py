@@ -14,7 +14,7 @@ from IPython.display import display
 from matplotlib import colormaps
 from torch import Tensor
 
-from fmsam_lib import plots
+from fmsam_lib import slices
 from fmsam_lib.network import Transform
 from fmsam_lib.synthetic import Pair
 
@@ -43,8 +43,8 @@ def explore(
     >>> explorer = explore(pair, phi)     # doctest: +SKIP
     >>> explorer.strength.value = 0.5     # doctest: +SKIP
     """
-    phi_map = None if phi is None else plots.check_map(pair, getattr(phi, "map", phi))
-    display(plots.registration(pair, phi_map))
+    phi_map = None if phi is None else slices.check_map(pair, getattr(phi, "map", phi))
+    display(slices.registration(pair, phi_map))
     if interactive is None:
         interactive = not os.environ.get("FMSAM_HEADLESS") and hasattr(get_ipython(), "kernel")
     if not interactive:
@@ -57,7 +57,7 @@ def explore(
 class Explorer:
     """The controls (`view`, `plane`, `index`, `strength`, `squares`, `labels`) and the `image` they draw.
 
-    Setting a control's value redraws. `figure` is the figure last drawn, `drawn` the `plots.Cut` in it.
+    Setting a control's value redraws. `figure` is the figure last drawn, `drawn` the `slices.Cut` in it.
     """
 
     def __init__(self, pair: Pair, phi_map: Tensor | None, title: str = ""):
@@ -66,7 +66,7 @@ class Explorer:
         dim = pair.fixed.dim() - 1
         views = list(HINTS) if phi_map is not None else [SIDE_BY_SIDE, CHECKERBOARD, OVERLAY, DIFFERENCE]
         self.view = widgets.Dropdown(options=views, description="view")
-        planes = [(name, axis) for axis, name in reversed(list(enumerate(plots.PLANES)))]
+        planes = [(name, axis) for axis, name in reversed(list(enumerate(slices.PLANES)))]
         self.plane = widgets.Dropdown(options=planes, value=2, description="plane")
         self.index = widgets.IntSlider(description="slice", min=0)
         self.strength = widgets.FloatSlider(value=1, min=0, max=1, step=0.05, description="strength")
@@ -105,18 +105,18 @@ class Explorer:
         self.index.observe(self._draw, "value")
         self._build()
 
-    def _cut(self) -> plots.Cut:
+    def _cut(self) -> slices.Cut:
         place = {} if self.pair.fixed.dim() == 3 else {"axis": self.plane.value, "index": self.index.value}
-        return plots.cut(self.pair, self.phi_map, strength=self.strength.value, **place)
+        return slices.cut(self.pair, self.phi_map, strength=self.strength.value, **place)
 
-    def _pictures(self, cut: plots.Cut) -> dict[str, np.ndarray]:
+    def _pictures(self, cut: slices.Cut) -> dict[str, np.ndarray]:
         """What the view shows of the plane, by title."""
         view = self.view.value
         if view == SIDE_BY_SIDE:
             pictures = {"fixed": cut.fixed, "moving": cut.moving, "warped": cut.warped}
             return pictures if self.phi_map is not None else {name: pictures[name] for name in ("fixed", "moving")}
         single = {
-            CHECKERBOARD: lambda: plots.checkerboard(cut.fixed, cut.warped, self.squares.value),
+            CHECKERBOARD: lambda: slices.checkerboard(cut.fixed, cut.warped, self.squares.value),
             OVERLAY: lambda: np.stack([cut.warped, cut.fixed, cut.warped], -1).clip(0, 1),
             DIFFERENCE: lambda: cut.warped - cut.fixed,
             GRID: lambda: cut.warped,
@@ -135,23 +135,23 @@ class Explorer:
         tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
         bar = 1.0 if view in (DIFFERENCE, JACOBIAN) else 0.0  # inches beside the picture
         high = min(wide / len(pictures) * tall, 6) + 0.6
-        self.figure = plots.Picture(figsize=(wide + bar, high), layout="constrained")
+        self.figure = slices.Picture(figsize=(wide + bar, high), layout="constrained")
         self.caption = self.figure.suptitle(cut.name, fontsize=10)
         self.axes = self.figure.subplots(1, len(pictures), squeeze=False)[0]
-        how = {JACOBIAN: plots.jacobian_look(), DIFFERENCE: {"cmap": colormaps["PuOr_r"], "vmin": -1, "vmax": 1}}
+        how = {JACOBIAN: slices.jacobian_look(), DIFFERENCE: {"cmap": colormaps["PuOr_r"], "vmin": -1, "vmax": 1}}
         self.images = [
-            plots.show(ax, cut, picture, **how.get(view, {}))
+            slices.show(ax, cut, picture, **how.get(view, {}))
             for ax, picture in zip(self.axes, pictures.values(), strict=True)
         ]
         for ax, name in zip(self.axes, pictures, strict=True):
             ax.set_title(name if len(pictures) > 1 else "", fontsize=10)
         if view == JACOBIAN:
-            plots.jacobian_bar(self.figure, self.images[0], self.axes[0])
+            slices.jacobian_bar(self.figure, self.images[0], self.axes[0])
         elif view == DIFFERENCE:
             self.figure.colorbar(self.images[0], ax=self.axes[0], label="intensity", shrink=0.8, pad=0.02)
         if self.labels.layout.display != "none":
             both = view == SIDE_BY_SIDE and self.phi_map is not None
-            plots.contour_legend(self.figure, "moving and warped" if both else self.warped)
+            slices.contour_legend(self.figure, "moving and warped" if both else self.warped)
         self.contours = []
         self._draw()
         self.figure.set_layout_engine("none")  # one layout for all slices: nothing jumps, and it is quicker
@@ -165,18 +165,18 @@ class Explorer:
         for contour in self.contours:
             contour.remove()
         self.contours = self._contours(cut)
-        self.image.value = plots.png(self.figure, compression=1)
+        self.image.value = slices.png(self.figure, compression=1)
 
-    def _contours(self, cut: plots.Cut) -> list:
-        lines = plots.deformed_grid(self.axes[0], cut) if self.view.value == GRID else []
+    def _contours(self, cut: slices.Cut) -> list:
+        lines = slices.deformed_grid(self.axes[0], cut) if self.view.value == GRID else []
         if not self.labels.value:
             return lines
         first, last = self.axes[0], self.axes[-1]
-        lines += plots.outline(first, cut, cut.fixed_label, plots.FIXED_LINE)
+        lines += slices.outline(first, cut, cut.fixed_label, slices.FIXED_LINE)
         if first is not last and self.phi_map is not None:
-            lines += plots.outline(last, cut, cut.fixed_label, plots.FIXED_LINE)
-            lines += plots.outline(self.axes[1], cut, cut.moving_label, plots.WARPED_LINE)
-        return lines + plots.outline(last, cut, cut.warped_label, plots.WARPED_LINE)
+            lines += slices.outline(last, cut, cut.fixed_label, slices.FIXED_LINE)
+            lines += slices.outline(self.axes[1], cut, cut.moving_label, slices.WARPED_LINE)
+        return lines + slices.outline(last, cut, cut.warped_label, slices.WARPED_LINE)
 
 
 def _show(widget: widgets.Widget, visible: bool) -> None:

@@ -14,10 +14,10 @@ DOMAIN, SHAPE = "brain-mr", [32, 32]
 TRAIN = {"train_domain": DOMAIN, "shape": SHAPE, "down": [8, 16], "levels": 2, "steps": 40, "lr": 0.003, "sigma": 3.0}
 
 
-def execute(name, folder, **parameters):
-    """The executed notebook `name`, run in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / f"{name}.ipynb"
+def execute(name, into, **parameters):
+    """The executed notebook `name`, written into the folder `into`."""
+    into.mkdir(parents=True, exist_ok=True)
+    out = into / f"{name}.ipynb"
     papermill.execute_notebook(NOTEBOOKS / f"{name}.ipynb", out, parameters, cwd=NOTEBOOKS, progress_bar=False)
     return nbformat.read(out, 4)
 
@@ -33,12 +33,12 @@ def pictures(notebook):
 
 
 def test_00_registers_a_pair_better_than_nothing(tmp_path):
-    notebook = execute("00_start_here", tmp_path, shape=SHAPE, steps=80)
+    notebook = execute("00_start_here", tmp_path)  # as a newcomer runs it
     table = printed(notebook).split("when ")[-1]
     rows = re.findall(r"^(\w[\w ]*?) +(\d\.\d+) +(\d\.\d+)$", table, re.M)
     assert len(rows) >= 4, table
     before, after = (sum(float(row[i]) for row in rows) / len(rows) for i in (1, 2))
-    assert after > before
+    assert after > before + 0.1
     assert pictures(notebook) >= 4  # pair, loss, result, explorer
 
 

@@ -10,7 +10,7 @@ from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from fmsam_lib import plots
+from fmsam_lib import plots, slices
 from fmsam_lib.evaluate import per_pair, table
 from fmsam_lib.spatial import identity_map, jacobian_determinant
 from fmsam_lib.synthetic import Pair
@@ -93,7 +93,7 @@ def test_the_plane_shown_is_the_one_asked_for(axis):
     figure = plots.registration(pair, axis=axis, index=3)
     assert np.array_equal(shown(figure, "fixed"), pair.fixed[0].select(axis, 3).T.numpy())
     assert np.array_equal(shown(figure, "moving"), pair.moving[0].select(axis, 3).T.numpy())
-    assert f"{plots.PLANES[axis]} slice 3" in figure.get_suptitle()
+    assert f"{slices.PLANES[axis]} slice 3" in figure.get_suptitle()
 
 
 def test_patients_axes_point_right_and_up_and_voxels_keep_their_aspect():
@@ -126,12 +126,12 @@ def test_the_jacobian_of_a_plane_is_the_volumes(shape, axis):
     index = None if axis is None else 3
     expected = jacobian_determinant(phi_map)[0]
     expected = expected.T if axis is None else expected.select(axis, 3).T
-    assert np.allclose(plots.cut(toy_pair(shape), phi_map, axis=axis, index=index).jacobian, expected, atol=1e-5)
+    assert np.allclose(slices.cut(toy_pair(shape), phi_map, axis=axis, index=index).jacobian, expected, atol=1e-5)
 
 
 def test_strength_morphs_from_the_identity_to_the_map():
     pair = toy_pair((6, 7, 8))
-    nothing, half, all_of_it = (plots.cut(pair, shrunk((6, 7, 8)), strength=s) for s in (0.0, 0.5, 1.0))
+    nothing, half, all_of_it = (slices.cut(pair, shrunk((6, 7, 8)), strength=s) for s in (0.0, 0.5, 1.0))
     assert np.allclose(nothing.warped, nothing.moving, atol=1e-5)
     assert np.allclose(half.phi, (nothing.phi + all_of_it.phi) / 2, atol=1e-4)
     assert np.allclose(all_of_it.jacobian, 1 / 8, atol=1e-4)
@@ -146,7 +146,7 @@ def test_folds_are_counted():
 
 
 def test_a_checkerboard_is_of_both():
-    board = plots.checkerboard(np.zeros((8, 6)), np.ones((8, 6)), squares=4)
+    board = slices.checkerboard(np.zeros((8, 6)), np.ones((8, 6)), squares=4)
     assert board[:2, :2].sum() == 0
     assert board[:2, 2:4].min() == 1
     assert board.mean() == pytest.approx(0.5)
@@ -326,7 +326,7 @@ def test_files_are_whole_the_same_each_time_and_alone(tmp_path):
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "figure.png").write_text("old")
 
-    class Broken(plots.Picture):
+    class Broken(slices.Picture):
         def savefig(self, path, **how):
             path.write_text("half")
             raise OSError("disk full")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmsam_lib import plots, view
+from fmsam_lib import slices, view
 from fmsam_lib.network import Transform
 from fmsam_lib.spatial import identity_map
 from fmsam_lib.synthetic import Pair
@@ -44,7 +44,7 @@ def changes(explorer, control, value):
 
 
 def test_the_still_picture_comes_first_then_the_widget(displayed, explorer):
-    assert isinstance(displayed[0], plots.Picture)
+    assert isinstance(displayed[0], slices.Picture)
     assert displayed[1] is explorer.widget
 
 
@@ -81,14 +81,14 @@ def test_the_sliders_show_what_they_say(explorer):
         assert changes(explorer, explorer.index, 1)
         expected = explorer.pair.fixed[0].select(axis, 1).T.numpy()
         assert np.array_equal(explorer.images[0].get_array(), expected)
-        assert f"{plots.PLANES[axis]} slice 1" in explorer.caption.get_text()
+        assert f"{slices.PLANES[axis]} slice 1" in explorer.caption.get_text()
 
 
 def test_strength_goes_from_the_moving_image_to_the_warped_one(explorer):
     assert changes(explorer, explorer.strength, 0)
     assert np.allclose(explorer.images[2].get_array(), explorer.drawn.moving, atol=1e-5)
     assert changes(explorer, explorer.strength, 1)
-    whole = plots.cut(explorer.pair, shrunk((6, 7, 8)))
+    whole = slices.cut(explorer.pair, shrunk((6, 7, 8)))
     assert np.allclose(explorer.images[2].get_array(), whole.warped)
 
 
