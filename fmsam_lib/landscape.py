@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fmsam_lib.config import Landscape, Train, written_whole
+from fmsam_lib.data import DataError
 from fmsam_lib.losses import Batch, jittered_points, objective
 from fmsam_lib.network import GradICON
 from fmsam_lib.sam import SAM
@@ -41,8 +42,20 @@ LossOf = Callable[[nn.Module], np.ndarray]  # a network's TERMS, (3,)
 
 
 def fixed_batch(dataset, *, pairs: int, seed: int = 0) -> Batch:
-    """The first test pairs of `dataset` as one batch, with the penalty's points drawn from `seed`."""
-    chosen = [dataset.test_pair(i) for i in range(min(pairs, dataset.test_count))]
+    """The first test pairs of `dataset` as one batch, with the penalty's points drawn from `seed`.
+
+    A pair whose files cannot be read is passed over (evaluation names it); raises DataError when all are such.
+    """
+    chosen, problems = [], []
+    for i in range(dataset.test_count):
+        try:
+            chosen.append(dataset.test_pair(i))
+        except DataError as error:
+            problems.append(str(error))
+        if len(chosen) == pairs:
+            break
+    if not chosen:
+        raise DataError(f"{dataset.name} has no test pair that can be read:\n- " + "\n- ".join(problems))
     points = jittered_points(tuple(chosen[0].fixed.shape[1:]), torch.Generator().manual_seed(seed))
     return Batch(torch.stack([p.moving for p in chosen]), torch.stack([p.fixed for p in chosen]), points)
 

@@ -159,7 +159,7 @@ def main() -> int:
     if not done:
         print("What was computed is kept: mend the cause and run the same command again.", file=sys.stderr)
     print(f"report: {root / 'report.html'}")
-    return 0 if done and not problems else 1
+    return 0 if done and set(problems) <= set(left_out) else 1
 
 
 def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
@@ -171,6 +171,8 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     for domain in dict.fromkeys([*study.train_domains, *study.test_domains]):
         try:
             if domain == "HippocampusMR":
+                if not (Path(data) / domain).exists():
+                    print(f"fetching {domain} into {data}", flush=True)
                 fetch_hippocampus(data)  # returns at once where it is there already
             open_domain(domain, shape=tuple(study.shape), data=data)
         except DataError as error:
@@ -239,4 +241,8 @@ def failures(study: Study, root: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fmsam_lib.config import Landscape, Train
+from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain
 from fmsam_lib.landscape import (
     TERMS,
@@ -145,3 +146,21 @@ def test_a_small_step_up_the_gradient_raises_the_loss():
 def test_a_network_in_training_mode_is_refused():
     with pytest.raises(ValueError, match="eval mode"):
         landscape(network().train(), open_domain("heart-mr", shape=(24, 24)), Train(**RUN), Landscape(**SETTINGS))
+
+
+class Damaged:
+    """Three test pairs, of which the first cannot be read."""
+
+    name, test_count = "damaged", 3
+
+    def test_pair(self, index):
+        if index == 0:
+            raise DataError("a.nii.gz: cut short")
+        return open_domain("heart-mr", shape=(24, 24)).test_pair(index)
+
+
+def test_a_pair_that_cannot_be_read_is_passed_over():
+    assert torch.equal(fixed_batch(Damaged(), pairs=2).fixed[0], Damaged().test_pair(1).fixed)
+    Damaged.test_count = 1
+    with pytest.raises(DataError, match=r"(?s)no test pair that can be read.*a\.nii\.gz"):
+        fixed_batch(Damaged(), pairs=2)
