@@ -119,6 +119,11 @@ def paired_difference(rows: pd.DataFrame, baseline: str, treatment: str) -> dict
     return {name: difference.mean(), f"{name} low": low, f"{name} high": high}
 
 
-def as_text(summary: pd.DataFrame) -> str:
-    """The comparison as a plain table for a terminal."""
-    return summary.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="-")
+def readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """The comparison as text for people: three decimals, the interval in one column with its mean."""
+    text = summary.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)).replace("nan", "-")
+    for name in [column for column in summary.columns if f"{column} low" in summary.columns]:
+        low, high = text.pop(f"{name} low"), text.pop(f"{name} high")
+        text[name] += " [" + low + ", " + high + "]"
+        text = text.rename(columns={name: f"{name} [95 %]"})
+    return text.rename(columns={"train_domain": "trained on", "test_domain": "tested on"})

@@ -11,7 +11,7 @@ from torch import Tensor
 from fmsam_lib.config import Compare, written_whole
 from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain
-from fmsam_lib.evaluate import as_text, read_results
+from fmsam_lib.evaluate import read_results, readable
 from fmsam_lib.network import load
 from fmsam_lib.study import Study, grid
 from fmsam_lib.synthetic import Pair
@@ -84,7 +84,7 @@ def write_summary(summary: pd.DataFrame, study: Study, found: Found, folder: Pat
     with written_whole(Path(folder) / "summary.csv") as partial:
         summary.to_csv(partial, index=False, lineterminator="\n")
     with written_whole(Path(folder) / "summary.txt") as partial:
-        partial.write_text(f"{caption(study, found)}\n\n{as_text(summary)}\n")
+        partial.write_text(f"{caption(study, found)}\n\n{readable(summary).to_string(index=False)}\n")
 
 
 def examples(study: Study, found: Found, settings: Compare) -> dict[str, tuple[Pair, Tensor]]:

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,11 +8,11 @@ from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain
 from fmsam_lib.evaluate import (
     COLUMNS,
-    as_text,
     evaluate,
     evaluate_all,
     paired_difference,
     read_results,
+    readable,
     table,
     write_results,
 )
@@ -129,4 +127,12 @@ def test_without_the_treatment_there_is_no_difference_but_a_table():
     summary = table(made_up().query("optimizer != 'sam'"))
     assert "adam" in summary.columns
     assert "sam - adam" not in summary.columns
-    assert json.dumps(as_text(summary))
+    assert "adam" in readable(summary).columns
+
+
+def test_the_readable_table_says_what_the_numbers_say():
+    summary = table(made_up())
+    line = readable(summary).iloc[0]
+    assert line["sam - adam [95 %]"] == "0.100 [0.100, 0.100]"
+    assert line["before"] == f"{summary.before.item():.3f}"
+    assert (line["tested on"], line["pairs"]) == ("T", "4")
