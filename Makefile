@@ -9,7 +9,7 @@ DATA ?= $(FMSAM_DATA)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export FMSAM_DATA := $(if $(DATA),$(abspath $(DATA)),)
+export FMSAM_DATA := $(if $(DATA),$(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "$(DATA)"),)
 
 .PHONY: study test lab bench lint clean
 

@@ -1,5 +1,6 @@
 # A study as a graph of papermill notebooks. `python -m fmsam_lib.study NAME` writes the notebooks'
 # parameter files and calls this; an executed notebook is a rule's log, so that it stays when the rule fails.
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from fmsam_lib.study import grid, read_study
 root = Path(config["root"])
 study = read_study(f"studies/{config['study']}.yaml")
 runs = [run.folder for run in grid(study)]
-papermill = f"FMSAM_HEADLESS=1 {sys.executable} -m papermill --cwd notebooks --log-level ERROR --no-progress-bar"
+python = shlex.quote(sys.executable)
+papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --cwd notebooks --log-level ERROR --no-progress-bar"
+to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-input --no-prompt"
 
 
 wildcard_constraints:
@@ -29,7 +32,7 @@ rule train:
     log:
         root / "{run}/10_train.ipynb",
     shell:
-        "{papermill} {input.notebook} {log} -f {input.parameters}"
+        "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
 
 
 rule evaluate:
@@ -42,7 +45,7 @@ rule evaluate:
     log:
         root / "{run}/20_evaluate.ipynb",
     shell:
-        "{papermill} {input.notebook} {log} -f {input.parameters}"
+        "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
 
 
 rule no_registration:
@@ -54,7 +57,7 @@ rule no_registration:
     log:
         root / "none/20_evaluate.ipynb",
     shell:
-        "{papermill} {input.notebook} {log} -f {input.parameters}"
+        "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
 
 
 rule landscape:
@@ -67,13 +70,14 @@ rule landscape:
     log:
         root / "{run}/30_loss_landscape.ipynb",
     shell:
-        "{papermill} {input.notebook} {log} -f {input.parameters}"
+        "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
 
 
 rule compare:
     input:
         notebook=ancient("notebooks/40_compare.ipynb"),
         parameters=root / "40_compare.yaml",
+        left_out=root / "left_out.json",
         results=[root / "none/results.csv", *(root / f"{run}/results.csv" for run in runs)],
         landscapes=[root / f"{run}/landscape.csv" for run in runs],
     output:
@@ -81,9 +85,7 @@ rule compare:
     log:
         root / "40_compare.ipynb",
     shell:
-        "{papermill} {input.notebook} {log} -f {input.parameters}"
-        " && {sys.executable} -m jupyter nbconvert --log-level ERROR --to html --no-input --no-prompt"
-        " --output {output} {log}"
+        "{papermill} {input.notebook} {log:q} -f {input.parameters:q} && {to_html} --output {output:q} {log:q}"
 
 
 # The same comparison of whatever is there, after other rules have failed.
@@ -91,8 +93,8 @@ rule what_there_is:
     log:
         root / "40_compare.ipynb",
     params:
+        parameters=root / "40_compare.yaml",
         report=root / "report.html",
     shell:
-        "{papermill} notebooks/40_compare.ipynb {log} -f {root}/40_compare.yaml"
-        " && {sys.executable} -m jupyter nbconvert --log-level ERROR --to html --no-input --no-prompt"
-        " --output {params.report} {log}"
+        "{papermill} notebooks/40_compare.ipynb {log:q} -f {params.parameters:q}"
+        " && {to_html} --output {params.report:q} {log:q}"

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-landscapes", "matplotlib")
 Optimizer = Literal["adam", "sam", "asam"]
 
@@ -275,7 +276,7 @@ def provenance() -> dict:
 
 def _commit() -> str:
     """The project's git commit, "+" behind it where files differ from it; "unknown" outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(PROJECT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)

@@ -28,6 +28,8 @@ from nibabel.spatialimages import HeaderDataError
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
+from fmsam_lib.config import PROJECT
+
 MANIFEST_KEYS = ("name", "dimensions", "modality", "labels", "pairing", "training", "registration_val")
 MODALITIES = ("CT", "MR")
 CACHE_VERSION = 1  # raise it whenever `decode` returns something else than before
@@ -43,8 +45,8 @@ def data_error(where, expected: str, found: str, todo: str) -> DataError:
 
 
 def data_folder(folder=None) -> Path:
-    """The folder of data sets: the one given, else the environment's FMSAM_DATA, else `data` here."""
-    return Path(folder or os.environ.get("FMSAM_DATA") or "data")
+    """The folder of data sets: the one given, else the environment's FMSAM_DATA, else the project's `data`."""
+    return Path(folder or os.environ.get("FMSAM_DATA") or PROJECT / "data")
 
 
 # Manifests

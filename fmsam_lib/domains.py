@@ -52,6 +52,24 @@ def open_domain(name: str, *, shape, data=None, cache=None, seed: int = 0):
     return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
 
 
+def readable_test_pairs(dataset, count: int) -> list[Pair]:
+    """The first `count` test pairs whose files can be read (evaluation names the others).
+
+    Raises DataError, with every reason, when there is none.
+    """
+    pairs, problems = [], []
+    for i in range(dataset.test_count):
+        try:
+            pairs.append(dataset.test_pair(i))
+        except DataError as error:
+            problems.append(str(error))
+        if len(pairs) == count:
+            break
+    if not pairs:
+        raise DataError(f"{dataset.name} has no test pair that can be read:\n- " + "\n- ".join(problems))
+    return pairs
+
+
 class SyntheticDomain:
     """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
 

@@ -33,6 +33,9 @@ def evaluate(net: GradICON | None, dataset, *, pairs: int, progress: bool = True
         if net is not None:
             with torch.no_grad():
                 phi_map = net(pair.moving[None], pair.fixed[None]).map
+            if not torch.isfinite(phi_map).all():
+                problems.append(f"{dataset.name}, {pair.name}: the network's map is not finite; left out")
+                continue
         rows += [
             {"test_domain": dataset.name, "pair": pair.name} | row for row in measure(pair, phi_map, unit=dataset.unit)
         ]
@@ -40,7 +43,10 @@ def evaluate(net: GradICON | None, dataset, *, pairs: int, progress: bool = True
 
 
 def evaluate_all(net: GradICON | None, settings: Evaluate, *, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
-    """`evaluate` on every test domain of the settings; one that cannot be opened is a problem, not the end."""
+    """`evaluate` on every test domain of the settings; one that cannot be opened is a problem, not the end.
+
+    Raises DataError when nothing could be measured and that was for problems (not for want of labels).
+    """
     tables, problems = [], []
     for domain in settings.test_domains:
         try:
@@ -51,7 +57,7 @@ def evaluate_all(net: GradICON | None, settings: Evaluate, *, progress: bool = T
         rows, of_domain = evaluate(net, dataset, pairs=settings.pairs, progress=progress)
         tables.append(rows)
         problems += of_domain
-    if not any(len(table) for table in tables):
+    if problems and not any(len(table) for table in tables):
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(problems))
     return pd.concat(tables, ignore_index=True), problems
 
@@ -80,14 +86,16 @@ def per_pair(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def table(results: pd.DataFrame, *, baseline: str = "adam", treatment: str = "sam") -> pd.DataFrame:
     """The comparison: a line per train x test domain, Dice before and after, and the paired difference.
 
-    Dice: mean over labels, then pairs and seeds. The difference treatment - baseline pairs the same
-    pair and seed; its 95 % interval is a bootstrap over test pairs (seeds of a pair kept together).
+    Dice: mean over labels, then pairs and seeds; NaN where there are no labels. The difference treatment -
+    baseline pairs the same pair and seed (see `paired_difference`). missing: how often a structure was in only
+    one, or none, of a pair's labels.
     """
-    dice = per_pair(results, "dice")
+    dice, folding = (per_pair(results, metric) for metric in ("dice", "folding_percent"))
     before = dice[dice.optimizer == "none"].groupby("test_domain").value.mean()
-    folding = per_pair(results, "folding_percent")
+    trained = results[results.optimizer != "none"]
     lines = []
-    for (train_domain, test_domain), rows in dice[dice.optimizer != "none"].groupby(["train_domain", "test_domain"]):
+    for (train_domain, test_domain), rows in trained.groupby(["train_domain", "test_domain"]):
+        mine, folds = (v[(v.train_domain == train_domain) & (v.test_domain == test_domain)] for v in (dice, folding))
         line = {
             "train_domain": train_domain,
             "test_domain": test_domain,
@@ -96,27 +104,30 @@ def table(results: pd.DataFrame, *, baseline: str = "adam", treatment: str = "sa
             "seeds": rows.seed.nunique(),
             "before": before.get(test_domain, np.nan),
         }
-        for optimizer, values in rows.groupby("optimizer"):
-            line[optimizer] = values.value.mean()
-        same = (folding.train_domain == train_domain) & (folding.test_domain == test_domain)
-        for optimizer, values in folding[same].groupby("optimizer"):
-            line[f"folding {optimizer} %"] = values.value.mean()
-        line |= paired_difference(rows, baseline, treatment)
-        lines.append(line)
+        optimizers = rows.optimizer.unique()
+        line |= {o: mine.value[mine.optimizer == o].mean() for o in optimizers}
+        line |= {f"folding {o} %": folds.value[folds.optimizer == o].mean() for o in optimizers}
+        line["missing"] = int((rows.metric == "missing").sum())
+        lines.append(line | paired_difference(mine, baseline, treatment))
     return pd.DataFrame(lines)
 
 
 def paired_difference(rows: pd.DataFrame, baseline: str, treatment: str) -> dict:
-    """Mean of treatment - baseline over (pair, seed) with a 95 % bootstrap interval over pairs; `{}` without both."""
+    """Mean of treatment - baseline over (pair, seed) with a 95 % bootstrap interval; `{}` without both.
+
+    The bootstrap draws test pairs, with all their seeds, and with the mirrored pair (b<-a beside a<-b), for
+    these are not independent; so it says nothing of how much another seed would differ.
+    """
     wide = rows.pivot_table(index=["pair", "seed"], columns="optimizer", values="value")
     if not {baseline, treatment} <= set(wide.columns):
         return {}
-    difference = (wide[treatment] - wide[baseline]).groupby("pair").mean().dropna().to_numpy()
-    rng = np.random.default_rng(0)
-    means = difference[rng.integers(len(difference), size=(2000, len(difference)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    difference = (wide[treatment] - wide[baseline]).dropna().reset_index(name="value")
+    unit = difference.pair.map(lambda pair: "<-".join(sorted(pair.split("<-"))))
+    sums = difference.groupby(unit).value.agg(["sum", "count"]).to_numpy()
+    drawn = sums[np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))].sum(1)  # (2000, 2)
+    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
     name = f"{treatment} - {baseline}"
-    return {name: difference.mean(), f"{name} low": low, f"{name} high": high}
+    return {name: difference.value.mean(), f"{name} low": low, f"{name} high": high}
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:

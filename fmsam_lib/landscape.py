@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fmsam_lib.config import Landscape, Train, written_whole
-from fmsam_lib.data import DataError
+from fmsam_lib.domains import readable_test_pairs
 from fmsam_lib.losses import Batch, jittered_points, objective
 from fmsam_lib.network import GradICON
 from fmsam_lib.sam import SAM
@@ -42,20 +42,8 @@ LossOf = Callable[[nn.Module], np.ndarray]  # a network's TERMS, (3,)
 
 
 def fixed_batch(dataset, *, pairs: int, seed: int = 0) -> Batch:
-    """The first test pairs of `dataset` as one batch, with the penalty's points drawn from `seed`.
-
-    A pair whose files cannot be read is passed over (evaluation names it); raises DataError when all are such.
-    """
-    chosen, problems = [], []
-    for i in range(dataset.test_count):
-        try:
-            chosen.append(dataset.test_pair(i))
-        except DataError as error:
-            problems.append(str(error))
-        if len(chosen) == pairs:
-            break
-    if not chosen:
-        raise DataError(f"{dataset.name} has no test pair that can be read:\n- " + "\n- ".join(problems))
+    """The first readable test pairs of `dataset` as one batch, with the penalty's points drawn from `seed`."""
+    chosen = readable_test_pairs(dataset, pairs)
     points = jittered_points(tuple(chosen[0].fixed.shape[1:]), torch.Generator().manual_seed(seed))
     return Batch(torch.stack([p.moving for p in chosen]), torch.stack([p.fixed for p in chosen]), points)
 
@@ -73,17 +61,20 @@ def loss_of(batch: Batch, *, lmbda: float, sigma: float) -> LossOf:
 def filter_normalised_direction(net: nn.Module, *, seed: int) -> list[Tensor]:
     """A random direction in weight space, a tensor for every parameter.
 
-    Each filter (first index of a weight) has the norm of the network's own filter; biases and
+    Each filter, all weights of one output channel, has the norm of the network's own; biases and
     BatchNorm's parameters (1-D) don't move, nor does a filter that is zero.
     """
     generator = torch.Generator().manual_seed(seed)
+    transposed = {id(m.weight) for m in net.modules() if isinstance(m, nn.ConvTranspose2d | nn.ConvTranspose3d)}
     direction = []
     for p in net.parameters():
         d = torch.randn(p.shape, generator=generator, dtype=p.dtype)
         if p.dim() <= 1:
             direction.append(torch.zeros_like(p))
         else:
-            own, drawn = (t.detach().flatten(1).norm(dim=1).view(-1, *[1] * (p.dim() - 1)) for t in (p, d))
+            output = 1 if id(p) in transposed else 0  # transposed convolutions have their output channels second
+            others = [axis for axis in range(p.dim()) if axis != output]
+            own, drawn = (torch.linalg.vector_norm(t.detach(), dim=others, keepdim=True) for t in (p, d))
             direction.append(d * own / drawn)
     return direction
 

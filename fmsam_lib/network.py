@@ -191,6 +191,16 @@ def load(path: Path | str) -> GradICON:
     return net.eval()
 
 
-def unigradicon(*, dim: int = 3, last_step: bool = True) -> GradICON:
-    """uniGradICON's own network, untrained: 70.7 M parameters in 3-D with the last step."""
-    return GradICON(dim, down=UNIGRADICON_DOWN, up=UNIGRADICON_UP, levels=3, last_step=last_step)
+def unigradicon(weights: Path | str | None = None, *, dim: int = 3, last_step: bool = True) -> GradICON:
+    """uniGradICON's own network: 70.7 M parameters in 3-D with the last step.
+
+    weights: a file that `GradICON.save` wrote, None for an untrained network. (The official .trch files cannot
+    be read yet.) Raises ValueError for any other file or another architecture's.
+    """
+    net = GradICON(dim, down=UNIGRADICON_DOWN, up=UNIGRADICON_UP, levels=3, last_step=last_step)
+    if weights is None:
+        return net
+    loaded = load(weights)
+    if loaded.settings != net.settings:
+        raise ValueError(f"expected weights of {net.settings} in {weights}, got those of {loaded.settings}")
+    return loaded

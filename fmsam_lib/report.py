@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmsam_lib.config import Compare, written_whole
 from fmsam_lib.data import DataError
-from fmsam_lib.domains import open_domain
+from fmsam_lib.domains import open_domain, readable_test_pairs
 from fmsam_lib.evaluate import read_results, readable
 from fmsam_lib.network import load
 from fmsam_lib.study import Study, grid
@@ -42,6 +42,9 @@ def gather(study: Study, folder: Path | str) -> Found:
     problems += _json(folder / "none/problems.json", [])
     for run in grid(study):
         there = folder / run.folder
+        if not (there / "weights.pt").exists():  # what else lies there is of an earlier training
+            problems.append(f"{run.folder}: this run was not trained to its end")
+            continue
         about = {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}
         for file, tables, reader in (
             ("results.csv", results, read_results),
@@ -89,17 +92,17 @@ def write_summary(summary: pd.DataFrame, study: Study, found: Found, folder: Pat
 
 def examples(study: Study, found: Found, settings: Compare) -> dict[str, tuple[Pair, Tensor]]:
     """The first test pair of each domain, and its map by the treatment's first network that is there."""
-    trained = [run.folder for run in grid(study) if run.optimizer == settings.treatment and found.configs[run.folder]]
-    weights = [path for run in trained if (path := Path(settings.folder) / run / "weights.pt").exists()]
-    if not weights:
+    trained = [run.folder for run in grid(study) if run.optimizer == settings.treatment and run.folder in found.configs]
+    if not trained:
         return {}
-    net = load(weights[0])
+    net = load(Path(settings.folder) / trained[0] / "weights.pt")
     data = found.configs[trained[0]]["parameters"]["data"]
     registered = {}
     for domain in study.test_domains:
         if domain not in set(found.results.test_domain):
             continue  # named among the problems
-        pair = open_domain(domain, shape=tuple(study.shape), data=data or None).test_pair(0)
+        dataset = open_domain(domain, shape=tuple(study.shape), data=data or None)
+        (pair,) = readable_test_pairs(dataset, 1)
         with torch.no_grad():
             registered[domain] = pair, net(pair.moving[None], pair.fixed[None]).map
     return registered
@@ -109,8 +112,6 @@ def provenance_table(found: Found) -> str:
     """A Markdown table of every run's commit, hardware, versions and cost."""
     lines = ["| run | commit | processor | torch | threads | s a step | time |", "|---|---|---|---|---|---|---|"]
     for run, config in found.configs.items():
-        if not config:
-            continue
         of, made = config["parameters"], config["provenance"]
         history = found.history
         mine = history[(history.train_domain == of["train_domain"]) & (history.optimizer == of["optimizer"])]

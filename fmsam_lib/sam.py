@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class SAM:
     """The perturbation of SAM beside any torch optimizer, which is left as it is.
 
-        loss = objective(net, batch)
-        loss.backward()                       # gradient at w
+        optimizer.zero_grad()
+        objective(net, batch).backward()      # gradient at w
         with sam.perturbed():                 # at w + eps: the worst weights within rho
             optimizer.zero_grad()
             objective(net, batch).backward()  # its gradient is what moves w

@@ -21,12 +21,22 @@ from pathlib import Path
 
 import yaml
 
-from fmsam_lib.config import ConfigError, Evaluate, Landscape, Optimizer, Train, nearest, problems_of, read, write_json
-from fmsam_lib.data import DataError
+from fmsam_lib.config import (
+    PROJECT,
+    ConfigError,
+    Evaluate,
+    Landscape,
+    Optimizer,
+    Train,
+    nearest,
+    problems_of,
+    read,
+    written_whole,
+)
+from fmsam_lib.data import DataError, data_folder
 from fmsam_lib.domains import fetch_hippocampus, open_domain
 
-PROJECT = Path(__file__).resolve().parents[1]
-BASELINE, TREATMENT = "adam", "sam"
+BASELINE = "adam"  # the other optimizers are compared with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +106,9 @@ def parameters(study: Study, run: Run | None, root: Path, data: str, study_file:
     common = {"test_domains": study.test_domains, "data": data}
     if run is None:
         evaluate = study.evaluate | common | {"run": "", "out": f"{root}/none", "shape": study.shape}
-        compare = {"study": str(study_file), "folder": str(root), "baseline": BASELINE, "treatment": TREATMENT}
+        baseline = BASELINE if BASELINE in study.optimizers else study.optimizers[0]
+        treatment = next((o for o in study.optimizers if o != baseline), baseline)
+        compare = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
         return {"none/20_evaluate": evaluate, "40_compare": compare}
     out = f"{root}/{run.folder}"
     cell = {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}
@@ -111,10 +123,14 @@ def plan(study: Study, root: Path, data: str, study_file: Path) -> None:
     """Write every notebook's parameter file; one that says the same already keeps its date."""
     for run in (None, *grid(study)):
         for name, values in parameters(study, run, root, data, study_file).items():
-            path, text = root / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False)
-            if not path.exists() or path.read_text() != text:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+            write_if_new(root / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False))
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """Write a file unless it says the same already, so that its date tells when it last changed."""
+    if not path.exists() or path.read_text() != text:
+        with written_whole(path) as partial:
+            partial.write_text(text)
 
 
 # --- the command ---
@@ -128,7 +144,7 @@ def main() -> int:
     arguments.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks at a time (default: all cores)")
     given = arguments.parse_args()
     root = Path(given.runs).resolve() / given.study
-    data = str(Path(given.data or os.environ.get("FMSAM_DATA") or PROJECT / "data").resolve())
+    data = str(data_folder(given.data).resolve())
     study_file = PROJECT / "studies" / f"{given.study}.yaml"
     try:
         study, left_out = preflight(read_study(study_file), data)
@@ -136,13 +152,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     root.mkdir(parents=True, exist_ok=True)
-    lock = open(root / ".lock", "w")  # noqa: SIM115 - held until this process and those it starts have ended
+    lock = open(root / ".lock", "w")  # noqa: SIM115 - held until this process and Snakemake have ended
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"error: another process is computing this study in {root}; wait for it or end it", file=sys.stderr)
         return 2
-    write_json(root / "left_out.json", left_out)
+    write_if_new(root / "left_out.json", json.dumps(left_out))
     plan(study, root, data, study_file)
     done = compute(study, given.study, root, given.cores, locked=(lock.fileno(),))
     for problem in failures(study, root):

@@ -1,9 +1,12 @@
 """One training step, the loop around it, and checkpoints that survive a kill."""
 
+import fcntl
 import json
 import math
 import pickle
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,12 +36,17 @@ def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[
     torch.set_num_threads(run.threads)
     folder = Path(run.out)
     folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        return _train(net, dataset, run, folder, progress)
+
+
+def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> list[dict]:
     _refuse_another(folder / "config.json", run)
-    write_json(folder / "config.json", {"parameters": as_dict(run), "provenance": provenance()})
     optimizer = torch.optim.Adam(net.parameters(), lr=run.lr)
     sam = SAM(net.parameters(), run.rho, adaptive=run.optimizer == "asam", net=net) if run.optimizer != "adam" else None
 
-    step, history, skipped = _resume(folder, net, optimizer)
+    step, history, skipped, in_a_row = _resume(folder, net, optimizer)
+    _record(folder / "config.json", run, step)
     net.train()
     bar = tqdm(
         total=run.steps, initial=step, disable=not progress, desc=f"{run.train_domain} {run.optimizer}", unit="step"
@@ -52,22 +60,22 @@ def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[
             batch = make_batch(dataset, run, step)
             waited = time.perf_counter() - start
             loss, finite = train_step(net, batch, run, optimizer, sam)
-            skipped = 0 if finite else skipped + 1
-            if skipped == GIVE_UP_AFTER:
+            skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
+            if in_a_row == GIVE_UP_AFTER:
                 raise FloatingPointError(
-                    f"loss or gradient not finite {skipped} steps in a row, up to step {step}: "
+                    f"loss or gradient not finite {in_a_row} steps in a row, up to step {step}: "
                     f"try a smaller lr ({run.lr}) or rho ({run.rho})"
                 )
             step += 1
             bar.update()
             if step % LOG_EVERY == 0 or step == run.steps:
                 seconds = time.perf_counter() - start
-                history.append(_line(step, loss, finite, sam, seconds, waited))
+                history.append(_line(step, loss, skipped, sam, seconds, waited))
                 log.write(json.dumps(history[-1]) + "\n")
                 log.flush()
                 bar.set_postfix(loss=f"{history[-1]['total']:.3f}")
             if step % CHECKPOINT_EVERY == 0 or step == run.steps:
-                _checkpoint(folder, net, optimizer, step, history, skipped)
+                _checkpoint(folder, net, optimizer, step, history, skipped, in_a_row)
     bar.close()
     net.eval()
     net.save(folder / "weights.pt")
@@ -81,21 +89,22 @@ def untrained(run: Train) -> GradICON:
 
 
 def train_step(net: GradICON, batch: Batch, run: Train, optimizer, sam: SAM | None) -> tuple[Loss, bool]:
-    """One update; the loss at w, and whether all was finite (when not, the weights stay as they are)."""
+    """One update; the loss at w, and whether all was finite (when not, weights and buffers stay as they are)."""
+    buffers = [buffer.clone() for buffer in net.buffers()]
     optimizer.zero_grad()
     loss = objective(net, batch, lmbda=run.lmbda, sigma=run.sigma)
-    if not backward(loss):  # gradient at w
-        return loss, False
-    if sam is not None:
+    finite = backward(loss)  # gradient at w
+    if finite and sam is not None:
         with sam.perturbed():  # at w + eps: the worst weights within rho
             optimizer.zero_grad()
-            if not backward(objective(net, batch, lmbda=run.lmbda, sigma=run.sigma)):  # its gradient moves w
-                return loss, False
+            finite = backward(objective(net, batch, lmbda=run.lmbda, sigma=run.sigma))  # its gradient moves w
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    finite = all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients))
-    if finite:
+    if finite and all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
         optimizer.step()
-    return loss, finite
+        return loss, True
+    for buffer, value in zip(net.buffers(), buffers, strict=True):
+        buffer.copy_(value)  # BatchNorm's running statistics have seen what is not finite
+    return loss, False
 
 
 def backward(loss: Loss) -> bool:
@@ -123,11 +132,32 @@ def cosine(step: int, run: Train) -> float:
     return run.lr * 0.5 * (1 + math.cos(math.pi * step / run.steps))
 
 
-def _line(step: int, loss: Loss, finite: bool, sam: SAM | None, seconds: float, waited: float) -> dict:
-    line = {"step": step, **{name: value.item() for name, value in loss._asdict().items()}, "finite": finite}
+def _line(step: int, loss: Loss, skipped: int, sam: SAM | None, seconds: float, waited: float) -> dict:
+    line = {"step": step, **{name: value.item() for name, value in loss._asdict().items()}, "skipped": skipped}
     if sam is not None:
         line |= {"gradient_norm": sam.gradient_norm, "step_norm": sam.step_norm}
     return line | {"seconds": seconds, "seconds_waiting_for_data": waited}
+
+
+def _record(config: Path, run: Train, step: int) -> None:
+    """Parameters and provenance, once; a training that goes on from a checkpoint adds where it did."""
+    there = json.loads(config.read_text()) if step and config.exists() else {}
+    if not there:
+        write_json(config, {"parameters": as_dict(run), "provenance": provenance()})
+    elif step < run.steps:
+        resumed = [*there.get("resumed", []), {"step": step} | provenance()]
+        write_json(config, there | {"parameters": as_dict(run), "resumed": resumed})
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process, however that ends."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is training in {folder}: wait for it or end it") from None
+        yield
 
 
 def _refuse_another(config: Path, run: Train) -> None:
@@ -145,21 +175,21 @@ def _refuse_another(config: Path, run: Train) -> None:
         )
 
 
-def _checkpoint(folder: Path, net: GradICON, optimizer, step: int, history: list[dict], skipped: int) -> None:
+def _checkpoint(folder: Path, net: GradICON, optimizer, step: int, history: list, skipped: int, in_a_row: int) -> None:
+    counts = {"step": step, "skipped": skipped, "in_a_row": in_a_row}
     with written_whole(folder / "checkpoint.pt") as partial:
-        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "skipped": skipped}
-        torch.save(state | {"history": history}, partial)
+        torch.save(counts | {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}, partial)
 
 
-def _resume(folder: Path, net: GradICON, optimizer) -> tuple[int, list[dict], int]:
-    """Step, history and skipped steps to go on from; the checkpoint's state is put into net and optimizer."""
+def _resume(folder: Path, net: GradICON, optimizer) -> tuple[int, list[dict], int, int]:
+    """Step, history, skipped steps and those in a row to go on from; fills net and optimizer."""
     path = folder / "checkpoint.pt"
     if not path.exists():
-        return 0, [], 0
+        return 0, [], 0, 0
     try:
         state = torch.load(path, weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["history"], state["skipped"]
+    return state["step"], state["history"], state["skipped"], state["in_a_row"]

@@ -136,3 +136,39 @@ def test_the_readable_table_says_what_the_numbers_say():
     assert line["sam - adam [95 %]"] == "0.100 [0.100, 0.100]"
     assert line["before"] == f"{summary.before.item():.3f}"
     assert (line["tested on"], line["pairs"]) == ("T", "4")
+
+
+def test_mirrored_pairs_count_once_in_the_interval():
+    rows = made_up().query("optimizer != 'none'").copy()
+    sam = rows.optimizer == "sam"
+    rows.loc[sam, "value"] += rows.loc[sam, "pair"].map({"a": 0.1, "b": -0.1, "c": 0.05, "d": -0.05})
+    independent = paired_difference(rows, "adam", "sam")
+    both_ways = pd.concat([rows.assign(pair=rows.pair + "<-z"), rows.assign(pair="z<-" + rows.pair)])
+    mirrored = paired_difference(both_ways, "adam", "sam")
+    assert list(mirrored.values()) == pytest.approx(list(independent.values()))
+
+
+def test_a_domain_without_labels_stays_in_the_table():
+    rows = made_up()
+    folding = rows.query("label == 'x' and optimizer != 'none'").assign(
+        test_domain="Unlabelled", metric="folding_percent", label="", value=0.5
+    )
+    line = table(pd.concat([rows, folding])).set_index("test_domain").loc["Unlabelled"]
+    assert line["folding sam %"] == 0.5
+    assert np.isnan(line["sam"])
+
+
+class Nan(GradICON):
+    """A network whose training went wrong."""
+
+    def forward(self, moving, fixed):
+        phi = super().forward(moving, fixed)
+        return phi.then(torch.full_like(phi.displacements[-1], float("nan")))
+
+
+def test_a_map_that_is_not_finite_is_a_problem_not_a_perfect_score():
+    broken = Nan(2, down=(4, 4), levels=1, last_step=False).eval()
+    rows, problems = evaluate(broken, open_domain("brain-mr", shape=(24, 24)), pairs=2, progress=False)
+    assert rows.empty
+    assert len(problems) == 2
+    assert "not finite" in problems[0]

@@ -63,6 +63,12 @@ def test_saved_and_loaded_weights_give_the_same_map(tmp_path):
     assert torch.equal(load(tmp_path / "weights.pt")(*pair).map, net(*pair).map)
 
 
+def test_unigradicon_refuses_weights_of_another_architecture(tmp_path):
+    small(2).save(tmp_path / "small.pt")
+    with pytest.raises(ValueError, match=r"expected weights of .*'down': \[16, 32, 64, 256, 512\].*got those of"):
+        unigradicon(tmp_path / "small.pt", dim=2)
+
+
 def test_damaged_and_missing_weights_are_named(tmp_path):
     path = tmp_path / "weights.pt"
     with pytest.raises(ValueError, match=r"weights\.pt.*No such file"):

@@ -123,7 +123,7 @@ def test_40_compares_and_names_what_is_missing(trained):
     assert len(summary) == 2
     assert {"before", "adam", "sam", "sam - adam", "sam - adam low"} <= set(summary.columns)
     problems = json.loads((trained / "problems.json").read_text())
-    assert [p for p in problems if "adam/seed1/results.csv" in p]  # seed 1 was never run
+    assert [p for p in problems if "adam/seed1: this run was not trained" in p]  # seed 1 was never run
     shown = "".join(
         o.data.get("text/markdown", "") for c in notebook.cells for o in c.get("outputs", []) if "data" in o
     )

@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -114,13 +115,13 @@ def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, optimizer)
     net = untrained(settings)
     batch = make_batch(open_domain("brain-mr", shape=(16, 16)), settings, 0)
     batch.moving[0, 0, 3, 3] = float("nan")
-    before = [p.detach().clone() for p in net.parameters()]
+    before = [value.clone() for value in net.state_dict().values()]  # BatchNorm's statistics too
     from fmsam_lib.sam import SAM
 
     sam = SAM(net.parameters(), 0.01, net=net) if optimizer == "sam" else None
     _, finite = train_step(net, batch, settings, torch.optim.Adam(net.parameters()), sam)
     assert not finite
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(net.state_dict().values(), before, strict=True))
 
 
 def test_training_gives_up_when_nothing_stays_finite(tmp_path):
@@ -134,3 +135,18 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first.moving, make_batch(dataset, tiny(tmp_path), 8).moving)
     assert not torch.equal(first.points, make_batch(dataset, tiny(tmp_path, seed=1), 7).points)
+
+
+def test_provenance_stays_that_of_the_training(tmp_path, monkeypatch):
+    run(tiny(tmp_path, steps=10))
+    made = (tmp_path / "config.json").read_text()
+    monkeypatch.setattr("fmsam_lib.train.provenance", lambda: {"commit": "another"})
+    run(tiny(tmp_path, steps=10))
+    assert (tmp_path / "config.json").read_text() == made
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is training"):
+            run(tiny(tmp_path, steps=1))
