@@ -158,6 +158,7 @@ class FileDomain:
             fixed_label=fixed.label,
             labels=self.labels,
             spacing=tuple(np.linalg.norm(fixed.affine[:3, : len(self.shape)], axis=0).tolist()),
+            unit=self.unit,
             affine=torch.from_numpy(fixed.affine),
         )
 

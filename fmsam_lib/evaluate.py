@@ -36,9 +36,7 @@ def evaluate(net: GradICON | None, dataset, *, pairs: int, progress: bool = True
             if not torch.isfinite(phi_map).all():
                 problems.append(f"{dataset.name}, {pair.name}: the network's map is not finite; left out")
                 continue
-        rows += [
-            {"test_domain": dataset.name, "pair": pair.name} | row for row in measure(pair, phi_map, unit=dataset.unit)
-        ]
+        rows += [{"test_domain": dataset.name, "pair": pair.name} | row for row in measure(pair, phi_map)]
     return pd.DataFrame(rows, columns=[c for c in COLUMNS if c not in ("train_domain", "optimizer", "seed")]), problems
 
 

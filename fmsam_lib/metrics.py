@@ -10,7 +10,7 @@ from fmsam_lib.spatial import jacobian_determinant, sample, voxels, warp_label
 from fmsam_lib.synthetic import Pair
 
 
-def measure(pair: Pair, phi_map: Tensor | None, *, unit: str = "mm") -> list[dict]:
+def measure(pair: Pair, phi_map: Tensor | None) -> list[dict]:
     """All metrics of one pair: rows with `label`, `metric`, `value`, `unit`.
 
     phi_map: `(1, D, *S)`, or None for no registration. A structure that the fixed or the warped label
@@ -28,11 +28,11 @@ def measure(pair: Pair, phi_map: Tensor | None, *, unit: str = "mm") -> list[dic
                 continue
             rows.append(_row("dice", dice(a, b), "1", name))
             if a.any() and b.any():
-                rows.append(_row("hd95", hd95(a, b, pair.spacing), unit, name))
+                rows.append(_row("hd95", hd95(a, b, pair.spacing), pair.unit, name))
             else:
                 rows.append(_row("missing", 1.0, "count", name))
     if pair.fixed_landmarks is not None:
-        rows.append(_row("tre", landmark_error(pair, phi_map), unit))
+        rows.append(_row("tre", landmark_error(pair, phi_map), pair.unit))
     if not identity_only:
         determinant = jacobian_determinant(phi_map)
         rows.append(_row("folding_percent", folding_percent(determinant), "%"))

@@ -238,7 +238,7 @@ def registration(
         ax.set_title(title, fontsize=10)
     outline(axes[0], plane, plane.fixed_label, FIXED_LINE)
     outline(axes[1], plane, plane.moving_label, WARPED_LINE)
-    _scale_bar(axes[0], plane, known=bool(pair.spacing))
+    _scale_bar(axes[0], plane, pair.unit if pair.spacing else "sample")
     if phi_map is not None:
         outline(axes[2], plane, plane.fixed_label, FIXED_LINE)
         outline(axes[2], plane, plane.warped_label, WARPED_LINE)
@@ -251,10 +251,10 @@ def registration(
     return figure
 
 
-def _scale_bar(axes: Axes, plane: Cut, known: bool) -> None:
+def _scale_bar(axes: Axes, plane: Cut, unit: str) -> None:
     longest = plane.size[0] / 3
     length = max(m * 10.0**e for m in (1, 2, 5) for e in range(-3, 5) if m * 10.0**e <= longest)
     x, y = plane.size[0] * 0.04, plane.size[1] * 0.05
     axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
-    text = f"{length:g} mm" if known else f"{length:g} samples"
+    text = f"{length:g} {unit}" + ("" if unit == "mm" else "s")
     axes.text(x, y + plane.size[1] * 0.015, text, color="white", fontsize=8, va="bottom")

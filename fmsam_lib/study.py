@@ -139,7 +139,7 @@ def write_if_new(path: Path, text: str) -> None:
 def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m fmsam_lib.study", description="Compute a whole study.")
     arguments.add_argument("study", help="name of a file in studies/, without .yaml")
-    arguments.add_argument("--data", default="", help="folder of data sets (default: FMSAM_DATA, else ./data)")
+    arguments.add_argument("--data", default="", help="folder of data sets (default: FMSAM_DATA, else data)")
     arguments.add_argument("--runs", default="runs", help="folder for the results (default: %(default)s)")
     arguments.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks at a time (default: all cores)")
     given = arguments.parse_args()

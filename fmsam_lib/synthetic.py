@@ -34,6 +34,7 @@ class Pair:
     true_map: `(D, *S)`, where a point of the fixed grid lies in the moving image, unit coordinates.
     moving_landmarks, fixed_landmarks: `(L, D)` corresponding points, unit coordinates.
     affine: `(4, 4)` of the fixed grid, index to mm (RAS); spacing: mm per sample along each axis.
+    unit: of the spacing: "voxel" (of the file) where its millimetres are not known.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Pair:
     fixed_label: Tensor | None = None
     labels: dict[int, str] = field(default_factory=dict)
     spacing: tuple[float, ...] = ()
+    unit: str = "mm"
     affine: Tensor | None = None
     true_map: Tensor | None = None
     moving_landmarks: Tensor | None = None

@@ -61,7 +61,8 @@ def test_lost_spacing_makes_voxels_the_unit(tmp_path):
         ({"description": "1 mm"}, "mm"),
     ):
         dataset(tmp_path / "Own", **changes)
-        assert open_domain("Own", shape=GRID, data=tmp_path).unit == unit
+        domain = open_domain("Own", shape=GRID, data=tmp_path)
+        assert domain.unit == domain.test_pair(0).unit == unit
 
 
 def test_unknown_names_list_the_known_ones(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_results_are_read_back_as_they_were(tmp_path):
 class Broken:
     """Two test pairs, of which the first cannot be read."""
 
-    name, unit, test_count = "broken", "mm", 2
+    name, test_count = "broken", 2
 
     def test_pair(self, index):
         if index == 0:

@@ -79,7 +79,7 @@ def test_equal_labels_at_the_identity_are_perfect():
 
 
 def test_no_registration_has_no_folding():
-    rows = measure(toy_pair(), None, unit="voxel")
+    rows = measure(toy_pair(unit="voxel"), None)
     assert not find(rows, "folding_percent")
     assert {row["unit"] for row in rows if row["metric"] == "hd95"} == {"voxel"}
 

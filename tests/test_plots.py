@@ -1,5 +1,6 @@
 """What the figures say, read back from their artists; the pictures themselves are for eyes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -143,6 +144,12 @@ def test_folds_are_counted():
         "Jacobian",
     )
     assert "100 % folded" in title.get_title() or "1e+02 % folded" in title.get_title()
+
+
+@pytest.mark.parametrize(("unit", "written"), [("mm", " mm"), ("voxel", " voxels")])
+def test_the_scale_bar_says_millimetres_only_where_they_are_known(unit, written):
+    figure = plots.registration(dataclasses.replace(toy_pair((16, 18)), unit=unit))
+    assert any(text.get_text().endswith(written) for text in figure.axes[0].texts)
 
 
 def test_a_checkerboard_is_of_both():
