@@ -44,11 +44,11 @@ class Pair:
     fixed_label: Tensor | None = None
     labels: dict[int, str] = field(default_factory=dict)
     spacing: tuple[float, ...] = ()
-    unit: str = "mm"
     affine: Tensor | None = None
     true_map: Tensor | None = None
     moving_landmarks: Tensor | None = None
     fixed_landmarks: Tensor | None = None
+    unit: str = "mm"
 
 
 class Part(NamedTuple):

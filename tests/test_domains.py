@@ -298,7 +298,7 @@ def test_fetch_makes_the_published_split(tmp_path, monkeypatch):
 
 
 def test_data_folder(monkeypatch):
-    assert data.data_folder() == Path("data")
+    assert data.data_folder() == Path(data.__file__).parents[1] / "data"
     monkeypatch.setenv("FMSAM_DATA", "/somewhere")
     assert data.data_folder() == Path("/somewhere")
     assert data.data_folder("here") == Path("here")
