@@ -24,7 +24,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 
 lab: $(VENV)/ready
-	$(BIN)/python -m jupyter lab notebooks
+	$(BIN)/python -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 bench: $(VENV)/ready # writes benchmarks/*.csv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
