@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import importlib.metadata
 import json
 import math
@@ -154,8 +155,6 @@ def read(kind: type, values: dict, *, source: str = "parameters"):
 
 
 def nearest(name: str, known) -> str:
-    import difflib
-
     close = difflib.get_close_matches(name, known, 1)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -75,9 +75,7 @@ def jacobian_determinant(phi_map: Tensor) -> Tensor:
     """
     shape = tuple(phi_map.shape[2:])
     phi = voxels(phi_map, shape)
-    corner = (slice(None), slice(None), *[slice(0, -1)] * len(shape))
     edges = [torch.diff(phi, dim=axis + 2)[_cells(axis, len(shape))] for axis in range(len(shape))]
-    assert all(edge.shape == phi[corner].shape for edge in edges)
     matrix = torch.stack(edges, dim=2)  # (N, D, D, *S-1): component, then axis
     return sum(
         _sign(order) * functools.reduce(torch.mul, [matrix[:, row, column] for row, column in enumerate(order)])

@@ -163,8 +163,8 @@ class Damaged:
         return open_domain("heart-mr", shape=(24, 24)).test_pair(index)
 
 
-def test_a_pair_that_cannot_be_read_is_passed_over():
+def test_a_pair_that_cannot_be_read_is_passed_over(monkeypatch):
     assert torch.equal(fixed_batch(Damaged(), pairs=2).fixed[0], Damaged().test_pair(1).fixed)
-    Damaged.test_count = 1
+    monkeypatch.setattr(Damaged, "test_count", 1)
     with pytest.raises(DataError, match=r"(?s)no test pair that can be read.*a\.nii\.gz"):
         fixed_batch(Damaged(), pairs=2)
