@@ -16,7 +16,7 @@ export FMSAM_DATA := $(if $(DATA),$(shell $(PYTHON) -c 'import os, sys; print(os
 study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study $(STUDY)
 
-test: lint
+test: lint $(VENV)/peers
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/ready
@@ -26,7 +26,7 @@ lint: $(VENV)/ready
 lab: $(VENV)/ready
 	$(BIN)/python -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
-bench: $(VENV)/ready # writes benchmarks/*.csv
+bench: $(VENV)/peers # writes benchmarks/*.csv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean: # the environment and the caches; runs/ stays
@@ -38,4 +38,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+# What tests and benchmarks compare with. Without their dependencies, which bring a second torch; see benchmarks/peers.py.
+$(VENV)/peers: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt icon-registration unigradicon
 	@touch $@

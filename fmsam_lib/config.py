@@ -21,6 +21,7 @@ from typing import Literal
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-landscapes", "matplotlib")
 Optimizer = Literal["adam", "sam", "asam"]
+Similarity = Literal["lncc", "lncc2", "mind"]
 
 
 class ConfigError(ValueError):
@@ -62,6 +63,7 @@ class Train:
     seed: int
     shape: list[int]
     data: str
+    weights: str
     down: list[int]
     levels: int
     last_step: bool
@@ -69,9 +71,16 @@ class Train:
     batch: int
     lr: float
     rho: float
-    lmbda: float
+    similarity: Similarity
     sigma: float
+    lmbda: float
+    joint: bool
+    save_memory: bool
     threads: int
+
+    def loss(self) -> dict:
+        """What `losses.objective` takes of it."""
+        return {"similarity": self.similarity, "sigma": self.sigma, "lmbda": self.lmbda}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +124,28 @@ class Compare:
     treatment: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Register:
+    """Notebook 50: one pair of files."""
+
+    fixed: str
+    moving: str
+    labels: str
+    fixed_labels: str
+    modality: Literal["mr", "ct"]
+    weights: str
+    shape: list[int]
+    io: int
+    lr: float
+    sigma: float
+    out: str
+    seed: int
+    threads: int
+
+
 AT_LEAST = {
     **dict.fromkeys(("batch", "directions", "down", "levels", "pairs", "steps", "threads"), 1),
-    **dict.fromkeys(("direction_seed", "index", "lmbda", "rho", "seed", "seeds"), 0),
+    **dict.fromkeys(("direction_seed", "index", "io", "lmbda", "rho", "seed", "seeds"), 0),
     **dict.fromkeys(("line_points", "plane_points"), 3),
     "shape": 16,
 }

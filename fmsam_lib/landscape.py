@@ -48,12 +48,12 @@ def fixed_batch(dataset, *, pairs: int, seed: int = 0) -> Batch:
     return Batch(torch.stack([p.moving for p in chosen]), torch.stack([p.fixed for p in chosen]), points)
 
 
-def loss_of(batch: Batch, *, lmbda: float, sigma: float) -> LossOf:
-    """The function from a network to its loss terms on `batch`."""
+def loss_of(batch: Batch, **settings) -> LossOf:
+    """The function from a network to its loss terms on `batch`; settings: those of `objective`."""
 
     @torch.no_grad()
     def evaluate(net: nn.Module) -> np.ndarray:
-        return np.array([term.item() for term in objective(net, batch, lmbda=lmbda, sigma=sigma)])
+        return np.array([term.item() for term in objective(net, batch, **settings)])
 
     return evaluate
 
@@ -122,13 +122,13 @@ def plane(net: nn.Module, loss: LossOf, along: list[Tensor], across: list[Tensor
     return pd.concat(rows, ignore_index=True)
 
 
-def rise(net: nn.Module, batch: Batch, rhos: list[float], *, lmbda: float, sigma: float) -> pd.DataFrame:
+def rise(net: nn.Module, batch: Batch, rhos: list[float], **settings) -> pd.DataFrame:
     """`L(w + rho g / |g|) - L(w)`, SAM's own measure of sharpness (Foret et al. 2021); rows `rho, term, value`."""
     net = copy.deepcopy(net).requires_grad_(True)
-    loss = loss_of(batch, lmbda=lmbda, sigma=sigma)
+    loss = loss_of(batch, **settings)
     at_w = loss(net)
     net.zero_grad()
-    objective(net, batch, lmbda=lmbda, sigma=sigma).total.backward()
+    objective(net, batch, **settings).total.backward()
     values = []
     for rho in rhos:
         with SAM(net.parameters(), rho).perturbed():
@@ -148,8 +148,7 @@ def landscape(net: GradICON, dataset, trained: Train, settings: Landscape) -> pd
     if net.training:
         raise ValueError("expected a network in eval mode, got one in training mode: call net.eval()")
     batch = fixed_batch(dataset, pairs=settings.pairs)
-    weights = {"lmbda": trained.lmbda, "sigma": trained.sigma}
-    loss = loss_of(batch, **weights)
+    loss = loss_of(batch, **trained.loss())
     seeds = range(settings.direction_seed, settings.direction_seed + max(2, settings.directions))
     drawn = [filter_normalised_direction(net, seed=seed) for seed in seeds]
     extent = {"radius": settings.radius, "points": settings.line_points}
@@ -159,7 +158,7 @@ def landscape(net: GradICON, dataset, trained: Train, settings: Landscape) -> pd
     ]
     extent["points"] = settings.plane_points
     parts.append(plane(net, loss, *drawn[:2], **extent).assign(kind="plane"))
-    parts.append(rise(net, batch, settings.rhos, **weights).assign(kind="rise"))
+    parts.append(rise(net, batch, settings.rhos, **trained.loss()).assign(kind="rise"))
     norm = torch.linalg.vector_norm(nn.utils.parameters_to_vector(net.parameters())).item()
     parts.append(pd.DataFrame([{"kind": "weight_norm", "value": norm}]))
     return pd.concat(parts, ignore_index=True).assign(test_domain=dataset.name)

@@ -4,27 +4,31 @@ Architecture of GradICON (Tian et al. 2023, arXiv 2206.05897) as uniGradICON use
 arXiv 2403.05780), of any width, depth and number of levels, in 2-D and 3-D.
 """
 
+import ctypes
 import itertools
-import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fmsam_lib.config import written_whole
-from fmsam_lib.spatial import identity_map, sample
+from fmsam_lib.spatial import from_grid, identity_map, look_up, to_grid
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+FUNCTIONAL_CONV = {2: F.conv2d, 3: F.conv3d}
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVG_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
-UNIGRADICON_DOWN = (16, 32, 64, 256, 512)
-UNIGRADICON_UP = (16, 32, 64, 128, 256)
+SLAB = 8  # planes at half resolution: small enough to stay in a processor's cache, large enough to fill it
 
 
 class Transform:
@@ -36,20 +40,39 @@ class Transform:
 
     def __init__(self, shape: tuple[int, ...], displacements: tuple[Tensor, ...] = ()):
         self.shape = tuple(shape)
-        self.displacements = displacements
+        self.fields = tuple(u.flip(1) * 2 for u in displacements)  # as `to_grid` counts, once for all look-ups
+
+    @property
+    def displacements(self) -> tuple[Tensor, ...]:
+        return tuple(field.flip(1) / 2 for field in self.fields)
 
     def __call__(self, points: Tensor) -> Tensor:
-        for displacement in reversed(self.displacements):
-            points = points + sample(displacement, points)
-        return points
+        return points + self.displacement(points)
+
+    def displacement(self, points: Tensor) -> Tensor:
+        """phi(points) - points, `(N, D, *P)`, without the rounding of that subtraction."""
+        return self._displace(to_grid(points), self.fields).flip(1) / 2
 
     def on_grid(self, shape: tuple[int, ...]) -> Tensor:
         """phi at every sample of a grid of `shape` over the same field of view, `(N, D, *shape)`."""
-        newest, older = self.displacements[-1], self.displacements[:-1]
-        points = identity_map(tuple(shape), newest.dtype, newest.device)
-        if newest.shape[2:] == tuple(shape):  # the look-up would land on the samples themselves
-            return Transform(self.shape, older)(points + newest)
-        return self(points.expand(newest.shape[0], *points.shape[1:]))
+        return from_grid(self.grid(shape))
+
+    def grid(self, shape: tuple[int, ...]) -> Tensor:
+        """`on_grid` as `to_grid` counts, ready for `look_up`."""
+        newest = self.fields[-1]
+        if newest.shape[2:] != tuple(shape):  # at the regular points of a grid, looking up is interpolating
+            newest = F.interpolate(newest, tuple(shape), mode=LINEAR[newest.dim() - 2], align_corners=True)
+        grid = to_grid(identity_map(tuple(shape), newest.dtype, newest.device)) + newest
+        return grid + self._displace(grid, self.fields[:-1])
+
+    @staticmethod
+    def _displace(grid: Tensor, fields: tuple[Tensor, ...]) -> Tensor:
+        if not fields:
+            return torch.zeros_like(grid)
+        total = look_up(fields[-1], grid)
+        for field in reversed(fields[:-1]):
+            total = total + look_up(field, grid + total)
+        return total
 
     @cached_property
     def map(self) -> Tensor:
@@ -57,11 +80,26 @@ class Transform:
 
     def then(self, displacement: Tensor) -> "Transform":
         """One step finer: this transform after `displacement`."""
-        return Transform(self.shape, (*self.displacements, displacement))
+        finer = Transform(self.shape, (displacement,))
+        finer.fields = (*self.fields, *finer.fields)
+        return finer
 
     def __getitem__(self, batch: slice) -> "Transform":
         """The transforms of some of the batch's pairs."""
-        return Transform(self.shape, tuple(u[batch] for u in self.displacements))
+        return self._with(lambda u: u[batch])
+
+    def expand(self, n: int) -> "Transform":
+        """One pair's transform, seen as those of a batch of `n`."""
+        return self._with(lambda u: u.expand(n, *u.shape[1:]))
+
+    def __len__(self) -> int:
+        """How many pairs there are in the batch."""
+        return len(self.fields[0])
+
+    def _with(self, change) -> "Transform":
+        changed = Transform(self.shape)
+        changed.fields = tuple(map(change, self.fields))
+        return changed
 
 
 class UNet(nn.Module):
@@ -91,20 +129,62 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
-        # channels last is the layout that CPU convolutions and upsampling are quickest in
+        # In channels-last layout convolutions and upsampling are quickest, BatchNorm and concatenation too, but
+        # only where no slice breaks it.
         x = torch.cat([moving, fixed], 1).contiguous(memory_format=CHANNELS_LAST[self.dim])
         skips = []
         for conv in self.down:
             skips.append(x)
             y = conv(F.leaky_relu(x))
-            x = y + fit_channels(AVG_POOL[self.dim](x, 2, ceil_mode=True), y.shape[1])
-        for conv, norm in zip(reversed(self.up), reversed(self.norm), strict=True):
-            skip = skips.pop()
-            y = conv(F.leaky_relu(x))
-            x = norm(y + F.interpolate(fit_channels(x, y.shape[1]), scale_factor=2, mode=LINEAR[self.dim]))
-            x = x[(..., *[slice(0, n) for n in skip.shape[2:]])]  # odd sizes come back one too large
-            x = torch.cat([x, skip], 1)
-        return self.last(x) / 10
+            x = y.add_(fit_channels(halve(x), y.shape[1]))
+        for depth in reversed(range(1, len(self.up))):
+            x = self.ascend(depth, x, skips[depth])
+        if self.training or torch.is_grad_enabled():
+            return self.finish(x, skips[0])
+        # The finest depth holds most of the memory. Without statistics to gather or gradients to keep it is made
+        # slab by slab along the first axis, one plane more on either side for the kernels' reach.
+        slabs = []
+        for start in range(0, x.shape[2], SLAB):
+            first, end = max(start - 1, 0), start + SLAB + 1
+            slab = self.finish(x[:, :, first:end], skips[0][:, :, 2 * first : 2 * end])
+            slabs.append(slab[:, :, 2 * (start - first) :][:, :, : 2 * SLAB])
+        return torch.cat(slabs, 2)
+
+    def ascend(self, depth: int, x: Tensor, skip: Tensor) -> Tensor:
+        """From `x` at `depth` to twice its resolution, beside its `skip`."""
+        layout = {"memory_format": CHANNELS_LAST[self.dim]}
+        y = self.up[depth](F.leaky_relu(x))
+        coarse = fit_channels(x, y.shape[1]).contiguous(**layout)
+        x = self.norm[depth](y.add_(F.interpolate(coarse, scale_factor=2, mode=LINEAR[self.dim])))
+        keep_layout(x, **layout)
+        x = x[(..., *[slice(0, n) for n in skip.shape[2:]])]  # odd sizes come back one too large
+        return torch.cat([x, skip], 1)
+
+    def finish(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The finest depth, and the displacement: `last` convolved in a way that is quicker for so few channels.
+
+        The kernel's three taps along the first axis become channels of one convolution that is flat along that
+        axis, and are added up afterwards, each from its neighbouring plane.
+        """
+        x = self.ascend(0, x, skip)
+        taps = self.last.weight.movedim(2, 0).flatten(0, 1).unsqueeze(2)
+        taps = FUNCTIONAL_CONV[self.dim](x, taps, padding=(0, *[1] * (self.dim - 1)))
+        before, here, after = keep_layout(taps, memory_format=CHANNELS_LAST[self.dim]).chunk(3, 1)
+        flat = [0, 0] * (self.dim - 1)
+        y = F.pad(before[:, :, :-1], [*flat, 1, 0]) + here + F.pad(after[:, :, 1:], [*flat, 0, 1])
+        return (y + self.last.bias.view(1, -1, *[1] * self.dim)) / 10
+
+
+def keep_layout(x: Tensor, **layout) -> Tensor:
+    """`x` itself, whose gradient will arrive in the same memory layout."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.contiguous(**layout))
+    return x
+
+
+def halve(x: Tensor) -> Tensor:
+    """Means of two samples along every axis; an odd one out, or a single one, stays itself."""
+    return AVG_POOL[x.dim() - 2](x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)
 
 
 def fit_channels(x: Tensor, channels: int) -> Tensor:
@@ -123,13 +203,16 @@ class GradICON(nn.Module):
     more at full resolution (uniGradICON's second stage).
 
     dim: 2 or 3. down, up: channels of every step's `UNet`; `up` is `down` unless given.
+
+    With `net.save_memory = True` every step but the last computes its activations a second time on the way
+    back instead of keeping them: the same gradients, a fifth more time.
     """
 
     def __init__(
         self,
         dim: int = 3,
         *,
-        down: tuple[int, ...] = UNIGRADICON_DOWN,
+        down: tuple[int, ...],
         up: tuple[int, ...] | None = None,
         levels: int = 3,
         last_step: bool = True,
@@ -145,6 +228,8 @@ class GradICON(nn.Module):
             )
         self.settings = {"dim": dim, "down": list(down), "up": list(up), "levels": levels, "last_step": last_step}
         self.dim, self.levels = dim, levels
+        self.shape: tuple[int, ...] | None = None  # the grid that it was trained on
+        self.save_memory = False
         self.scales = [*reversed(range(levels)), *([0] if last_step else [])]  # halvings before each step
         self.steps = nn.ModuleList(UNet(dim, tuple(down), tuple(up)) for _ in self.scales)
 
@@ -153,13 +238,24 @@ class GradICON(nn.Module):
         self.check_shapes(moving, fixed)
         pyramid = [(moving, fixed)]
         for _ in range(self.levels - 1):
-            pyramid.append(tuple(AVG_POOL[self.dim](image, 2, ceil_mode=True) for image in pyramid[-1]))
+            pyramid.append(tuple(map(halve, pyramid[-1])))
         phi = Transform(fixed.shape[2:])
         for unet, scale in zip(self.steps, self.scales, strict=True):
             coarse_moving, coarse_fixed = pyramid[scale]
             if phi.displacements:
-                coarse_moving = sample(coarse_moving, phi.on_grid(coarse_fixed.shape[2:]))
-            phi = phi.then(unet(coarse_moving, coarse_fixed))
+                coarse_moving = look_up(coarse_moving, phi.grid(coarse_fixed.shape[2:]))
+            if self.save_memory and torch.is_grad_enabled() and unet is not self.steps[-1]:
+                displacement = checkpoint(
+                    unet,
+                    coarse_moving,
+                    coarse_fixed,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda unet=unet: (nullcontext(), buffers_kept(unet)),
+                )
+            else:
+                displacement = unet(coarse_moving, coarse_fixed)
+            phi = phi.then(displacement)
         return phi
 
     def check_shapes(self, moving: Tensor, fixed: Tensor) -> None:
@@ -172,35 +268,31 @@ class GradICON(nn.Module):
             )
 
     def save(self, path: Path | str) -> None:
-        """Settings and weights in one file, written whole or not at all."""
+        """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it."""
+        saved = {"settings": self.settings, "weights": self.state_dict(), "shape": self.shape and list(self.shape)}
         with written_whole(path) as partial:
-            torch.save({"settings": self.settings, "weights": self.state_dict()}, partial)
+            torch.save(saved, partial)
 
 
-def load(path: Path | str) -> GradICON:
-    """The network of a file that `GradICON.save` wrote, in eval mode.
+def give_back_memory() -> None:
+    """Have Linux' C library return freed blocks of 4 MB and more at once, for as long as the process lives.
 
-    Raises: ValueError for a file that is missing, damaged, or something else.
+    It otherwise keeps those up to 32 MB, and a network's many sizes leave holes between them: 0.7 GB in a training step
+    of the full network at 96^3, for a tenth of the time.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put the buffers back afterwards: a forward pass in training mode moves BatchNorm's running statistics."""
+    buffers = list(module.buffers())
+    saved = [buffer.clone() for buffer in buffers]
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        net = GradICON(**saved["settings"])
-        net.load_state_dict(saved["weights"])
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"expected weights saved by fmsam in {path}, got: {error}; train or copy them anew") from error
-    return net.eval()
-
-
-def unigradicon(weights: Path | str | None = None, *, dim: int = 3, last_step: bool = True) -> GradICON:
-    """uniGradICON's own network: 70.7 M parameters in 3-D with the last step.
-
-    weights: a file that `GradICON.save` wrote, None for an untrained network. (The official .trch files cannot
-    be read yet.) Raises ValueError for any other file or another architecture's.
-    """
-    net = GradICON(dim, down=UNIGRADICON_DOWN, up=UNIGRADICON_UP, levels=3, last_step=last_step)
-    if weights is None:
-        return net
-    loaded = load(weights)
-    if loaded.settings != net.settings:
-        raise ValueError(f"expected weights of {net.settings} in {weights}, got those of {loaded.settings}")
-    return loaded
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, saved, strict=True):
+                buffer.copy_(value)

@@ -12,9 +12,9 @@ from fmsam_lib.config import Compare, written_whole
 from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain, readable_test_pairs
 from fmsam_lib.evaluate import read_results, readable
-from fmsam_lib.network import load
 from fmsam_lib.study import Study, grid
 from fmsam_lib.synthetic import Pair
+from fmsam_lib.weights import load
 
 
 class Found(NamedTuple):

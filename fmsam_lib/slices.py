@@ -251,6 +251,36 @@ def registration(
     return figure
 
 
+def overview(pair: Pair, phi_map: Tensor) -> Figure:
+    """A pair's mid planes, a row each: fixed, moving, warped, and both images as an overlay before and after.
+
+    phi_map: `(1, D, *S)`. In the overlays the fixed image alone is green, the other alone magenta, both together grey.
+    A plane less than a quarter as high as it is wide is stretched to that.
+    """
+    planes = [cut(pair, phi_map, axis=axis) for axis in ((None,) if pair.fixed.dim() == 3 else (2, 1, 0))]
+    tall = [(p.size[1] + p.step[1]) / (p.size[0] + p.step[0]) for p in planes]
+    rows = [max(t, 0.25) for t in tall]
+    figure = Picture(figsize=(WIDTH, sum(WIDTH / 5 * row + 0.15 for row in rows) + 0.7), layout="constrained")
+    figure.suptitle(pair.name, fontsize=11)
+    axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
+    for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):
+        ax.set_title(title, fontsize=10)
+    for line, p, stretch in zip(axes, planes, np.divide(rows, tall), strict=True):
+        overlays = [np.stack([other, p.fixed, other], -1).clip(0, 1) for other in (p.moving, p.warped)]
+        for ax, picture in zip(line, (p.fixed, p.moving, p.warped, *overlays), strict=True):
+            show(ax, p, picture, aspect=stretch)
+        thin = {"linewidths": 0.9}
+        outline(line[0], p, p.fixed_label, FIXED_LINE | thin)
+        outline(line[1], p, p.moving_label, WARPED_LINE | thin)
+        outline(line[2], p, p.fixed_label, FIXED_LINE | thin)
+        outline(line[2], p, p.warped_label, WARPED_LINE | thin)
+        plane = p.name.removeprefix(f"{pair.name}, ").partition(" (")[0]
+        line[0].set_ylabel("" if plane == pair.name else plane.replace(" ", "\n", 1), fontsize=9)
+    if pair.fixed_label is not None or pair.moving_label is not None:
+        contour_legend(figure, "moving and warped")
+    return figure
+
+
 def _scale_bar(axes: Axes, plane: Cut, unit: str) -> None:
     longest = plane.size[0] / 3
     length = max(m * 10.0**e for m in (1, 2, 5) for e in range(-3, 5) if m * 10.0**e <= longest)

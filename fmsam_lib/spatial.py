@@ -37,9 +37,22 @@ def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: st
     >>> sample(ramp, torch.tensor([0.5, 0.5]).view(1, 2, 1, 1)).item()
     1.5
     """
-    # grid_sample wants its coordinates last, from -1 to 1, and the last axis first.
-    grid = (points * 2 - 1).flip(1).movedim(1, -1)
-    return F.grid_sample(image, grid, mode=mode, padding_mode=padding, align_corners=True)
+    return look_up(image, to_grid(points), mode=mode, padding=padding)
+
+
+def to_grid(points: Tensor) -> Tensor:
+    """Unit coordinates `(N, D, *P)` as torch's grid_sample counts: the last axis first, from -1 to 1."""
+    return points.flip(1) * 2 - 1
+
+
+def from_grid(grid: Tensor) -> Tensor:
+    """The inverse of `to_grid`."""
+    return (grid.flip(1) + 1) / 2
+
+
+def look_up(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
+    """`sample` at coordinates of `to_grid`'s kind, for who has many look-ups to do."""
+    return F.grid_sample(image, grid.movedim(1, -1), mode=mode, padding_mode=padding, align_corners=True)
 
 
 def warp(image: Tensor, phi_map: Tensor, *, mode: str = "bilinear", padding: str = "zeros") -> Tensor:

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from fmsam_lib.config import ConfigError, Train, as_dict, provenance, write_json, written_whole
 from fmsam_lib.losses import Batch, Loss, jittered_points, objective
-from fmsam_lib.network import GradICON
+from fmsam_lib.network import GradICON, give_back_memory
 from fmsam_lib.sam import SAM
+from fmsam_lib.weights import load
 
 LOG_EVERY = 10
 CHECKPOINT_EVERY = 50
@@ -46,8 +47,11 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
     sam = SAM(net.parameters(), run.rho, adaptive=run.optimizer == "asam", net=net) if run.optimizer != "adam" else None
 
     step, history, skipped, in_a_row = _resume(folder, net, optimizer)
-    _record(folder / "config.json", run, step)
+    _record(folder / "config.json", run, net, step)
     net.train()
+    net.shape, net.save_memory = tuple(run.shape), run.save_memory
+    if run.save_memory:
+        give_back_memory()
     bar = tqdm(
         total=run.steps, initial=step, disable=not progress, desc=f"{run.train_domain} {run.optimizer}", unit="step"
     )
@@ -82,22 +86,30 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
     return history
 
 
-def untrained(run: Train) -> GradICON:
-    """The network that `run` starts from: its random weights depend on the seed alone."""
-    torch.manual_seed(run.seed)
-    return GradICON(len(run.shape), down=tuple(run.down), levels=run.levels, last_step=run.last_step)
+def starting(run: Train) -> GradICON:
+    """The network that `run` starts from: that of the file `run.weights`, else random weights by the seed alone.
+
+    Raises: ValueError as `weights.load`; ConfigError where the file's network is 2-D and the run 3-D, or the reverse.
+    """
+    if not run.weights:
+        torch.manual_seed(run.seed)
+        return GradICON(len(run.shape), down=tuple(run.down), levels=run.levels, last_step=run.last_step)
+    net = load(run.weights)
+    if net.dim != len(run.shape):
+        raise ConfigError(f"expected weights of a {len(run.shape)}-D network, got a {net.dim}-D one in {run.weights}")
+    return net
 
 
 def train_step(net: GradICON, batch: Batch, run: Train, optimizer, sam: SAM | None) -> tuple[Loss, bool]:
     """One update; the loss at w, and whether all was finite (when not, weights and buffers stay as they are)."""
     buffers = [buffer.clone() for buffer in net.buffers()]
     optimizer.zero_grad()
-    loss = objective(net, batch, lmbda=run.lmbda, sigma=run.sigma)
+    loss = objective(net, batch, joint=run.joint, **run.loss())
     finite = backward(loss)  # gradient at w
     if finite and sam is not None:
         with sam.perturbed():  # at w + eps: the worst weights within rho
             optimizer.zero_grad()
-            finite = backward(objective(net, batch, lmbda=run.lmbda, sigma=run.sigma))  # its gradient moves w
+            finite = backward(objective(net, batch, joint=run.joint, **run.loss()))  # its gradient moves w
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     if finite and all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
         optimizer.step()
@@ -139,11 +151,11 @@ def _line(step: int, loss: Loss, skipped: int, sam: SAM | None, seconds: float, 
     return line | {"seconds": seconds, "seconds_waiting_for_data": waited}
 
 
-def _record(config: Path, run: Train, step: int) -> None:
+def _record(config: Path, run: Train, net: GradICON, step: int) -> None:
     """Parameters and provenance, once; a training that goes on from a checkpoint adds where it did."""
     there = json.loads(config.read_text()) if step and config.exists() else {}
     if not there:
-        write_json(config, {"parameters": as_dict(run), "provenance": provenance()})
+        write_json(config, {"parameters": as_dict(run), "network": net.settings, "provenance": provenance()})
     elif step < run.steps:
         resumed = [*there.get("resumed", []), {"step": step} | provenance()]
         write_json(config, there | {"parameters": as_dict(run), "resumed": resumed})
@@ -165,7 +177,7 @@ def _refuse_another(config: Path, run: Train) -> None:
     if not config.exists():
         return
     old, new = json.loads(config.read_text())["parameters"], as_dict(run)
-    where = ("out", "data", "threads")  # may differ: the same training at another place
+    where = ("out", "data", "save_memory", "threads")  # may differ: the same training at another place
     differing = [f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in new if k not in where and old.get(k) != new[k]]
     if differing:
         raise ConfigError(

@@ -21,12 +21,12 @@ from fmsam_lib.landscape import (
     segment,
 )
 from fmsam_lib.network import GradICON
-from fmsam_lib.train import untrained
+from fmsam_lib.train import starting
 
 RUN = {
     "out": "", "train_domain": "brain-mr", "optimizer": "adam", "seed": 0, "shape": [24, 24], "data": "",
-    "down": [4, 4], "levels": 2, "last_step": False, "steps": 1, "batch": 1, "lr": 1e-3, "rho": 0.0,
-    "lmbda": 1.5, "sigma": 3.0, "threads": 1,
+    "weights": "", "down": [4, 4], "levels": 2, "last_step": False, "steps": 1, "batch": 1, "lr": 1e-3, "rho": 0.0,
+    "lmbda": 1.5, "similarity": "lncc", "sigma": 3.0, "joint": True, "save_memory": False, "threads": 1,
 }  # fmt: skip
 SETTINGS = {
     "run": "", "out": "", "test_domains": [], "data": "", "pairs": 2, "radius": 0.4, "line_points": 5,
@@ -77,7 +77,7 @@ def test_a_segment_contains_both_ends():
 
 
 def network():
-    net = untrained(Train(**RUN))
+    net = starting(Train(**RUN))
     for unet in net.steps:
         nn.init.normal_(unet.last.weight, std=0.05)
     return net.eval()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from fmsam_lib.network import GradICON, Transform, load, unigradicon
+from fmsam_lib import network
+from fmsam_lib.network import GradICON, Transform
 from fmsam_lib.spatial import identity_map, sample
 
 
@@ -53,30 +54,63 @@ def test_pairs_of_a_batch_do_not_mix_in_eval_mode():
     torch.testing.assert_close(net(moving, fixed)[1:].map, net(moving[1:], fixed[1:]).map)
 
 
-def test_unigradicon_has_its_papers_size():
-    assert sum(p.numel() for p in unigradicon().parameters()) == pytest.approx(70.7e6, rel=2e-3)
+@pytest.mark.parametrize("shape", [(37, 30), (70, 18, 21)])
+def test_slabs_give_the_same(shape, monkeypatch):
+    """Without gradients the finest depth is computed slab by slab."""
+    net, pair = small(len(shape), last_step=True), images(*shape)
+    whole = net(*pair).map
+    for planes in (1, 3, 8, 100):
+        monkeypatch.setattr(network, "SLAB", planes)
+        with torch.no_grad():
+            torch.testing.assert_close(net(*pair).map, whole, atol=1e-6, rtol=0)
 
 
-def test_saved_and_loaded_weights_give_the_same_map(tmp_path):
-    net, pair = small(2, up=(5, 6)), images(24, 24)
-    net.save(tmp_path / "weights.pt")
-    assert torch.equal(load(tmp_path / "weights.pt")(*pair).map, net(*pair).map)
+def test_saving_memory_changes_neither_gradients_nor_statistics():
+    pair = images(33, 24)
+    results = []
+    for save_memory in (False, True):
+        net = small(2, levels=3, last_step=True).train()
+        net.save_memory = save_memory
+        (net(*pair).map ** 2).sum().backward()
+        results.append([*(p.grad for p in net.parameters()), *net.buffers()])
+    assert all(map(torch.equal, *results))
 
 
-def test_unigradicon_refuses_weights_of_another_architecture(tmp_path):
-    small(2).save(tmp_path / "small.pt")
-    with pytest.raises(ValueError, match=r"expected weights of .*'down': \[16, 32, 64, 256, 512\].*got those of"):
-        unigradicon(tmp_path / "small.pt", dim=2)
+def test_saving_memory_keeps_fewer_activations():
+    kept = []
+    for save_memory in (False, True):
+        net, sizes = small(2, levels=3, last_step=True).train(), []
+        net.save_memory = save_memory
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            net(*images(64, 64))
+        kept.append(sum(sizes))
+    assert kept[1] < 0.6 * kept[0]
 
 
-def test_damaged_and_missing_weights_are_named(tmp_path):
-    path = tmp_path / "weights.pt"
-    with pytest.raises(ValueError, match=r"weights\.pt.*No such file"):
-        load(path)
-    small(2).save(path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"weights\.pt"):
-        load(path)
+def test_the_last_convolution_is_torchs_own():
+    """`finish` computes it in another order."""
+    unet = small(3).steps[0]
+    x, skip = torch.rand(2, unet.up[0].in_channels, 5, 6, 4), torch.rand(2, 2, 9, 12, 8)
+    torch.nn.init.normal_(unet.last.bias)
+    expected = unet.last(unet.ascend(0, x, skip)) / 10
+    torch.testing.assert_close(unet.finish(x, skip), expected, atol=1e-6, rtol=0)
+
+
+def test_deep_networks_take_small_images():
+    assert small(3, down=(4, 4, 4, 4, 4), levels=3)(*images(16, 17, 16, n=1)).map.shape == (1, 3, 16, 17, 16)
+
+
+def test_displacement_is_exact_where_subtraction_is_not():
+    phi = Transform((8, 8)).then(torch.full((1, 2, 8, 8), 1e-9)).then(torch.full((1, 2, 4, 4), 2e-9))
+    torch.testing.assert_close(phi.displacement(torch.rand(1, 2, 5, 5)), torch.full((1, 2, 5, 5), 3e-9))
+
+
+def test_no_step_is_the_identity_and_expanding_repeats_a_pair():
+    x = torch.rand(1, 2, 5, 5)
+    assert torch.equal(Transform((8, 8))(x), x)
+    phi = Transform((8, 8)).then(torch.rand(1, 2, 8, 8) * 0.1)
+    assert torch.equal(phi.expand(3)(x.expand(3, -1, -1, -1)), phi(x).expand(3, -1, -1, -1))
+    assert len(phi.expand(3)) == 3
 
 
 @pytest.mark.parametrize(
@@ -95,6 +129,6 @@ def test_wrong_shapes_say_what_was_expected(moving, fixed, message):
 
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="dim 2 or 3, got 4"):
-        GradICON(4)
+        GradICON(4, down=(4,))
     with pytest.raises(ValueError, match="as many `up` as `down`"):
         GradICON(2, down=(4, 8), up=(4,))

@@ -4,10 +4,16 @@ import json
 import re
 
 import nbformat
+import nibabel
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
+import SimpleITK
+import torch
 from conftest import PROJECT
+
+from fmsam_lib.network import GradICON
 
 NOTEBOOKS = PROJECT / "notebooks"
 DOMAIN, SHAPE = "brain-mr", [32, 32]
@@ -141,9 +147,38 @@ def test_40_compares_and_names_what_is_missing(trained):
         assert (trained / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
-@pytest.mark.parametrize(
-    "name", ["00_start_here", "01_look_at_the_data", "10_train", "20_evaluate", "30_loss_landscape", "40_compare"]
-)
+def test_50_makes_and_registers_a_pair_without_files(tmp_path):
+    notebook = execute("50_register_your_own", tmp_path, out=str(tmp_path), shape=[24, 24, 24], io=25, lr=0.005)
+    assert pictures(notebook) >= 4  # before, loss, overview, explorer
+    dice = json.loads((tmp_path / "summary.json").read_text())["dice"].values()
+    assert sum(d["after"] - d["before"] for d in dice) / len(dice) > 0.1
+    fixed, warped, field = (
+        SimpleITK.ReadImage(str(tmp_path / name))
+        for name in ("input/fixed.nii.gz", "warped.nii.gz", "displacement.nii.gz")
+    )
+    assert warped.GetSize() == field.GetSize() == fixed.GetSize()
+    assert field.GetNumberOfComponentsPerPixel() == 3
+
+
+def test_50_registers_files_with_weights(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        values = torch.rand(40, 36, generator=generator).numpy()
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([0.5, 0.5, 1, 1])), tmp_path / f"{name}.nii.gz")
+    net = GradICON(2, down=(4, 8), levels=2)
+    net.save(tmp_path / "weights.pt")
+    files = {"fixed": str(tmp_path / "a.nii.gz"), "moving": str(tmp_path / "b.nii.gz")}
+    options = {"out": str(tmp_path / "out"), "weights": str(tmp_path / "weights.pt"), "shape": [32, 32], "io": 0}
+    execute("50_register_your_own", tmp_path, **files, **options)
+    assert nibabel.load(tmp_path / "out" / "disp_a_b.nii.gz").shape == (40, 36, 2)
+    with pytest.raises(papermill.PapermillExecutionError, match="expected fixed and moving, or neither"):
+        execute("50_register_your_own", tmp_path, fixed=files["fixed"])
+
+
+WITH_PARAMETERS = "00_start_here 01_look_at_the_data 10_train 20_evaluate 30_loss_landscape 40_compare"
+
+
+@pytest.mark.parametrize("name", [*WITH_PARAMETERS.split(), "50_register_your_own"])
 def test_an_unknown_parameter_stops_the_second_cell_and_lists_the_right_ones(tmp_path, name):
     with pytest.raises(papermill.PapermillExecutionError, match=r"stepz: unknown; known are \w+, \w+"):
         execute(name, tmp_path, stepz=3)

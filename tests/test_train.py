@@ -12,20 +12,23 @@ import torch
 
 from fmsam_lib.config import ConfigError, Train, as_dict
 from fmsam_lib.domains import open_domain
-from fmsam_lib.train import GIVE_UP_AFTER, make_batch, train, train_step, untrained
+from fmsam_lib.network import GradICON
+from fmsam_lib.train import GIVE_UP_AFTER, make_batch, starting, train, train_step
+from fmsam_lib.weights import load
 
 
 def tiny(out, **changes) -> Train:
     settings = {
         "out": str(out), "train_domain": "brain-mr", "optimizer": "sam", "seed": 0, "shape": [16, 16], "data": "",
-        "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3, "rho": 0.01,
-        "lmbda": 1.5, "sigma": 3.0, "threads": 1,
+        "weights": "", "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3,
+        "rho": 0.01, "lmbda": 1.5, "similarity": "lncc", "sigma": 3.0, "joint": True,
+        "save_memory": False, "threads": 1,
     }  # fmt: skip
     return Train(**(settings | changes))
 
 
 def run(settings: Train):
-    net = untrained(settings)
+    net = starting(settings)
     history = train(net, open_domain(settings.train_domain, shape=tuple(settings.shape)), settings, progress=False)
     return net, history
 
@@ -65,9 +68,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     settings = tiny(tmp_path / "killed", steps=400)
     code = (
         "import json, sys; from fmsam_lib.config import Train; from fmsam_lib.domains import open_domain\n"
-        "from fmsam_lib.train import train, untrained\n"
+        "from fmsam_lib.train import train, starting\n"
         "run = Train(**json.loads(sys.argv[1]))\n"
-        "train(untrained(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)\n"
+        "train(starting(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(as_dict(settings))])
     checkpoint = tmp_path / "killed" / "checkpoint.pt"
@@ -112,7 +115,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adam", "sam"])
 def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, optimizer):
     settings = tiny(tmp_path, optimizer=optimizer)
-    net = untrained(settings)
+    net = starting(settings)
     batch = make_batch(open_domain("brain-mr", shape=(16, 16)), settings, 0)
     batch.moving[0, 0, 3, 3] = float("nan")
     before = [value.clone() for value in net.state_dict().values()]  # BatchNorm's statistics too
@@ -132,7 +135,7 @@ def test_training_gives_up_when_nothing_stays_finite(tmp_path):
 def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     dataset = open_domain("brain-mr", shape=(16, 16))
     first, again = (make_batch(dataset, tiny(tmp_path), 7) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
     assert not torch.equal(first.moving, make_batch(dataset, tiny(tmp_path), 8).moving)
     assert not torch.equal(first.points, make_batch(dataset, tiny(tmp_path, seed=1), 7).points)
 
@@ -150,3 +153,31 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process is training"):
             run(tiny(tmp_path, steps=1))
+
+
+def test_fine_tuning_goes_on_from_a_file(tmp_path):
+    first, _ = run(tiny(tmp_path / "first"))
+    file = str(tmp_path / "first" / "weights.pt")
+    assert torch.equal(weights(starting(tiny(tmp_path, weights=file))), weights(first))
+    tuned, _ = run(tiny(tmp_path / "tuned", weights=file, down=[9, 9, 9], steps=2))
+    assert 0 < (weights(tuned) - weights(first)).norm() < 0.1 * weights(first).norm()
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["network"]["down"] == [4, 4]
+    assert load(tmp_path / "tuned" / "weights.pt").shape == (16, 16)
+
+
+def test_weights_of_another_dimension_are_refused(tmp_path):
+    GradICON(3, down=(4,)).save(tmp_path / "cube.pt")
+    with pytest.raises(ConfigError, match="weights of a 2-D network, got a 3-D one"):
+        starting(tiny(tmp_path, weights=str(tmp_path / "cube.pt")))
+
+
+def test_saving_memory_trains_the_same_network(tmp_path):
+    nets = [run(tiny(tmp_path / str(save), save_memory=save, last_step=True))[0] for save in (False, True)]
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+
+
+@pytest.mark.parametrize("change", [{"similarity": "mind"}, {"similarity": "lncc2"}, {"joint": False}], ids=str)
+def test_other_losses_train_another_network(tmp_path, change):
+    plain, other = run(tiny(tmp_path / "plain"))[0], run(tiny(tmp_path / "other", **change))[0]
+    assert torch.isfinite(weights(other)).all()
+    assert not torch.equal(weights(plain), weights(other))

@@ -1,0 +1,574 @@
+"""Register one pair of files: a warped image and a transform come out, in the fixed file's own space.
+
+`register` finds one map; all that is saved follows from it, voxel by voxel of the fixed file:
+
+    index in the fixed file -> unit coordinates x -> phi(x) -> index in the moving file -> RAS mm -> LPS mm
+
+Unit coordinates run from 0, the centre of a canonical (RAS) axis' first sample, to 1, that of its last. Both
+images' whole fields of view are laid over each other, as uniGradICON does: where the headers place the images
+in the world has no influence on phi, only on the millimetres of the result.
+"""
+
+import argparse
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from scipy.ndimage import map_coordinates
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fmsam_lib import data
+from fmsam_lib.config import provenance
+from fmsam_lib.data import data_error
+from fmsam_lib.losses import Batch, jittered_points, lncc, objective
+from fmsam_lib.metrics import dice, folding_percent, sdlogj
+from fmsam_lib.network import GradICON, Transform, give_back_memory
+from fmsam_lib.spatial import jacobian_determinant, warp
+from fmsam_lib.synthetic import Pair
+from fmsam_lib.volume import Volume, apply, itk_reads, read_labels, read_volume, slabs
+from fmsam_lib.weights import OFFICIAL, load
+
+BACKGROUND = {"MR": 0.0, "CT": -1000.0}  # what the warped image shows outside the moving one
+LARGE = 128**3  # samples; optimising on more computes activations twice rather than keep them
+SUMMARY = "summary.json"
+RESULTS = ("warped.nii.gz", "displacement.nii.gz", "labels.nii.gz", "overview.png", SUMMARY)  # and disp_….nii.gz
+
+# `python -m fmsam_lib.register` finds this module imported by the package already; running it once more does no harm.
+warnings.filterwarnings("ignore", "'fmsam_lib.register' found in sys.modules", RuntimeWarning)
+
+
+def register(
+    fixed,
+    moving,
+    net: GradICON | str | Path,
+    *,
+    modality: str = "mr",
+    moving_modality: str | None = None,
+    shape: tuple[int, ...] | None = None,
+    io: int = 0,
+    lr: float = 2e-5,
+    lmbda: float = 1.5,
+    sigma: float = 5.0,
+    similarity: str = "lncc",
+    seed: int = 0,
+    labels=None,
+    fixed_labels=None,
+    progress: bool = True,
+) -> "Registration":
+    """Register the `moving` image to the `fixed` one: files of any shape, spacing and orientation.
+
+    fixed, moving: a path or a nibabel image.
+    net: a network, or its weights as `weights.load` takes them; it stays as it is, and the work is done on its device.
+    modality: "mr" or "ct", of both images unless `moving_modality` is given.
+    shape: the grid that the network works on; None for the one it was trained on (`net.shape`).
+    io: steps of instance optimisation, of Adam (lr) on the loss of this very pair (lmbda, sigma, similarity: see
+    `losses.objective`); the best iterate counts.
+    labels: a label image of the moving image, to be warped; fixed_labels: one of the fixed image, for Dice.
+
+    >>> result = register("fixed.nii.gz", "moving.nii.gz", net, io=50)  # doctest: +SKIP
+    >>> result.summary["similarity"], result.save("out")  # doctest: +SKIP
+
+    Warns where a header is in doubt. Raises ValueError for impossible arguments, weights that cannot be loaded or a
+    transform that is not finite, and DataError (a ValueError) for images that cannot be registered.
+    """
+    start = time.perf_counter()
+    net, weights = (load(net), str(net)) if isinstance(net, str | Path) else (net, None)
+    shape = _grid(net, shape)
+    kinds = {"fixed": modality.upper(), "moving": (moving_modality or modality).upper()}
+    options = {"lr": lr, "lmbda": lmbda, "sigma": sigma, "similarity": similarity, "seed": seed}
+    _check_options(kinds, io, options)
+
+    fixed, moving = read_volume(fixed, net.dim, "fixed image"), read_volume(moving, net.dim, "moving image")
+    notes = [*fixed.notes, *moving.notes]
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    _check_pair(fixed, moving)
+    sources = {"labels": labels, "fixed_labels": fixed_labels}
+    labels = None if labels is None else read_labels(labels, moving)
+    fixed_labels = None if fixed_labels is None else read_labels(fixed_labels, fixed)
+    pair = Pair(
+        name=f"{moving.name} to {fixed.name}",
+        fixed=fixed.on_grid(shape, kinds["fixed"]),
+        moving=moving.on_grid(shape, kinds["moving"]),
+        fixed_label=None if fixed_labels is None else fixed.labels_on_grid(fixed_labels, shape),
+        moving_label=None if labels is None else moving.labels_on_grid(labels, shape),
+        labels={n: str(n) for n in ([] if fixed_labels is None else np.unique(fixed_labels).tolist()) if n},
+        spacing=tuple((fixed.size / (np.array(shape) - 1)).tolist()),
+        affine=fixed.grid_affine(shape) if fixed.oriented else None,
+    )
+
+    phi, losses, best = optimise(net, pair.moving[None], pair.fixed[None], steps=io, progress=progress, **options)
+    if not phi.map.isfinite().all():
+        raise ValueError(f"expected a finite transform for {pair.name}, got NaN or infinity: are the weights damaged?")
+    if 0 < len(losses) <= io:
+        notes.append(f"instance optimisation: the loss was not finite at step {len(losses)}; the best before counts")
+        warnings.warn(notes[-1], stacklevel=2)
+    result = Registration(fixed, moving, phi, pair, {}, losses, labels, fixed_labels, BACKGROUND[kinds["moving"]])
+    result.summary.update(
+        fixed=fixed.where,
+        moving=moving.where,
+        **{name: str(source) for name, source in sources.items() if isinstance(source, str | Path)},
+        network={"weights": weights, **net.settings, "shape": list(shape)},
+        modality={name: kind.lower() for name, kind in kinds.items()},
+        **_measure(pair, phi, sigma),
+    )
+    if io:
+        done = {"steps_asked": io, "steps": len(losses) - 1, "best_step": best}
+        done |= {"loss_before": losses[0], "loss_best": losses[best]}
+        result.summary["instance_optimisation"] = done | options
+    if labels is not None and fixed_labels is not None:
+        result.summary["dice"] = result.dice()
+    result.summary.update(
+        seconds=round(time.perf_counter() - start, 2),
+        notes=notes,
+        version=importlib.metadata.version("fmsam"),
+        provenance=provenance(),
+    )
+    return result
+
+
+def _measure(pair: Pair, phi: Transform, sigma: float) -> dict:
+    """Similarity, folding and regularity, on the network's grid."""
+    moving, fixed = pair.moving[None], pair.fixed[None]
+    determinant = jacobian_determinant(phi.map)
+    return {
+        "similarity": {
+            "measure": "mean LNCC",
+            "sigma": sigma,
+            "before": lncc(moving, fixed, sigma=sigma).item(),
+            "after": lncc(warp(moving, phi.map), fixed, sigma=sigma).item(),
+        },
+        "folding_percent": folding_percent(determinant),
+        "sdlogj": sdlogj(determinant),
+    }
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What `register` found.
+
+    phi: from the fixed image's unit coordinates to the moving one's. pair: both images on the network's grid, as
+    `view.explore(result.pair, result.phi)` wants them. losses: of instance optimisation, from step 0.
+    summary: similarity before and after, folding, SDlogJ, Dice, seconds, notes, provenance. labels, fixed_labels: in
+    their images' voxel order. background: what the warped image shows outside the moving one.
+    """
+
+    fixed: Volume
+    moving: Volume
+    phi: Transform
+    pair: Pair
+    summary: dict
+    losses: list[float]
+    labels: np.ndarray | None
+    fixed_labels: np.ndarray | None
+    background: float
+
+    @cached_property
+    def warped(self) -> nibabel.Nifti1Image:
+        """The moving image seen from the fixed file's voxels: looked up once, linearly, in its own voxels; float32."""
+        return self._file(self._look_up(self.moving.values, order=1, background=self.background))
+
+    def warp_labels(self, labels) -> nibabel.Nifti1Image:
+        """A label image of the moving image (a path or a nibabel image) on the fixed file's voxels, nearest neighbour.
+
+        Integer types are kept. Raises DataError unless they are whole numbers on the moving image's grid.
+        """
+        return self._file(self._look_up(read_labels(labels, self.moving), order=0))
+
+    def displacement(self) -> nibabel.Nifti1Image:
+        """The displacement field that ITK-family tools apply: LPS mm, float32, `(X, Y, Z, 1, 3)`, intent vector.
+
+        ITK reads a file `(X, Y)` as 2-D, so its field is `(X, Y, 1, 1, 2)`. It reads a file `(X, Y, 1)` as 3-D, but a
+        vector field of one slice as 2-D, so that file's field is `(X, Y, 2, 1, 3)`, the slice twice.
+        Raises DataError where ITK cannot read the fixed file's own geometry.
+        """
+        dim = self.fixed.itk_dim
+        if not itk_reads(self.fixed.affine, dim):
+            todo = "Resample the image without shear, or use Learn2Reg's form."
+            raise data_error(self.fixed.where, "axes that ITK reads", str(self.fixed.affine.tolist()), todo)
+        field = np.empty((*self.fixed.shape, 3), np.float32)
+        for slab, index in slabs(self.fixed.shape):
+            there = index + self.voxel_displacement[:, slab]
+            ras = apply(self.moving.affine[:3], there) - apply(self.fixed.affine[:3], index)
+            field[slab] = np.moveaxis(ras, 0, -1) * (-1, -1, 1)  # ITK's axes point to the left and to the back
+        if dim == 3 and field.shape[2] == 1:
+            field = np.repeat(field, 2, axis=2)
+        return self._file(field[:, :, :, None, :dim], intent="vector")
+
+    def learn2reg(self) -> nibabel.Nifti1Image:
+        """Learn2Reg's form `(*S, D)`, float32, voxels: `map_coordinates(moving, identity + disp)` is the warped image.
+
+        moving and identity: as the two files store them, whatever their orientations and shapes.
+        """
+        field = np.moveaxis(self.voxel_displacement, 0, -1)
+        return self._file(field if self.fixed.itk_dim == 3 else field[:, :, 0, :2])
+
+    @cached_property
+    def voxel_displacement(self) -> np.ndarray:
+        """`(3, X, Y, Z)` float32: index in the moving file minus index in the fixed file, at each fixed voxel."""
+        field = np.empty((3, *self.fixed.shape), np.float32)
+        dim = len(self.phi.shape)
+        for slab, index in slabs(self.fixed.shape):
+            x = torch.from_numpy(apply(self.fixed.unit_of_index, index)).float()
+            phi = self.phi(x.view(1, dim, -1, *[1] * (dim - 1))).view(x.shape)
+            field[:, slab] = apply(self.moving.index_of_unit, phi.numpy()) - index
+        return field
+
+    def dice(self) -> dict[str, dict[str, float]]:
+        """Of each of the fixed image's labels, on its voxels, before (fields of view over each other) and after."""
+        unregistered = dataclasses.replace(self, phi=Transform(self.phi.shape))  # no displacement
+        warped = {"before": unregistered._look_up(self.labels, order=0), "after": self._look_up(self.labels, order=0)}
+
+        def mask(values: np.ndarray, number: int) -> Tensor:
+            return torch.from_numpy(values == number)
+
+        return {
+            str(number): {
+                when: dice(mask(values, number), mask(self.fixed_labels, number)) for when, values in warped.items()
+            }
+            for number in self.pair.labels
+        }
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write everything into `folder`, whole or not at all; the files' paths. Raises DataError when it cannot."""
+        spare(folder, [self.summary[role] for role in ROLES if role in self.summary])
+        with staged(folder) as staging:
+            self.write(staging)
+        return [Path(folder) / name for name in self.summary["files"]]
+
+    def write(self, staging: Path) -> None:
+        """Write `warped.nii.gz`, `displacement.nii.gz` (ITK), `disp_<fixed>_<moving>.nii.gz` (Learn2Reg),
+        `labels.nii.gz` (if there are any), `overview.png` and `summary.json` into a `staged` folder.
+        """
+        from fmsam_lib.slices import overview  # matplotlib takes a while to import
+
+        makers = {
+            "warped.nii.gz": lambda: self.warped,
+            f"disp_{self.fixed.name}_{self.moving.name}.nii.gz": self.learn2reg,
+        }
+        if itk_reads(self.fixed.affine, self.fixed.itk_dim):  # else a note says so
+            makers["displacement.nii.gz"] = self.displacement
+        if self.labels is not None:
+            makers["labels.nii.gz"] = lambda: self._file(self._look_up(self.labels, order=0))
+        self.summary["files"] = [*makers, "overview.png", SUMMARY]
+        try:
+            for name, make in makers.items():
+                nibabel.save(make(), staging / name)
+            overview(self.pair, self.phi.map).savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
+            (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n")
+        except OSError as error:
+            todo = "None were written. Make room, or choose another folder."
+            raise data_error(staging.parent, "room for the results", error.strerror or str(error), todo) from error
+
+    def _look_up(self, values: np.ndarray, *, order: int, background: float = 0) -> np.ndarray:
+        """`values` `(X, Y, Z)` of the moving file at the fixed file's voxels; order 0 is nearest, 1 linear."""
+        result = np.empty(self.fixed.shape, values.dtype)
+        end = np.array(values.shape).reshape(3, 1, 1, 1) - 0.5  # a voxel reaches half its size beyond its centre
+        for slab, index in slabs(self.fixed.shape):
+            index += self.voxel_displacement[:, slab]
+            inside = ((index >= -0.5) & (index < end)).all(0)
+            found = map_coordinates(values, index, output=values.dtype, order=order, mode="nearest", prefilter=False)
+            result[slab] = np.where(inside, found, values.dtype.type(background))
+        return result
+
+    def _file(self, values: np.ndarray, intent: str = "none") -> nibabel.Nifti1Image:
+        """`values` on the fixed file's voxels as NIfTI; of that header qform, sform and unit as they are, no more."""
+        old, header = self.fixed.file.header, nibabel.Nifti1Header()
+        if isinstance(old, nibabel.Nifti1Header):
+            for key in GEOMETRY:
+                header[key] = old[key]
+            header.set_data_shape(values.shape)
+            header["pixdim"][:4] = old["pixdim"][:4]
+            image = nibabel.Nifti1Image(values, header.get_best_affine(), header, dtype=values.dtype)
+        else:
+            image = nibabel.Nifti1Image(values, self.fixed.affine, dtype=values.dtype)
+            image.set_sform(self.fixed.affine, 1)
+            image.set_qform(self.fixed.affine, 1)
+        image.header.set_intent(intent)
+        return image
+
+
+GEOMETRY = ("qform_code", "sform_code", "xyzt_units", *(f"quatern_{a}" for a in "bcd"))
+GEOMETRY += tuple(f"{name}_{a}" for name in ("qoffset", "srow") for a in "xyz")
+
+
+def optimise(
+    net: GradICON,
+    moving: Tensor,
+    fixed: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    lmbda: float,
+    sigma: float,
+    similarity: str = "lncc",
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Transform, list[float], int]:
+    """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
+
+    A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does). Returns the
+    transform of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came) to `steps`,
+    and which was lowest. A loss that is not finite ends it early. Raises ValueError when the first one is not.
+    """
+    device = next(net.parameters()).device
+    net, moving, fixed = copy.deepcopy(net).eval(), moving.to(device), fixed.to(device)
+    if not steps:
+        with torch.no_grad():
+            return _kept(net(moving, fixed)), [], 0
+    if fixed.numel() > LARGE:
+        net.save_memory = True
+        give_back_memory()
+    optimizer = torch.optim.Adam(net.requires_grad_().parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    # The loss runs the network itself, on both directions in one batch, moving to fixed first. This hook gets hold of
+    # the transform, so that keeping the best costs neither another run nor a copy of the weights.
+    found = []
+    net.register_forward_hook(lambda module, images, phi: found.append(phi))
+    best, losses, best_step = None, [], 0
+    bar = tqdm(range(steps + 1), desc="instance optimisation", unit="step", disable=not progress)
+    for step in bar:
+        found.clear()
+        batch = Batch(moving, fixed, jittered_points(tuple(fixed.shape[2:]), generator).to(device))
+        loss = objective(net, batch, lmbda=lmbda, sigma=sigma, similarity=similarity).total
+        if not loss.isfinite():
+            break
+        losses.append(loss.item())
+        if losses[-1] <= losses[best_step]:
+            best, best_step = _kept(found[0][:1]), step
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{losses[best_step]:.4f}", refresh=False)
+        if step < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    if best is None:
+        raise ValueError("expected a finite loss before instance optimisation, got NaN or infinity: damaged weights?")
+    return best, losses, best_step
+
+
+def _kept(phi: Transform) -> Transform:
+    return Transform(phi.shape, tuple(u.detach().to("cpu", torch.float32, copy=True) for u in phi.displacements))
+
+
+# What is checked before the work
+
+
+def _grid(net: GradICON, shape) -> tuple[int, ...]:
+    shape = getattr(net, "shape", None) if shape is None else shape
+    if shape is None:
+        raise ValueError(
+            f"expected `shape` (--shape), got none, and the weights do not say what grid they were trained on; "
+            f"give {net.dim} numbers, as in the training"
+        )
+    if len(shape) != net.dim:
+        raise ValueError(f"expected a shape of {net.dim} numbers for this {net.dim}-D network, got {list(shape)}")
+    return tuple(int(n) for n in shape)
+
+
+def _check_options(kinds: dict[str, str], io: int, options: dict) -> None:
+    for name, kind in kinds.items():
+        if kind not in data.MODALITIES:
+            raise ValueError(f"expected mr or ct as the {name} image's modality, got {kind.lower()!r}")
+    wrong = [f"io {io}"] * (io < 0) + [f"lmbda {options['lmbda']}"] * (not 0 <= options["lmbda"] < math.inf)
+    wrong += [f"{name} {options[name]}" for name in ("lr", "sigma") if not 0 < options[name] < math.inf]
+    if wrong:
+        raise ValueError(f"expected io and lmbda from 0, lr and sigma above 0, got {', '.join(wrong)}")
+
+
+def _check_pair(fixed: Volume, moving: Volume) -> None:
+    """Raises DataError unless the two could show the same thing."""
+    if fixed.oriented != moving.oriented:
+        silent, other = (moving, fixed) if fixed.oriented else (fixed, moving)
+        expected = f"a header that states the orientation, as {other.where}'s does"
+        todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
+        raise data_error(silent.where, expected, "qform and sform codes 0", todo)
+    ratio = moving.size / fixed.size
+    if ratio.max() > 3 or ratio.min() < 1 / 3:
+        sizes = [" x ".join(f"{mm:.3g}" for mm in image.size) + " mm" for image in (fixed, moving)]
+        expected = f"a field of view like the {sizes[0]} of {fixed.where}, at most 3 times as large or small"
+        todo = "Crop or pad one of them, so that they show the same."
+        if ratio.max() < 2 * ratio.min():
+            todo = f"All axes differ by about {ratio.mean():.2g} times: is a spacing lost or in another unit? {todo}"
+        raise data_error(moving.where, expected, f"{sizes[1]} (right, front, up)", todo)
+
+
+# The folder of results
+
+ROLES = ("fixed", "moving", "labels", "fixed_labels")
+
+
+def spare(folder: str | Path, inputs: list[str]) -> None:
+    """Raises DataError where a result in `folder` would take the place of one of the input files."""
+    for path in map(Path, inputs):
+        if path.resolve().parent == Path(folder).resolve() and _is_result(path.name):
+            found = "a folder where a result of the same name would replace it"
+            raise data_error(path, "another folder for the results", found, "Choose another one.")
+
+
+def _is_result(name: str) -> bool:
+    return name in RESULTS or re.fullmatch(r"disp_[^/]*\.nii\.gz", name) is not None
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder in `folder` to write into; its files get there when the block ends well, `summary.json` last.
+
+    However the block ends, that summary only ever stands beside results that are complete, and earlier
+    results are replaced only at the very end. Raises DataError, before the block, when `folder` cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise data_error(folder, "a folder to write the results into", found, "Choose another one.") from error
+    try:
+        yield staging
+        new = sorted(os.listdir(staging), key=lambda name: name == SUMMARY)
+        old = _old_files(folder)
+        (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
+        for name in old.difference(new):
+            (folder / name).unlink(missing_ok=True)
+        for name in new:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _old_files(folder: Path) -> set[str]:
+    """The results that an earlier summary in `folder` names: another pair's should not stay beside the new ones."""
+    try:
+        files = json.loads((folder / SUMMARY).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in files if isinstance(name, str) and _is_result(name)}
+
+
+# The command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fmsam-register`: 0 when the results are in the folder, 1 when something was wrong, 2 for wrong arguments."""
+    args = _arguments(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cluster's time limit: leave as after Ctrl-C
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        try:
+            spare(args.out, [getattr(args, role) for role in ROLES if getattr(args, role)])
+            with staged(args.out) as staging:  # before the work: is there a place for its results?
+                result = _run(args)
+                result.write(staging)
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            return 130
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error)):
+                raise
+            print("error: not enough memory: a smaller --shape needs less, and so does --io 0", file=sys.stderr)
+            return 1
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if not args.quiet:
+        print(report(result.summary, args.out))
+    return 0
+
+
+def _run(args: argparse.Namespace) -> Registration:
+    as_they_are = ("modality", "moving_modality", "shape", "io", "lr", "lmbda", "sigma", "similarity", "seed")
+    options = {name: getattr(args, name) for name in (*as_they_are, "labels", "fixed_labels")}
+    net = load(args.weights).to(args.device)
+    result = register(args.fixed, args.moving, net, progress=not args.quiet, **options)
+    result.summary["network"]["weights"] = args.weights
+    return result
+
+
+def _arguments(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fmsam-register",
+        description="Register two images; the warped image and the transform come out in the fixed image's space.",
+    )
+
+    def add(name: str, *, help: str, **how) -> None:
+        parser.add_argument(name, help=help + (" (default: %(default)s)" if how.get("default") else ""), **how)
+
+    add("--fixed", required=True, help="image that stays, NIfTI")
+    add("--moving", required=True, help="image to be warped onto it, NIfTI")
+    add("--out", required=True, help="folder for the results")
+    add("--modality", choices=("mr", "ct"), default="mr", help="of both images")
+    add("--moving-modality", choices=("mr", "ct"), help="of the moving image, if it is another")
+    add("--weights", default="unigradicon", help=f"{' or '.join(OFFICIAL)} (downloaded once), or a file of weights")
+    add(
+        "--shape",
+        type=_positive,
+        nargs="+",
+        help="grid to work on; unless given, the one that the network was trained on",
+    )
+    add("--io", type=int, default=0, metavar="STEPS", help="steps of instance optimisation on this pair")
+    add("--lr", type=float, default=2e-5, help="learning rate of instance optimisation")
+    add("--lmbda", type=float, default=1.5, help="weight of the regulariser in it")
+    add("--sigma", type=float, default=5.0, help="window of the similarity, voxels of the grid")
+    add("--similarity", choices=("lncc", "lncc2", "mind"), default="lncc", help="what instance optimisation maximises")
+    add("--labels", help="label image of the moving image, to be warped too")
+    add("--fixed-labels", help="label image of the fixed image: Dice before and after goes into the summary")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="where the network runs")
+    add("--threads", type=_positive, help="processor threads")
+    add("--seed", type=int, default=0, help="of instance optimisation's random points")
+    add("--quiet", action="store_true", help="print nothing but problems")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def report(summary: dict, folder: str | Path) -> str:
+    """What a person wants to know of a `Registration.summary`, in a few lines."""
+    similarity = summary["similarity"]
+    lines = [
+        f"LNCC {similarity['before']:.3f} -> {similarity['after']:.3f}, {summary['folding_percent']:.2g} % folded, "
+        f"SDlogJ {summary['sdlogj']:.3f}, {summary['seconds']:.1f} s"
+    ]
+    if "instance_optimisation" in summary:
+        io = summary["instance_optimisation"]
+        lines.append(
+            f"instance optimisation: best of {io['steps']} steps was {io['best_step']}, "
+            f"loss {io['loss_before']:.4f} -> {io['loss_best']:.4f}"
+        )
+    for label, value in summary.get("dice", {}).items():
+        lines.append(f"Dice of label {label}: {value['before']:.3f} -> {value['after']:.3f}")
+    return "\n".join([*lines, *(str(Path(folder) / name) for name in summary["files"])])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
