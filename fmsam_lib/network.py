@@ -242,7 +242,7 @@ class GradICON(nn.Module):
         phi = Transform(fixed.shape[2:])
         for unet, scale in zip(self.steps, self.scales, strict=True):
             coarse_moving, coarse_fixed = pyramid[scale]
-            if phi.displacements:
+            if phi.fields:
                 coarse_moving = look_up(coarse_moving, phi.grid(coarse_fixed.shape[2:]))
             if self.save_memory and torch.is_grad_enabled() and unet is not self.steps[-1]:
                 displacement = checkpoint(
