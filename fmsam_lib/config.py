@@ -302,11 +302,15 @@ def provenance() -> dict:
 
 
 def _commit() -> str:
-    """The project's git commit, "+" behind it where files differ from it; "unknown" outside a checkout."""
+    """The project's git commit, "+" behind it where files differ from it; "unknown" outside a checkout.
+
+    Recorded benchmarks may differ: one script's record should not mark the next one's.
+    """
     git = ["git", "-C", str(PROJECT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/*.csv"]
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
