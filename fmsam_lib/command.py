@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fmsam_lib.register import ROLES, Registration, register, spare, staged
+from fmsam_lib.data import open_file
+from fmsam_lib.register import ROLES, SIMILARITIES, Registration, register, spare, staged
 from fmsam_lib.weights import OFFICIAL, load
 
 
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> Registration:
     as_they_are = ("modality", "moving_modality", "shape", "io", "lr", "lmbda", "sigma", "similarity", "seed")
     options = {name: getattr(args, name) for name in (*as_they_are, "labels", "fixed_labels")}
+    for role in ROLES:  # before the weights, which may have to be downloaded
+        if path := getattr(args, role):
+            open_file(Path(path))
     net = load(args.weights).to(args.device)
     result = register(args.fixed, args.moving, net, progress=not args.quiet, **options)
     result.summary["network"]["weights"] = args.weights
@@ -78,7 +82,7 @@ def _arguments(argv) -> argparse.Namespace:
     add("--lr", type=float, default=2e-5, help="learning rate of instance optimisation")
     add("--lmbda", type=float, default=1.5, help="weight of the regulariser in it")
     add("--sigma", type=float, default=5.0, help="window of the similarity, voxels of the grid")
-    add("--similarity", choices=("lncc", "lncc2", "mind"), default="lncc", help="what instance optimisation maximises")
+    add("--similarity", choices=SIMILARITIES, default="lncc", help="what instance optimisation maximises")
     add("--labels", help="label image of the moving image, to be warped too")
     add("--fixed-labels", help="label image of the fixed image: Dice before and after goes into the summary")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]

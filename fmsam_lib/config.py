@@ -143,6 +143,8 @@ class Register:
     threads: int
 
 
+ADDED = {"weights": "", "similarity": "lncc", "joint": True, "save_memory": False}  # what older records don't say
+
 AT_LEAST = {
     **dict.fromkeys(("batch", "directions", "down", "levels", "pairs", "steps", "threads"), 1),
     **dict.fromkeys(("direction_seed", "index", "io", "lmbda", "rho", "seed", "seeds"), 0),
@@ -272,7 +274,7 @@ def trained_with(folder: Path | str) -> Train:
     """The parameters of the training in `folder`, from its `config.json`."""
     path = Path(folder) / "config.json"
     try:
-        return read(Train, json.loads(path.read_text())["parameters"], source=str(path))
+        return read(Train, ADDED | json.loads(path.read_text())["parameters"], source=str(path))
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise ConfigError(f"expected a run of notebook 10_train in {folder}, got {error!r}; train it first") from error
 

@@ -177,6 +177,7 @@ def separable(x: Tensor, band) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a band made under inference mode could not take part in training later
 def gaussian_band(n: int, *, sigma: float, dtype, device) -> Tensor:
     """`(n, n)` symmetric matrix whose product is the Gaussian mean along an axis of n samples, zero outside."""
     radius = int(2 * sigma)
@@ -187,6 +188,7 @@ def gaussian_band(n: int, *, sigma: float, dtype, device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def box_band(n: int, *, radius: int, dtype, device) -> Tensor:
     """`(n, n)` matrix whose product is the mean over `2 radius + 1` samples along an axis of n, the border repeated."""
     window = torch.arange(n).view(-1, 1) + torch.arange(-radius, radius + 1)

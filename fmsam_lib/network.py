@@ -7,8 +7,7 @@ arXiv 2403.05780), of any width, depth and number of levels, in 2-D and 3-D.
 import ctypes
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -59,6 +58,8 @@ class Transform:
 
     def grid(self, shape: tuple[int, ...]) -> Tensor:
         """`on_grid` as `to_grid` counts, ready for `look_up`."""
+        if not self.fields:
+            return to_grid(identity_map(tuple(shape)))
         newest = self.fields[-1]
         if newest.shape[2:] != tuple(shape):  # at the regular points of a grid, looking up is interpolating
             newest = F.interpolate(newest, tuple(shape), mode=LINEAR[newest.dim() - 2], align_corners=True)
@@ -205,7 +206,7 @@ class GradICON(nn.Module):
     dim: 2 or 3. down, up: channels of every step's `UNet`; `up` is `down` unless given.
 
     With `net.save_memory = True` every step but the last computes its activations a second time on the way
-    back instead of keeping them: the same gradients, a fifth more time.
+    back instead of keeping them: the same gradients for a sixth more time.
     """
 
     def __init__(
@@ -251,7 +252,7 @@ class GradICON(nn.Module):
                     coarse_fixed,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=lambda unet=unet: (nullcontext(), buffers_kept(unet)),
+                    context_fn=lambda unet=unet: (nullcontext(), BuffersKept(unet)),
                 )
             else:
                 displacement = unet(coarse_moving, coarse_fixed)
@@ -278,21 +279,26 @@ def give_back_memory() -> None:
     """Have Linux' C library return freed blocks of 4 MB and more at once, for as long as the process lives.
 
     It otherwise keeps those up to 32 MB, and a network's many sizes leave holes between them: 0.7 GB in a training step
-    of the full network at 96^3, for a tenth of the time.
+    of the full network at 96^3.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 
-@contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put the buffers back afterwards: a forward pass in training mode moves BatchNorm's running statistics."""
-    buffers = list(module.buffers())
-    saved = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
+class BuffersKept:
+    """Puts the buffers back afterwards: a forward pass in training mode moves BatchNorm's running statistics.
+
+    A context manager that can be entered again, as going backward twice does.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.saved = [buffer.clone() for buffer in self.module.buffers()]
+
+    def __exit__(self, *_) -> None:
         with torch.no_grad():
-            for buffer, value in zip(buffers, saved, strict=True):
+            for buffer, value in zip(self.module.buffers(), self.saved, strict=True):
                 buffer.copy_(value)

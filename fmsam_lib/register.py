@@ -45,6 +45,7 @@ from fmsam_lib.volume import Volume, apply, itk_reads, read_labels, read_volume,
 from fmsam_lib.weights import load
 
 BACKGROUND = {"MR": 0.0, "CT": -1000.0}  # what the warped image shows outside the moving one
+SIMILARITIES = ("lncc", "lncc2", "mind")
 LARGE = 128**3  # samples; optimising on more computes activations twice rather than keep them
 SUMMARY = "summary.json"
 RESULTS = ("warped.nii.gz", "displacement.nii.gz", "labels.nii.gz", "overview.png", SUMMARY)  # and disp_….nii.gz
@@ -85,11 +86,11 @@ def register(
     transform that is not finite, and DataError (a ValueError) for images that cannot be registered.
     """
     start = time.perf_counter()
-    net, weights = (load(net), str(net)) if isinstance(net, str | Path) else (net, None)
-    shape = _grid(net, shape)
     kinds = {"fixed": modality.upper(), "moving": (moving_modality or modality).upper()}
     options = {"lr": lr, "lmbda": lmbda, "sigma": sigma, "similarity": similarity, "seed": seed}
     _check_options(kinds, io, options)
+    net, weights = (load(net), str(net)) if isinstance(net, str | Path) else (net, None)
+    shape = _grid(net, shape)
 
     fixed, moving = read_volume(fixed, net.dim, "fixed image"), read_volume(moving, net.dim, "moving image")
     notes = [*fixed.notes, *moving.notes]
@@ -305,6 +306,7 @@ GEOMETRY = ("qform_code", "sform_code", "xyzt_units", *(f"quatern_{a}" for a in 
 GEOMETRY += tuple(f"{name}_{a}" for name in ("qoffset", "srow") for a in "xyz")
 
 
+@torch.enable_grad()
 def optimise(
     net: GradICON,
     moving: Tensor,
@@ -373,19 +375,26 @@ def _grid(net: GradICON, shape) -> tuple[int, ...]:
             f"expected `shape` (--shape), got none, and the weights do not say what grid they were trained on; "
             f"give {net.dim} numbers, as in the training"
         )
-    if len(shape) != net.dim:
-        raise ValueError(f"expected a shape of {net.dim} numbers for this {net.dim}-D network, got {list(shape)}")
-    return tuple(int(n) for n in shape)
+    whole = isinstance(shape, list | tuple | torch.Size) and all(isinstance(n, int) and n >= 16 for n in shape)
+    if not whole or len(shape) != net.dim:
+        raise ValueError(
+            f"expected `shape` (--shape) to be {net.dim} whole numbers of at least 16 for this {net.dim}-D network, "
+            f"got {shape!r}"
+        )
+    return tuple(shape)
 
 
 def _check_options(kinds: dict[str, str], io: int, options: dict) -> None:
     for name, kind in kinds.items():
         if kind not in data.MODALITIES:
             raise ValueError(f"expected mr or ct as the {name} image's modality, got {kind.lower()!r}")
-    wrong = [f"io {io}"] * (io < 0) + [f"lmbda {options['lmbda']}"] * (not 0 <= options["lmbda"] < math.inf)
+    if options["similarity"] not in SIMILARITIES:
+        raise ValueError(f"expected similarity to be one of {', '.join(SIMILARITIES)}, got {options['similarity']!r}")
+    wrong = [f"io {io}"] * (not isinstance(io, int) or io < 0)
+    wrong += [f"lmbda {options['lmbda']}"] * (not 0 <= options["lmbda"] < math.inf)
     wrong += [f"{name} {options[name]}" for name in ("lr", "sigma") if not 0 < options[name] < math.inf]
     if wrong:
-        raise ValueError(f"expected io and lmbda from 0, lr and sigma above 0, got {', '.join(wrong)}")
+        raise ValueError(f"expected a whole number io and lmbda from 0, lr and sigma above 0, got {', '.join(wrong)}")
 
 
 def _check_pair(fixed: Volume, moving: Volume) -> None:
@@ -395,6 +404,11 @@ def _check_pair(fixed: Volume, moving: Volume) -> None:
         expected = f"a header that states the orientation, as {other.where}'s does"
         todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
         raise data_error(silent.where, expected, "qform and sform codes 0", todo)
+    if fixed.axes != moving.axes:
+        todo = "Take slices of one orientation, or correct the header."
+        raise data_error(
+            moving.where, f"a slice along {fixed.axes}, as {fixed.where}", f"one along {moving.axes}", todo
+        )
     ratio = moving.size / fixed.size
     if ratio.max() > 3 or ratio.min() < 1 / 3:
         sizes = [" x ".join(f"{mm:.3g}" for mm in image.size) + " mm" for image in (fixed, moving)]
@@ -431,7 +445,7 @@ def staged(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     try:
-        made = not folder.exists()
+        made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
     except OSError as error:
@@ -448,8 +462,10 @@ def staged(folder: str | Path) -> Iterator[Path]:
             os.replace(staging / name, folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
 
 
 def _old_files(folder: Path) -> set[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from fmsam_lib.config import ConfigError, Train, as_dict, provenance, write_json, written_whole
+from fmsam_lib.config import ADDED, ConfigError, Train, as_dict, provenance, write_json, written_whole
 from fmsam_lib.losses import Batch, Loss, jittered_points, objective
 from fmsam_lib.network import GradICON, give_back_memory
 from fmsam_lib.sam import SAM
@@ -176,7 +176,7 @@ def _refuse_another(config: Path, run: Train) -> None:
     """A folder holds one training: going on with other parameters would mix two."""
     if not config.exists():
         return
-    old, new = json.loads(config.read_text())["parameters"], as_dict(run)
+    old, new = ADDED | json.loads(config.read_text())["parameters"], as_dict(run)
     where = ("out", "data", "save_memory", "threads")  # may differ: the same training at another place
     differing = [f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in new if k not in where and old.get(k) != new[k]]
     if differing:

@@ -55,6 +55,13 @@ class Volume:
         return re.sub(r"^.*_(\d{4})_\d{4}$", r"\1", stem)
 
     @property
+    def axes(self) -> str:
+        """The canonical axes that it extends along."""
+        orientation = nibabel.io_orientation(self.affine)[:, 0]
+        along = sorted(axis for axis, n in zip(orientation.astype(int), self.shape, strict=True) if n > 1)
+        return " and ".join(("left-right", "back-front", "down-up")[axis] for axis in along)
+
+    @property
     def size(self) -> np.ndarray:
         """`(D,)` mm between the centres of the first and the last sample of each canonical axis."""
         return np.linalg.norm(self.affine[:3, :3] @ self.index_of_unit[:, :-1], axis=0)

@@ -47,7 +47,7 @@ def load(weights: Path | str) -> GradICON:
 
     weights: a file of `GradICON.save`; a state dict of icon-registration's (uniGradICON's `Step_2_final.trch`
     or what its fine-tuning leaves); or "unigradicon" or "multigradicon" for the official files.
-    Raises: ValueError for a file that is missing, damaged or something else.
+    Raises: ValueError for a file that is missing, damaged or something else; OSError as `official`.
     """
     path = official(weights) if weights in OFFICIAL else Path(weights)
     try:
@@ -68,7 +68,7 @@ def load(weights: Path | str) -> GradICON:
         AttributeError,
         pickle.UnpicklingError,
     ) as error:
-        reason = str(error).split("\n")[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
             f"expected weights saved by fmsam or by icon-registration in {path}, got: {reason}; "
             "check the path, copy the file again or train anew"
@@ -86,7 +86,8 @@ def official(name: str) -> Path:
         try:
             with written_whole(path) as partial:
                 torch.hub.download_url_to_file(OFFICIAL[name], str(partial))
-        except OSError as error:
+                torch.load(partial, weights_only=True, mmap=True)  # a connection closed early passes for an end
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise OSError(
                 f"expected to download {OFFICIAL[name]}, got: {error}; download it by hand and put it at {path}"
             ) from error
@@ -98,6 +99,8 @@ def from_icon(state: dict[str, Tensor]) -> GradICON:
 
     Raises: ValueError where it is not of uniGradICON's kind (steps of `UNet2` at resolutions that double).
     """
+    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+        raise ValueError("something other than a state dict")
     state = {key.removeprefix("regis_net."): value for key, value in state.items()}
     found = {key.split(f"{THEIR_NAMES['down']}.")[0] for key in state if f"{THEIR_NAMES['down']}." in key}
     known = {frozenset(icon_prefixes(n, last)): (n, last) for n in range(1, 9) for last in (False, True)}

@@ -121,3 +121,9 @@ def test_provenance_names_commit_versions_and_hardware():
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(ConfigError, match="expected a run of notebook 10_train"):
         config.trained_with(tmp_path)
+
+
+def test_runs_recorded_before_a_parameter_was_added_can_be_read(tmp_path):
+    old = {name: value for name, value in defaults("10_train").items() if name not in config.ADDED}
+    (tmp_path / "config.json").write_text(json.dumps({"parameters": old}))
+    assert config.trained_with(tmp_path) == read(Train, old | config.ADDED)

@@ -426,3 +426,13 @@ def test_unknown_names_and_half_a_pair_of_masks_are_refused():
     for missing in ("moving_mask", "fixed_mask"):
         with pytest.raises(ValueError, match="both images or for neither"):
             objective(net, batch._replace(**{missing: None}), **weights)
+
+
+def test_inference_mode_does_not_spoil_later_training():
+    a, b = torch.rand(2, 1, 1, 23, 29, requires_grad=True)
+    with torch.inference_mode():
+        for measure in (lncc_loss, mind_loss):
+            measure(a, b)
+        identity_map((23, 29))
+    (lncc_loss(a, b) + mind_loss(a, b)).backward()
+    (identity_map((23, 29)) * a.mean()).sum().backward()

@@ -76,6 +76,17 @@ def test_saving_memory_changes_neither_gradients_nor_statistics():
     assert all(map(torch.equal, *results))
 
 
+def test_saving_memory_allows_going_backward_twice():
+    net = small(2, last_step=True).train()
+    net.save_memory = True
+    loss = (net(*images(33, 24)).map ** 2).sum()
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in net.parameters()]
+    loss.backward()
+    for p, gradient in zip(net.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * gradient)
+
+
 def test_saving_memory_keeps_fewer_activations():
     kept = []
     for save_memory in (False, True):
@@ -108,6 +119,7 @@ def test_displacement_is_exact_where_subtraction_is_not():
 def test_no_step_is_the_identity_and_expanding_repeats_a_pair():
     x = torch.rand(1, 2, 5, 5)
     assert torch.equal(Transform((8, 8))(x), x)
+    torch.testing.assert_close(Transform((8, 8)).map, identity_map((8, 8)))
     phi = Transform((8, 8)).then(torch.rand(1, 2, 8, 8) * 0.1)
     assert torch.equal(phi.expand(3)(x.expand(3, -1, -1, -1)), phi(x).expand(3, -1, -1, -1))
     assert len(phi.expand(3)) == 3

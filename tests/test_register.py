@@ -594,8 +594,13 @@ def test_other_formats_that_nibabel_reads(tmp_path):
     ("options", "message"),
     [
         ({"shape": None}, r"expected `shape` \(--shape\), got none"),
-        ({"shape": (16, 16)}, "a shape of 3 numbers for this 3-D network"),
-        ({"shape": (16, 16, 8)}, "at least 16 samples a side"),
+        ({"shape": (16, 16)}, r"3 whole numbers of at least 16 for this 3-D network, got \(16, 16\)"),
+        ({"shape": (16, 16, 8)}, "at least 16"),
+        ({"shape": (1, 32, 32)}, "at least 16"),
+        ({"shape": (16.5, 32, 32)}, "whole numbers"),
+        ({"shape": 32}, "3 whole numbers"),
+        ({"similarity": "ncc"}, "similarity to be one of lncc, lncc2, mind, got 'ncc'"),
+        ({"io": 1.5}, "got io 1.5"),
         ({"modality": "us"}, "expected mr or ct as the fixed image's modality, got 'us'"),
         ({"io": -1}, "got io -1"),
         ({"lr": 0, "lmbda": -1, "sigma": float("nan")}, "got lmbda -1, lr 0, sigma nan"),
@@ -604,6 +609,31 @@ def test_other_formats_that_nibabel_reads(tmp_path):
 def test_impossible_arguments(pair, options, message):
     with pytest.raises(ValueError, match=message):
         register(pair["fixed"], pair["moving"], network(), **{"shape": GRID} | options)
+
+
+def test_slices_of_two_orientations_are_refused():
+    axial = nibabel.Nifti1Image(texture((40, 44, 1), 1), np.eye(4))
+    coronal = nibabel.Nifti1Image(texture((40, 1, 44), 2), np.eye(4))
+    net = GradICON(2, down=(4, 8), levels=2)
+    with pytest.raises(DataError, match=r"a slice along left-right and back-front.*one along left-right and down-up"):
+        register(axial, coronal, net, shape=(32, 32))
+
+
+def test_optimises_where_gradients_are_switched_off(pair):
+    with torch.no_grad():
+        result = register(pair["fixed"], pair["moving"], network(), shape=GRID, io=2, lr=1e-3, progress=False)
+    assert len(result.losses) == 3
+
+
+def test_files_are_looked_at_before_weights_are_fetched(tmp_path, pair, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("asked for weights first"))
+    assert run(pair, tmp_path / "out", "--moving", tmp_path / "nope.nii.gz") == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_folders_made_for_nothing_are_removed(tmp_path, pair):
+    assert run(pair, tmp_path / "a" / "b" / "out", "--io", "-1") == 1
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_grid_that_the_network_was_trained_on_counts_unless_another_is_given(pair):
@@ -848,7 +878,7 @@ def test_the_package_has_the_function_and_the_module_runs(tmp_path):
     done = subprocess.run([*arguments, "--weights", "gone.pt"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert "gone.pt" in done.stderr
+    assert "a.nii.gz" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -58,7 +58,7 @@ def something(**change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "no attribute"),
+        ([1, 2], "something other than a state dict"),
         ({"encoder.weight": torch.zeros(3)}, "keys that no network of uniGradICON's kind has, such as encoder.weight"),
         (something(**{"netPsi.net.dense.weight": torch.zeros(2)}), "the key netPsi.net.dense.weight"),
         (something(**{"netPsi.net.lastConv.bias": None}), "Error.* in loading state_dict"),
@@ -89,6 +89,18 @@ def test_official_weights_are_downloaded_once(tmp_path, monkeypatch):
     monkeypatch.setitem(weights.OFFICIAL, "unigradicon", (tmp_path / "published.trch").as_uri())
     assert load("unigradicon").settings == small(2).settings
     (tmp_path / "published.trch").unlink()
+    assert load("unigradicon").settings == small(2).settings
+
+
+def test_a_download_that_was_cut_short_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path / "cache"))
+    torch.save(to_icon(small(2)), tmp_path / "published.trch")
+    short = tmp_path / "short.trch"
+    short.write_bytes((tmp_path / "published.trch").read_bytes()[:5000])
+    monkeypatch.setitem(weights.OFFICIAL, "unigradicon", short.as_uri())
+    with pytest.raises(OSError, match="expected to download"):
+        load("unigradicon")
+    monkeypatch.setitem(weights.OFFICIAL, "unigradicon", (tmp_path / "published.trch").as_uri())
     assert load("unigradicon").settings == small(2).settings
 
 
