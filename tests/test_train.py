@@ -21,8 +21,8 @@ def tiny(out, **changes) -> Train:
     settings = {
         "out": str(out), "train_domain": "brain-mr", "optimizer": "sam", "seed": 0, "shape": [16, 16], "data": "",
         "weights": "", "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3,
-        "rho": 0.01, "lmbda": 1.5, "similarity": "lncc", "sigma": 3.0, "joint": True,
-        "save_memory": False, "threads": 1,
+        "rho": 0.01, "rho_schedule": "constant", "every": 3, "alpha": 0.7, "lmbda": 1.5, "similarity": "lncc",
+        "sigma": 3.0, "joint": True, "save_memory": False, "threads": 1,
     }  # fmt: skip
     return Train(**(settings | changes))
 
