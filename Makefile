@@ -42,5 +42,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 # What tests and benchmarks compare with. Without their dependencies, which bring a second torch; see benchmarks/peers.py.
 $(VENV)/peers: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt icon-registration unigradicon
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt icon-registration unigradicon pytorch_optimizer
 	@touch $@

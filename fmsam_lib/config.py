@@ -20,7 +20,8 @@ from typing import Literal
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-landscapes", "matplotlib")
-Optimizer = Literal["adam", "sam", "asam"]
+Optimizer = Literal["adam", "sam", "asam", "sam-every", "looksam", "random"]
+Schedule = Literal["constant", "lr"]
 Similarity = Literal["lncc", "lncc2", "mind"]
 
 
@@ -71,6 +72,9 @@ class Train:
     batch: int
     lr: float
     rho: float
+    rho_schedule: Schedule
+    every: int
+    alpha: float
     similarity: Similarity
     sigma: float
     lmbda: float
@@ -143,11 +147,13 @@ class Register:
     threads: int
 
 
-ADDED = {"weights": "", "similarity": "lncc", "joint": True, "save_memory": False}  # what older records don't say
+# What older records don't say: the notebook's defaults, which are how they were made.
+ADDED = {"weights": "", "similarity": "lncc", "joint": True, "save_memory": False}
+ADDED |= {"rho_schedule": "constant", "every": 5, "alpha": 0.7}
 
 AT_LEAST = {
-    **dict.fromkeys(("batch", "directions", "down", "levels", "pairs", "steps", "threads"), 1),
-    **dict.fromkeys(("direction_seed", "index", "io", "lmbda", "rho", "seed", "seeds"), 0),
+    **dict.fromkeys(("batch", "directions", "down", "every", "levels", "pairs", "steps", "threads"), 1),
+    **dict.fromkeys(("alpha", "direction_seed", "index", "io", "lmbda", "rho", "seed", "seeds"), 0),
     **dict.fromkeys(("line_points", "plane_points"), 3),
     "shape": 16,
 }

@@ -37,7 +37,10 @@ OTHER_LOOKS = [
     {"color": "#E69F00", "marker": "P", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
     {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
 ]
-NAMES = {"none": "before registration", "adam": "Adam", "sam": "SAM", "asam": "ASAM", "sgd": "SGD", "adamw": "AdamW"}
+NAMES = {
+    "none": "before registration", "adam": "Adam", "sam": "SAM", "asam": "ASAM", "sam-every": "SAM now and then",
+    "looksam": "LookSAM", "random": "random direction", "sgd": "SGD", "adamw": "AdamW",
+}  # fmt: skip
 
 # a metric's name, decimals, and whether more of it is better
 METRICS = {

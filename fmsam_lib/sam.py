@@ -2,7 +2,8 @@
 
 Foret et al. 2021 (arXiv 2010.01412) minimise `max_{|eps| <= rho} L(w + eps)`, whose first-order
 solution is `eps = rho g / |g|` with g the gradient at w. ASAM (Kwon et al. 2021, arXiv 2102.11600) measures eps
-relative to the weights: `eps = rho w^2 g / |w g|`.
+relative to the weights: `eps = rho w^2 g / |w g|`. LookSAM (Liu et al. 2022, arXiv 2203.02714) climbs every k-th step
+only, and in between adds to g what the last climb found beside it.
 """
 
 import math
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+FULL = (torch.float32, torch.float64)  # half precision is climbed and measured in float32
 
 
 class SAM:
@@ -23,61 +26,240 @@ class SAM:
             objective(net, batch).backward()  # its gradient is what moves w
         optimizer.step()
 
-    params: tensors, or groups `{"params": tensors, "rho": radius}`; every group has its own rho (or
-        the common one), all share one global gradient norm.
-    rho: radius of the ball, in the weights' own units (adaptive: relative to each weight).
+    params: tensors, or groups `{"params": tensors, "rho": radius}`. Group i moves by `rho_i g_i / |g|`, |g| over
+        all groups: a group of rho 0 stays where it is, and counts in |g|. `sam.groups[i]["rho"]` may be
+        changed from step to step, as an optimizer's "lr".
+    rho: radius of the ball, in the weights' own units (adaptive: relative to each weight, ASAM).
     net: its buffers (BatchNorm's running statistics) are put back after the block, so that the
         second pass leaves no trace in them.
+    random_seed: a control: climb in a random direction of the same radius, `eps = rho u / |u|` with u normal
+        (adaptive: `eps = rho w u / |u|`); depends on this seed and the step alone.
 
-    On every way out of the block, exceptions included, the weights are copied back from a saved
-    clone: bit for bit what they were. Both passes must see the same loss: whatever is random in it
-    belongs into the batch.
+    every, alpha: climb in one step of `every` (Foret's SAM every step; alpha = 0: plain steps in between,
+    SAM-k of Liu et al.; alpha > 0: LookSAM). The loop then asks:
+
+        if sam.due:
+            with sam.perturbed(): ...         # as above
+        else:
+            sam.between()                     # LookSAM: bends the gradient in .grad
+
+    On every way out of the block, exceptions included, the weights are copied back from a saved clone, in place: bit
+    for bit what they were. The clone (LookSAM: and the kept direction) is the only copy of the weights, half
+    precision apart. Both passes must see the same loss: where it draws random numbers, call `sam.remember()` before
+    the first.
+
+    Gradient accumulation: all micro-batches before the block, then all of them inside. A loss scaled by a
+    GradScaler climbs the same eps (the logged norms of gradients are then scaled too); one that overflowed makes
+    all weights NaN inside the block, so that the scaler skips the step. Clip after the block, which leaves the
+    climb as it is.
+
+    Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient.
     """
 
-    def __init__(self, params: Iterable, rho: float = 0.05, adaptive: bool = False, *, net: nn.Module | None = None):
+    def __init__(
+        self,
+        params: Iterable,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        net: nn.Module | None = None,
+        every: int = 1,
+        alpha: float = 0.0,
+        random_seed: int | None = None,
+    ):
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-        self.groups = [(list(group["params"]), float(group.get("rho", rho))) for group in groups]
-        if not any(tensors for tensors, _ in self.groups):
+        self.groups = [{"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups]
+        self.params = [p for group in self.groups for p in group["params"]]
+        if not self.params:
             raise ValueError("expected parameters to perturb, got none")
-        for _, radius in self.groups:
-            if not (math.isfinite(radius) and radius >= 0):
-                raise ValueError(f"expected rho to be a finite number >= 0, got {radius}")
-        self.adaptive = adaptive
-        self.net = net
-        self.gradient_norm = math.nan  # of the last climb, at w
-        self.step_norm = math.nan  # |eps| of the last climb
+        if len({id(p) for p in self.params}) < len(self.params):
+            raise ValueError("expected every parameter once, got one twice")
+        for name, value in [("alpha", alpha), *(("rho", group["rho"]) for group in self.groups)]:
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
+        if every != int(every) or every < 1:
+            raise ValueError(f"expected every to be a whole number >= 1, got {every}")
+        self.adaptive, self.net, self.every, self.alpha, self.random_seed = adaptive, net, every, alpha, random_seed
+        self.steps = 0  # done, with a climb or without
+        self.vertical: list[Tensor | None] | None = None  # LookSAM's g_v, beside self.params
+        self.gradient_norm = math.nan  # |g| of the last climb, at w
+        self.gradient_norm_there = math.nan  # |g| at w + eps
+        self.step_norm = math.nan  # |eps|
+        self.step_ratio = math.nan  # |eps| / |w|, of the parameters with a gradient
+        self.rise: float | Tensor = math.nan  # L(w + eps) - L(w): the loop sets it, which knows the losses
+        self._random: list[Tensor] | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether this step climbs; LookSAM also does where it has no direction to go on with."""
+        return self.steps % self.every == 0 or (self.alpha > 0 and self.vertical is None)
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
         """Inside the block the parameters stand at `w + eps`; needs their gradients at w in `.grad`."""
-        moved = [(p, radius) for tensors, radius in self.groups if radius > 0 for p in tensors if p.grad is not None]
-        if not moved and any(radius > 0 for _, radius in self.groups):
+        moved = [p for p in self.params if p.requires_grad and p.grad is not None]
+        if not moved:
             raise RuntimeError("no parameter has a gradient: call backward() before `with sam.perturbed()`")
-        parameters = [p for p, _ in moved]
+        first, self._random = self._random, None
+        after = _random_state(self.params) if first else None
         buffers = list(self.net.buffers()) if self.net is not None else []
-        saved = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
+        weights, statistics = ([tensor.detach().clone() for tensor in tensors] for tensors in (moved, buffers))
         try:
-            self._climb(moved)
+            gradients = self._climb(moved, weights)
+            if first:
+                _set_random_state(self.params, first)
             yield
         finally:
             with torch.no_grad():
-                for tensor, value in zip((*parameters, *buffers), saved, strict=True):
-                    tensor.copy_(value)
+                torch._foreach_copy_(moved, weights)
+                if buffers:
+                    torch._foreach_copy_(buffers, statistics)
+            del weights, statistics
+            if first:
+                _set_random_state(self.params, after)
+        self.gradient_norm_there = norm([p.grad for p in moved if p.grad is not None])
+        if gradients is not None:
+            self._look(moved, gradients)
+        self.steps += 1
 
     @torch.no_grad()
-    def _climb(self, moved: list[tuple[Tensor, float]]) -> None:
-        # float32 at least: a half-precision sum of squares overflows
-        gradients = [p.grad.to(torch.promote_types(p.dtype, torch.float32)) for p, _ in moved]
-        scaled = [p.abs() * g if self.adaptive else g for (p, _), g in zip(moved, gradients, strict=True)]
-        self.gradient_norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled)))) if moved else 0.0
-        self.step_norm = 0.0
-        if self.gradient_norm == 0:
-            return
-        steps = [
-            (p.abs() * s if self.adaptive else s) * (radius / self.gradient_norm)
-            for (p, radius), s in zip(moved, scaled, strict=True)
+    def _climb(self, moved: list[Tensor], weights: list[Tensor]) -> list[Tensor] | None:
+        """Move to w + eps; returns the gradients at w where LookSAM needs them after the block.
+
+        eps takes shape in the parameters' own storage, as `weights` has their values: no further copy.
+        """
+        gradients = [p.grad for p in moved]
+        self.vertical = None  # its memory goes to the next one
+        keep = [g.clone() for g in gradients] if self.alpha > 0 and self.every > 1 else None
+        eps = [p if p.dtype in FULL else torch.empty_like(p, dtype=torch.float32) for p in moved]
+        self.gradient_norm = length = norm(gradients)
+        if self.random_seed is not None:
+            generator = torch.Generator().manual_seed(self.random_seed * 1_000_003 + self.steps)
+            for e in eps:  # drawn on the CPU: the same direction on every device
+                e.copy_(torch.randn(e.shape, generator=generator, dtype=e.dtype))
+        else:
+            torch._foreach_copy_(eps, gradients)
+            if self.adaptive:
+                torch._foreach_mul_(eps, weights)  # w g
+        if self.adaptive or self.random_seed is not None:
+            length = norm(eps)
+        if self.adaptive:
+            torch._foreach_mul_(eps, weights)  # w^2 g: w's sign does not matter
+        # rho / |g|; a gradient that is not finite leaves no weight in place, so that nobody takes the second for good
+        finite = math.isfinite(length) and math.isfinite(self.gradient_norm)
+        rho = {id(p): group["rho"] for group in self.groups for p in group["params"]}
+        scales = [math.nan if not finite else rho[id(p)] / length if length else 0.0 for p in moved]
+        torch._foreach_mul_(eps, scales)
+        self.step_norm, size = norm(eps), norm(weights)
+        self.step_ratio = self.step_norm / size if size else math.nan
+        torch._foreach_add_(eps, weights)
+        torch._foreach_copy_(moved, eps)  # of half precision; a copy to itself does nothing
+        return keep
+
+    @torch.no_grad()
+    def _look(self, moved: list[Tensor], gradients: list[Tensor]) -> None:
+        """Keep what of SAM's gradient g_s is vertical to g (Liu et al. 2022, algorithm 1).
+
+        `g_v = g_s - |g_s| cos(theta) g / |g|`, that is `g_s - (g . g_s / |g|^2) g`, over all parameters as one vector.
+        """
+        sams = [torch.zeros_like(p) if p.grad is None else p.grad for p in moved]
+        square = dot(gradients, gradients)
+        torch._foreach_mul_(gradients, -dot(gradients, sams) / square if square else 0.0)
+        torch._foreach_add_(gradients, sams)
+        vertical = {id(p): g for p, g in zip(moved, gradients, strict=True)}
+        self.vertical = [vertical.get(id(p)) for p in self.params] if math.isfinite(norm(gradients)) else None
+
+    @torch.no_grad()
+    def between(self) -> None:
+        """A step without a climb. LookSAM: g becomes `g + alpha |g| / |g_v| g_v` (Liu et al. 2022, algorithm 1)."""
+        self._random = None
+        if self.vertical is not None and self.alpha > 0:
+            pairs = zip(self.params, self.vertical, strict=True)
+            bent = [(p.grad, v) for p, v in pairs if p.requires_grad and p.grad is not None and v is not None]
+            length = norm([v for _, v in bent])
+            if length > 0:
+                scale = self.alpha * norm([p.grad for p in self.params if p.grad is not None]) / length
+                for gradient, v in bent:
+                    gradient.add_(v.to(gradient.dtype), alpha=scale)
+        self.steps += 1
+
+    def remember(self) -> None:
+        """Call before the first pass where the loss draws random numbers: the block draws the same ones again.
+
+        Replays torch's generators of the CPU and of the parameters' GPUs, not Python's, numpy's or your own. Behind the
+        block they go on as if there had been no second pass.
+        """
+        self._random = _random_state(self.params)
+
+    def logged(self) -> dict[str, float]:
+        """What is worth a line in the log, of the last climb."""
+        rho = [group["rho"] for group in self.groups]
+        return {
+            "rho": rho[0] if len(rho) == 1 else rho,
+            "gradient_norm": self.gradient_norm,
+            "gradient_norm_there": self.gradient_norm_there,
+            "step_norm": self.step_norm,
+            "step_ratio": self.step_ratio,
+            "rise": float(self.rise),
+        }
+
+    def state_dict(self) -> dict:
+        """What going on to the same weights needs beside the optimizer's own state."""
+        rho = [group["rho"] for group in self.groups]
+        return {"steps": self.steps, "rho": rho, "vertical": self.vertical} | {"last": self.logged()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError where `state` is of other parameters."""
+        vertical = state["vertical"]
+        fits = vertical is None or len(vertical) == len(self.params)
+        fits = fits and all(v is None or v.shape == p.shape for v, p in zip(vertical or [], self.params, strict=False))
+        if len(state["rho"]) != len(self.groups) or not fits:
+            raise ValueError("expected the state of a SAM over the same parameters, got one over others")
+        self.steps = state["steps"]
+        for group, rho in zip(self.groups, state["rho"], strict=True):
+            group["rho"] = rho
+        self.vertical = vertical and [
+            v if v is None else v.to(p.device, copy=True) for v, p in zip(vertical, self.params, strict=True)
         ]
-        self.step_norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(steps))))
-        for (p, _), step in zip(moved, steps, strict=True):
-            p.add_(step.to(p.dtype))
+        for name, value in state["last"].items():
+            if name != "rho":
+                setattr(self, name, value)
+
+
+def rho_beside_lr(lr: float, lr_max: float, rho_max: float, *, lr_min: float = 0.0, rho_min: float = 0.0) -> float:
+    """The radius that goes with the learning rate (Zhuang et al. 2022, GSAM, arXiv 2203.08065).
+
+    `rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min)`
+
+        for group in sam.groups:
+            group["rho"] = rho_beside_lr(lr, lr_max, rho_max)
+    """
+    return rho_min + (rho_max - rho_min) * (lr - lr_min) / (lr_max - lr_min)
+
+
+def norm(tensors: list[Tensor]) -> float:
+    """The length of all tensors as one vector, in float32 at least: a half-precision sum of squares overflows."""
+    if not tensors:
+        return 0.0
+    lengths = torch._foreach_norm([t.detach() if t.dtype in FULL else t.detach().float() for t in tensors])
+    return float(torch.linalg.vector_norm(torch.stack([length.to(lengths[0].device) for length in lengths])))
+
+
+def dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float(torch.sum(x.double() * y.double())) for x, y in zip(a, b, strict=True))
+
+
+def _random_state(params: list[Tensor]) -> list[Tensor]:
+    """Of the CPU's generator and of those of the parameters' GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _gpus(params))]
+
+
+def _set_random_state(params: list[Tensor], states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(_gpus(params), states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)
+
+
+def _gpus(params: list[Tensor]) -> list[torch.device]:
+    return sorted({p.device for p in params if p.device.type == "cuda"}, key=str)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from fmsam_lib.config import ADDED, ConfigError, Train, as_dict, provenance, write_json, written_whole
 from fmsam_lib.losses import Batch, Loss, jittered_points, objective
 from fmsam_lib.network import GradICON, give_back_memory
-from fmsam_lib.sam import SAM
+from fmsam_lib.sam import SAM, rho_beside_lr
 from fmsam_lib.weights import load
 
 LOG_EVERY = 10
@@ -44,9 +44,9 @@ def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[
 def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> list[dict]:
     _refuse_another(folder / "config.json", run)
     optimizer = torch.optim.Adam(net.parameters(), lr=run.lr)
-    sam = SAM(net.parameters(), run.rho, adaptive=run.optimizer == "asam", net=net) if run.optimizer != "adam" else None
+    sam = perturbation(net, run)
 
-    step, history, skipped, in_a_row = _resume(folder, net, optimizer)
+    step, history, skipped, in_a_row = _resume(folder, net, optimizer, sam)
     _record(folder / "config.json", run, net, step)
     net.train()
     net.shape, net.save_memory = tuple(run.shape), run.save_memory
@@ -60,6 +60,8 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
         while step < run.steps:
             for group in optimizer.param_groups:
                 group["lr"] = cosine(step, run)
+            for group in sam.groups if sam is not None and run.rho_schedule == "lr" else []:
+                group["rho"] = rho_beside_lr(cosine(step, run), run.lr, run.rho)
             start = time.perf_counter()
             batch = make_batch(dataset, run, step)
             waited = time.perf_counter() - start
@@ -79,7 +81,7 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
                 log.flush()
                 bar.set_postfix(loss=f"{history[-1]['total']:.3f}")
             if step % CHECKPOINT_EVERY == 0 or step == run.steps:
-                _checkpoint(folder, net, optimizer, step, history, skipped, in_a_row)
+                _checkpoint(folder, net, optimizer, sam, step, history, skipped, in_a_row)
     bar.close()
     net.eval()
     net.save(folder / "weights.pt")
@@ -100,16 +102,33 @@ def starting(run: Train) -> GradICON:
     return net
 
 
+def perturbation(net: GradICON, run: Train) -> SAM | None:
+    """What `run.optimizer` puts beside Adam: nothing, SAM, or one of its variants (see `sam.py`)."""
+    options = {
+        "adam": None,
+        "sam": {},
+        "asam": {"adaptive": True},
+        "sam-every": {"every": run.every},
+        "looksam": {"every": run.every, "alpha": run.alpha},
+        "random": {"random_seed": run.seed},
+    }[run.optimizer]
+    return None if options is None else SAM(net.parameters(), run.rho, net=net, **options)
+
+
 def train_step(net: GradICON, batch: Batch, run: Train, optimizer, sam: SAM | None) -> tuple[Loss, bool]:
     """One update; the loss at w, and whether all was finite (when not, weights and buffers stay as they are)."""
     buffers = [buffer.clone() for buffer in net.buffers()]
     optimizer.zero_grad()
     loss = objective(net, batch, joint=run.joint, **run.loss())
     finite = backward(loss)  # gradient at w
-    if finite and sam is not None:
+    if finite and sam is not None and sam.due:
         with sam.perturbed():  # at w + eps: the worst weights within rho
             optimizer.zero_grad()
-            finite = backward(objective(net, batch, joint=run.joint, **run.loss()))  # its gradient moves w
+            there = objective(net, batch, joint=run.joint, **run.loss())
+            finite = backward(there)  # its gradient is what moves w
+        sam.rise = there.total.detach() - loss.total.detach()
+    elif finite and sam is not None:
+        sam.between()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     if finite and all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
         optimizer.step()
@@ -147,7 +166,7 @@ def cosine(step: int, run: Train) -> float:
 def _line(step: int, loss: Loss, skipped: int, sam: SAM | None, seconds: float, waited: float) -> dict:
     line = {"step": step, **{name: value.item() for name, value in loss._asdict().items()}, "skipped": skipped}
     if sam is not None:
-        line |= {"gradient_norm": sam.gradient_norm, "step_norm": sam.step_norm}
+        line |= sam.logged()
     return line | {"seconds": seconds, "seconds_waiting_for_data": waited}
 
 
@@ -187,14 +206,17 @@ def _refuse_another(config: Path, run: Train) -> None:
         )
 
 
-def _checkpoint(folder: Path, net: GradICON, optimizer, step: int, history: list, skipped: int, in_a_row: int) -> None:
+def _checkpoint(
+    folder: Path, net: GradICON, optimizer, sam: SAM | None, step: int, history: list, skipped: int, in_a_row: int
+) -> None:
     counts = {"step": step, "skipped": skipped, "in_a_row": in_a_row}
     with written_whole(folder / "checkpoint.pt") as partial:
-        torch.save(counts | {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "history": history}, partial)
+        states = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "sam": sam and sam.state_dict()}
+        torch.save(counts | states | {"history": history}, partial)
 
 
-def _resume(folder: Path, net: GradICON, optimizer) -> tuple[int, list[dict], int, int]:
-    """Step, history, skipped steps and those in a row to go on from; fills net and optimizer."""
+def _resume(folder: Path, net: GradICON, optimizer, sam: SAM | None) -> tuple[int, list[dict], int, int]:
+    """Step, history, skipped steps and those in a row to go on from; fills net, optimizer and sam."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0, [], 0, 0
@@ -204,4 +226,6 @@ def _resume(folder: Path, net: GradICON, optimizer) -> tuple[int, list[dict], in
         raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
+    if sam is not None:
+        sam.load_state_dict(state["sam"])
     return state["step"], state["history"], state["skipped"], state["in_a_row"]

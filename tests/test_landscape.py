@@ -26,6 +26,7 @@ from fmsam_lib.train import starting
 RUN = {
     "out": "", "train_domain": "brain-mr", "optimizer": "adam", "seed": 0, "shape": [24, 24], "data": "",
     "weights": "", "down": [4, 4], "levels": 2, "last_step": False, "steps": 1, "batch": 1, "lr": 1e-3, "rho": 0.0,
+    "rho_schedule": "constant", "every": 5, "alpha": 0.7,
     "lmbda": 1.5, "similarity": "lncc", "sigma": 3.0, "joint": True, "save_memory": False, "threads": 1,
 }  # fmt: skip
 SETTINGS = {

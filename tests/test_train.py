@@ -1,19 +1,21 @@
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import typing
 
 import pytest
 import torch
 
-from fmsam_lib.config import ConfigError, Train, as_dict
+from fmsam_lib.config import ConfigError, Optimizer, Train, as_dict
 from fmsam_lib.domains import open_domain
 from fmsam_lib.network import GradICON
-from fmsam_lib.train import GIVE_UP_AFTER, make_batch, starting, train, train_step
+from fmsam_lib.train import GIVE_UP_AFTER, cosine, make_batch, starting, train, train_step
 from fmsam_lib.weights import load
 
 
@@ -21,8 +23,8 @@ def tiny(out, **changes) -> Train:
     settings = {
         "out": str(out), "train_domain": "brain-mr", "optimizer": "sam", "seed": 0, "shape": [16, 16], "data": "",
         "weights": "", "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3,
-        "rho": 0.01, "lmbda": 1.5, "similarity": "lncc", "sigma": 3.0, "joint": True,
-        "save_memory": False, "threads": 1,
+        "rho": 0.01, "rho_schedule": "constant", "every": 3, "alpha": 0.7, "lmbda": 1.5, "similarity": "lncc",
+        "sigma": 3.0, "joint": True, "save_memory": False, "threads": 1,
     }  # fmt: skip
     return Train(**(settings | changes))
 
@@ -44,7 +46,10 @@ def test_training_lowers_the_loss(tmp_path):
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sam", "asam"])
+OPTIMIZERS = typing.get_args(Optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_same_seed_gives_the_same_weights(tmp_path, optimizer):
     nets = [run(tiny(tmp_path / str(i), optimizer=optimizer))[0] for i in range(2)]
     assert torch.equal(weights(nets[0]), weights(nets[1]))
@@ -54,8 +59,59 @@ def test_the_same_seed_gives_the_same_weights(tmp_path, optimizer):
 
 def test_optimizers_differ_from_the_second_step(tmp_path):
     """In the first, the zero last layer leaves ASAM nowhere to climb."""
-    nets = [run(tiny(tmp_path / o, optimizer=o, steps=3))[0] for o in ("adam", "sam", "asam")]
-    assert len({weights(net).sum().item() for net in nets}) == 3
+    nets = [run(tiny(tmp_path / o, optimizer=o, steps=3))[0] for o in OPTIMIZERS]
+    assert len({weights(net).sum().item() for net in nets}) == len(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("optimizer", ["sam-every", "looksam"])
+def test_climbing_in_every_step_is_sam_to_the_bit(tmp_path, optimizer):
+    sam, other = run(tiny(tmp_path / "sam"))[0], run(tiny(tmp_path / "other", optimizer=optimizer, every=1))[0]
+    assert torch.equal(weights(sam), weights(other))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS[1:])
+def test_rho_zero_is_adam_to_the_bit_in_every_variant(tmp_path, optimizer):
+    adam, other = (run(tiny(tmp_path / o, optimizer=o, rho=0.0, steps=5))[0] for o in ("adam", optimizer))
+    assert torch.equal(weights(adam), weights(other))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS[2:])
+def test_every_variant_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, optimizer, monkeypatch):
+    monkeypatch.setattr("fmsam_lib.train.CHECKPOINT_EVERY", 5)
+    monkeypatch.setattr("fmsam_lib.train.LOG_EVERY", 1)
+    settings, done = tiny(tmp_path / "killed", optimizer=optimizer, rho_schedule="lr"), itertools.count(1)
+
+    def interrupted(*args):
+        if next(done) == 13:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmsam_lib.train.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    resumed, history = run(settings)
+    whole, expected = run(dataclasses.replace(settings, out=str(tmp_path / "whole")))
+    assert torch.equal(weights(resumed), weights(whole))
+    timeless = [[{k: v for k, v in line.items() if "seconds" not in k} for line in h] for h in (history, expected)]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_log_tells_of_the_climb(tmp_path):
+    _, history = run(tiny(tmp_path / "sam", steps=10))
+    line = history[-1]
+    assert line["rho"] == 0.01
+    assert line["step_norm"] == pytest.approx(0.01, rel=1e-5)
+    assert 0 < line["step_ratio"] < 0.01
+    assert line["gradient_norm"] > 0
+    assert line["gradient_norm_there"] > 0
+    assert line["rise"] == pytest.approx(0.01 * line["gradient_norm"], rel=0.5)  # to first order
+
+
+def test_rho_falls_with_the_learning_rate(tmp_path):
+    settings = tiny(tmp_path, rho_schedule="lr")
+    _, history = run(settings)
+    assert [line["rho"] for line in history] == pytest.approx([0.01 * cosine(s - 1, settings) / 1e-3 for s in (10, 20)])
 
 
 def test_sam_with_rho_zero_is_adam_to_the_bit(tmp_path):
