@@ -159,7 +159,7 @@ class SAM:
 
     @torch.no_grad()
     def _look(self, moved: list[Tensor], gradients: list[Tensor]) -> None:
-        """Keep what of SAM's gradient g_s is vertical to g (Liu et al. 2022, algorithm 1).
+        """Keep what of SAM's gradient g_s is vertical to g (Liu et al. 2022).
 
         `g_v = g_s - |g_s| cos(theta) g / |g|`, that is `g_s - (g . g_s / |g|^2) g`, over all parameters as one vector.
         """
@@ -172,7 +172,7 @@ class SAM:
 
     @torch.no_grad()
     def between(self) -> None:
-        """A step without a climb. LookSAM: g becomes `g + alpha |g| / |g_v| g_v` (Liu et al. 2022, algorithm 1)."""
+        """A step without a climb. LookSAM: g becomes `g + alpha |g| / |g_v| g_v` (Liu et al. 2022)."""
         self._random = None
         if self.vertical is not None and self.alpha > 0:
             pairs = zip(self.params, self.vertical, strict=True)

@@ -211,7 +211,7 @@ def test_twenty_steps_are_those_of_pytorch_optimizer(base, adaptive):
 
 
 def by_the_paper(net, loss, base, steps=20, *, rho=0.1, adaptive=False, every=1, alpha=0.0):
-    """SAM (Foret et al., eq. 2), ASAM (Kwon et al., eq. 8), LookSAM (Liu et al., algorithm 1), on one vector."""
+    """SAM (Foret et al. 2021), ASAM (Kwon et al. 2021), LookSAM (Liu et al. 2022), written out on one vector."""
     optimizer = BASES[base](net.parameters())
     put, vertical = torch.nn.utils.vector_to_parameters, None
 
