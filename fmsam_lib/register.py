@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import time
+import typing
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fmsam_lib import data
-from fmsam_lib.config import provenance
+from fmsam_lib.config import Similarity, provenance
 from fmsam_lib.data import data_error
 from fmsam_lib.losses import Batch, jittered_points, lncc, objective
 from fmsam_lib.metrics import dice, folding_percent, sdlogj
@@ -45,7 +46,7 @@ from fmsam_lib.volume import Volume, apply, itk_reads, read_labels, read_volume,
 from fmsam_lib.weights import load
 
 BACKGROUND = {"MR": 0.0, "CT": -1000.0}  # what the warped image shows outside the moving one
-SIMILARITIES = ("lncc", "lncc2", "mind")
+SIMILARITIES = typing.get_args(Similarity)
 LARGE = 128**3  # samples; optimising on more computes activations twice rather than keep them
 SUMMARY = "summary.json"
 RESULTS = ("warped.nii.gz", "displacement.nii.gz", "labels.nii.gz", "overview.png", SUMMARY)  # and disp_….nii.gz

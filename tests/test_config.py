@@ -127,3 +127,7 @@ def test_runs_recorded_before_a_parameter_was_added_can_be_read(tmp_path):
     old = {name: value for name, value in defaults("10_train").items() if name not in config.ADDED}
     (tmp_path / "config.json").write_text(json.dumps({"parameters": old}))
     assert config.trained_with(tmp_path) == read(Train, old | config.ADDED)
+
+
+def test_what_older_records_lack_is_the_notebooks_default():
+    assert {name: defaults("10_train")[name] for name in config.ADDED} == config.ADDED
