@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from fmsam_lib.data import open_file
-from fmsam_lib.register import ROLES, SIMILARITIES, Registration, register, spare, staged
+from fmsam_lib.register import SIMILARITIES, Registration, register
+from fmsam_lib.results import ROLES, spare, staged
 from fmsam_lib.weights import OFFICIAL, load
 
 

@@ -14,15 +14,9 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
-import re
-import shutil
-import tempfile
 import time
 import typing
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +34,7 @@ from fmsam_lib.data import data_error
 from fmsam_lib.losses import Batch, jittered_points, lncc, objective
 from fmsam_lib.metrics import dice, folding_percent, sdlogj
 from fmsam_lib.network import GradICON, Transform, give_back_memory
+from fmsam_lib.results import ROLES, SUMMARY, spare, staged
 from fmsam_lib.spatial import jacobian_determinant, warp
 from fmsam_lib.synthetic import Pair
 from fmsam_lib.volume import Volume, apply, itk_reads, read_labels, read_volume, slabs
@@ -48,8 +43,6 @@ from fmsam_lib.weights import load
 BACKGROUND = {"MR": 0.0, "CT": -1000.0}  # what the warped image shows outside the moving one
 SIMILARITIES = typing.get_args(Similarity)
 LARGE = 128**3  # samples; optimising on more computes activations twice rather than keep them
-SUMMARY = "summary.json"
-RESULTS = ("warped.nii.gz", "displacement.nii.gz", "labels.nii.gz", "overview.png", SUMMARY)  # and disp_….nii.gz
 
 
 def register(
@@ -418,61 +411,3 @@ def _check_pair(fixed: Volume, moving: Volume) -> None:
         if ratio.max() < 2 * ratio.min():
             todo = f"All axes differ by about {ratio.mean():.2g} times: is a spacing lost or in another unit? {todo}"
         raise data_error(moving.where, expected, f"{sizes[1]} (right, front, up)", todo)
-
-
-# The folder of results
-
-ROLES = ("fixed", "moving", "labels", "fixed_labels")
-
-
-def spare(folder: str | Path, inputs: list[str]) -> None:
-    """Raises DataError where a result in `folder` would take the place of one of the input files."""
-    for path in map(Path, inputs):
-        if path.resolve().parent == Path(folder).resolve() and _is_result(path.name):
-            found = "a folder where a result of the same name would replace it"
-            raise data_error(path, "another folder for the results", found, "Choose another one.")
-
-
-def _is_result(name: str) -> bool:
-    return name in RESULTS or re.fullmatch(r"disp_[^/]*\.nii\.gz", name) is not None
-
-
-@contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
-    """A hidden folder in `folder` to write into; its files get there when the block ends well, `summary.json` last.
-
-    However the block ends, that summary only ever stands beside results that are complete, and earlier
-    results are replaced only at the very end. Raises DataError, before the block, when `folder` cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
-    except OSError as error:
-        found = error.strerror or str(error)
-        raise data_error(folder, "a folder to write the results into", found, "Choose another one.") from error
-    try:
-        yield staging
-        new = sorted(os.listdir(staging), key=lambda name: name == SUMMARY)
-        old = _old_files(folder)
-        (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
-        for name in old.difference(new):
-            (folder / name).unlink(missing_ok=True)
-        for name in new:
-            os.replace(staging / name, folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
-
-
-def _old_files(folder: Path) -> set[str]:
-    """The results that an earlier summary in `folder` names: another pair's should not stay beside the new ones."""
-    try:
-        files = json.loads((folder / SUMMARY).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    return {name for name in files if isinstance(name, str) and _is_result(name)}

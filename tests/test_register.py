@@ -23,7 +23,8 @@ from fmsam_lib.command import main
 from fmsam_lib.data import DataError
 from fmsam_lib.losses import Batch, jittered_points, objective
 from fmsam_lib.network import GradICON, Transform
-from fmsam_lib.register import optimise, register, staged
+from fmsam_lib.register import optimise, register
+from fmsam_lib.results import staged
 from fmsam_lib.spatial import identity_map
 
 module = sys.modules["fmsam_lib.register"]  # the package's attribute of this name is the function
