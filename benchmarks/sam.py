@@ -17,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fmsam_lib.config import Train, provenance, written_whole
+from fmsam_lib.checkpoint import State
+from fmsam_lib.config import ADDED, Train, provenance, written_whole
 from fmsam_lib.losses import Batch, jittered_points
 from fmsam_lib.network import GradICON
 from fmsam_lib.sam import SAM
@@ -33,9 +34,9 @@ BASES = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 
 
 def settings(optimizer: str, case: dict) -> Train:
-    other = {"rho_schedule": "constant", "every": EVERY, "alpha": 0.7, "similarity": "lncc", "sigma": 5.0, "lmbda": 1.5}
-    other |= {"out": "", "train_domain": "", "seed": 0, "data": "", "weights": "", "steps": 1, "batch": 2, "lr": 1e-5}
-    return Train(optimizer=optimizer, rho=0.01, joint=True, save_memory=False, threads=THREADS, **other, **case)
+    other = ADDED | {"every": EVERY, "sigma": 5.0, "lmbda": 1.5, "out": "", "train_domain": "", "seed": 0, "data": ""}
+    other |= {"steps": 1, "batch": 2, "lr": 1e-5, "rho": 0.01, "threads": THREADS}
+    return Train(optimizer=optimizer, **other, **case)
 
 
 def stepping(optimizer: str, case: dict, base: str):
@@ -44,8 +45,9 @@ def stepping(optimizer: str, case: dict, base: str):
     torch.manual_seed(0)
     net = GradICON(len(run.shape), down=tuple(run.down), levels=run.levels, last_step=run.last_step).train()
     adam, sam = BASES[base](net.parameters(), lr=run.lr), perturbation(net, run)
+    state = State()
     batch = Batch(*torch.rand(2, run.batch, 1, *run.shape), jittered_points(tuple(run.shape), torch.Generator()))
-    return net, lambda: train_step(net, batch, run, adam, sam)
+    return net, lambda: train_step(net, [batch], run, adam, sam, state)
 
 
 def seconds(case: dict, base: str) -> dict[str, float]:

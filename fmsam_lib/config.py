@@ -20,7 +20,7 @@ from typing import Literal
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-landscapes", "matplotlib")
-Optimizer = Literal["adam", "sam", "asam", "sam-every", "looksam", "random"]
+Optimizer = Literal["adam", "adam-2x", "sam", "asam", "sam-every", "looksam", "random"]
 Schedule = Literal["constant", "lr"]
 Similarity = Literal["lncc", "lncc2", "mind"]
 
@@ -68,9 +68,15 @@ class Train:
     down: list[int]
     levels: int
     last_step: bool
+    first_stage: int
     steps: int
     batch: int
+    accumulate: int
+    augment: bool
+    validation: int
     lr: float
+    lr_schedule: Literal["cosine", "constant"]
+    clip: float
     rho: float
     rho_schedule: Schedule
     every: int
@@ -79,12 +85,31 @@ class Train:
     sigma: float
     lmbda: float
     joint: bool
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["float32", "bf16", "fp16"]
+    processes: int
+    sync_climb: bool
     save_memory: bool
     threads: int
+
+    def __post_init__(self):
+        parts = self.processes * self.accumulate
+        if self.batch % parts:
+            raise ConfigError(f"expected batch to be a multiple of processes x accumulate, {parts}, got {self.batch}")
+        if self.first_stage and not (self.last_step and self.first_stage < self.steps):
+            raise ConfigError(
+                f"expected first_stage to be below steps, and last_step, which is added after it; got "
+                f"first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
+            )
 
     def loss(self) -> dict:
         """What `losses.objective` takes of it."""
         return {"similarity": self.similarity, "sigma": self.sigma, "lmbda": self.lmbda}
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps: `steps`, or twice as many for the baseline at SAM's cost."""
+        return 2 * self.steps if self.optimizer == "adam-2x" else self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +172,17 @@ class Register:
     threads: int
 
 
-# What older records don't say: the notebook's defaults, which are how they were made.
+# What older records don't say: how they were made.
 ADDED = {"weights": "", "similarity": "lncc", "joint": True, "save_memory": False}
 ADDED |= {"rho_schedule": "constant", "every": 5, "alpha": 0.7}
+ADDED |= {"first_stage": 0, "accumulate": 1, "augment": False, "validation": 0, "lr_schedule": "cosine", "clip": 0.0}
+ADDED |= {"device": "cpu", "precision": "float32", "processes": 1, "sync_climb": True}
 
 AT_LEAST = {
-    **dict.fromkeys(("batch", "directions", "down", "every", "levels", "pairs", "steps", "threads"), 1),
-    **dict.fromkeys(("alpha", "direction_seed", "index", "io", "lmbda", "rho", "seed", "seeds"), 0),
+    **dict.fromkeys(("accumulate", "batch", "directions", "down", "every", "levels", "pairs"), 1),
+    **dict.fromkeys(("processes", "steps", "threads"), 1),
+    **dict.fromkeys(("alpha", "clip", "direction_seed", "first_stage", "index", "io", "lmbda"), 0),
+    **dict.fromkeys(("rho", "seed", "seeds", "validation"), 0),
     **dict.fromkeys(("line_points", "plane_points"), 3),
     "shape": 16,
 }

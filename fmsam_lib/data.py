@@ -58,7 +58,7 @@ class Manifest:
 
     labels: structures by number, without the background. training: images.
     training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
-    test_pairs: (fixed, moving) images. label_of: every image's label file or None.
+    test_pairs: (fixed, moving) images. label_of: every image's label file or None. subject: whose image it is.
     spacing_known: False where millimetres mean nothing (`"spacing_known": false` in the manifest, or
     a description that says "spacing was lost" or "no spacing").
     """
@@ -73,6 +73,7 @@ class Manifest:
     training_pairs: list[tuple[Path, Path]] | None
     test_pairs: list[tuple[Path, Path]]
     label_of: dict[Path, Path | None]
+    subject: dict[Path, str]
     spacing_known: bool
 
 
@@ -167,6 +168,7 @@ def _checked(path: Path, content: dict) -> Manifest:
         training_pairs=training_pairs,
         test_pairs=test_pairs,
         label_of=label_of,
+        subject=subjects,
         spacing_known=content.get("spacing_known", not lost),
     )
 

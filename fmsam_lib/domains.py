@@ -21,6 +21,9 @@ from fmsam_lib.synthetic import Pair
 SYNTHETIC_TRAINING_PAIRS = 200
 SYNTHETIC_TEST_PAIRS = 50
 FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
+FIRST_VALIDATION_INDEX = 2_000_000
+SYNTHETIC_VALIDATION_PAIRS = 10
+HELD_OUT = 20  # of the training subjects of a data set, one in so many is kept for validation, two at least
 
 
 def domain_names(data=None) -> list[str]:
@@ -34,7 +37,8 @@ def open_domain(name: str, *, shape, data=None, cache=None, seed: int = 0):
 
     All have `name`, `labels`, `modality`, `pairing`, `unit` ("mm", or "voxel" where the spacing is unknown),
     `training_count` (images; pairs of a synthetic domain), `training_pair(i)`: the i-th of an endless
-    sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the same for every seed, and
+    sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the same for every seed, `validation_count` and
+    `validation_pair(i)`: likewise, of subjects who are in neither training nor test, and
     `check()`: the messages of everything wrong with its files.
     Raises DataError for an unknown name, with the known ones.
     """
@@ -74,6 +78,7 @@ class SyntheticDomain:
 
     unit = "mm"
     training_count = SYNTHETIC_TRAINING_PAIRS
+    validation_count = SYNTHETIC_VALIDATION_PAIRS
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int):
         domain = synthetic.DOMAINS[name]
@@ -88,6 +93,9 @@ class SyntheticDomain:
             self.made[number] = dataclasses.replace(pair, true_map=None)  # the largest part, not needed to train
         return self.made[number]
 
+    def validation_pair(self, index: int) -> Pair:
+        return synthetic.make_pair(self.name, seed=0, index=FIRST_VALIDATION_INDEX + index, shape=self.shape)
+
     @property
     def test_count(self) -> int:
         return SYNTHETIC_TEST_PAIRS
@@ -100,25 +108,36 @@ class SyntheticDomain:
 
 
 class FileDomain:
-    """Pairs of a manifest's files; each file is read once and then kept in memory."""
+    """Pairs of a manifest's files; each file is read once and then kept in memory.
+
+    Of ten training subjects or more, the last in the manifest's order are held out for validation (see `held_out`).
+    """
 
     def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
         if len(shape) > manifest.dimensions:
             raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
         self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
         self.name, self.labels, self.modality = manifest.name, manifest.labels, manifest.modality
-        self.pairing, self.training_count = manifest.pairing, len(manifest.training)
+        self.training, self.training_pairs, self.validation_pairs = held_out(manifest)
+        self.pairing, self.training_count = manifest.pairing, len(self.training)
         self.unit = "mm" if manifest.spacing_known else "voxel"
         self.samples: dict[Path, Sample] = {}
 
     def training_pair(self, index: int) -> Pair:
-        images, pairs = self.manifest.training, self.manifest.training_pairs
+        images, pairs = self.training, self.training_pairs
         rng = np.random.default_rng([self.seed, index])
         if pairs:
             return self._pair(*pairs[rng.integers(len(pairs))])
         if len(images) < 2 or pairs == []:
             raise data_error(self.manifest.folder, "training pairs", "none", "Use this data set for testing only.")
         return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
+
+    @property
+    def validation_count(self) -> int:
+        return len(self.validation_pairs)
+
+    def validation_pair(self, index: int) -> Pair:
+        return self._pair(*self.validation_pairs[index])
 
     @property
     def test_count(self) -> int:
@@ -162,8 +181,35 @@ class FileDomain:
         )
 
 
+def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:
+    """Training images, training pairs (None: all ordered ones) and validation pairs, which share no subject.
+
+    One subject in twenty is held out, two at least, of ten training subjects or more; of fewer none, nor where no
+    listed pair would be left on either side. Without listed pairs, each held-out image is fixed once, the next one of
+    another subject moving.
+    """
+    listed = manifest.training_pairs
+    images = list(dict.fromkeys([*manifest.training, *(image for pair in listed or [] for image in pair)]))
+    subjects = list(dict.fromkeys(manifest.subject[image] for image in images))
+    kept_apart = set(subjects[-max(2, len(subjects) // HELD_OUT) :]) if len(subjects) >= 10 else set()
+    training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]
+    if listed is not None:
+        outside = [sum(manifest.subject[image] in kept_apart for image in pair) for pair in listed]
+        chosen = [[pair for pair, n in zip(listed, outside, strict=True) if n == wanted] for wanted in (0, 2)]
+        return (training, *chosen) if all(chosen) else (manifest.training, listed, [])
+    apart = [image for image in manifest.training if manifest.subject[image] in kept_apart]
+    pairs = []
+    for i, fixed in enumerate(apart):
+        others = [image for image in apart[i + 1 :] + apart[:i] if manifest.subject[image] != manifest.subject[fixed]]
+        pairs += [(fixed, moving) for moving in others[:1]]
+    return training, None, pairs
+
+
 class Mixture:
-    """Several domains in turn, for training only; each pair carries its own labels."""
+    """Several domains in turn, so each as often as the others whatever its size; each pair carries its own labels.
+
+    uniGradICON balances its data sets likewise, by as many pairs of each in an epoch (Tian et al. 2024). Not for tests.
+    """
 
     def __init__(self, name: str, domains: list):
         self.name, self.domains = name, domains
@@ -175,6 +221,19 @@ class Mixture:
     def training_pair(self, index: int) -> Pair:
         turn, domain = divmod(index, len(self.domains))
         return self.domains[domain].training_pair(turn)
+
+    @property
+    def validation_count(self) -> int:
+        counts = [domain.validation_count for domain in self._validated]
+        return min(counts, default=0) * len(counts)
+
+    def validation_pair(self, index: int) -> Pair:
+        turn, domain = divmod(index, len(self._validated))
+        return self._validated[domain].validation_pair(turn)
+
+    @property
+    def _validated(self) -> list:
+        return [domain for domain in self.domains if domain.validation_count]
 
     @property
     def test_count(self) -> int:

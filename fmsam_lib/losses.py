@@ -33,6 +33,9 @@ class Batch(NamedTuple):
     moving_mask: Tensor | None = None
     fixed_mask: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
+
 
 def objective(
     net: GradICON, batch: Batch, *, lmbda: float, sigma: float, similarity="lncc", regulariser="gradicon", joint=True

@@ -1,5 +1,6 @@
 """How good one registration is: overlap, surface distance, landmark error, regularity."""
 
+import math
 import warnings
 
 import numpy as np
@@ -51,6 +52,16 @@ def dice(a: Tensor, b: Tensor) -> float:
     0.6666666666666666
     """
     return 2 * (a & b).sum().item() / (a.sum().item() + b.sum().item())
+
+
+def mean_dice(pair: Pair, phi_map: Tensor) -> float:
+    """Dice averaged over the structures in the fixed or the warped label; NaN where there is none."""
+    if pair.moving_label is None or pair.fixed_label is None:
+        return math.nan
+    warped = warp_label(pair.moving_label[None], phi_map)[0]
+    masks = [(warped == number, pair.fixed_label == number) for number in pair.labels]
+    values = [dice(a, b) for a, b in masks if a.any() or b.any()]
+    return sum(values) / len(values) if values else math.nan
 
 
 def hd95(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> float:

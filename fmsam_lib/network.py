@@ -8,7 +8,7 @@ import ctypes
 import itertools
 import sys
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVG_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 SLAB = 8  # planes at half resolution: small enough to stay in a processor's cache, large enough to fill it
@@ -206,7 +207,9 @@ class GradICON(nn.Module):
     dim: 2 or 3. down, up: channels of every step's `UNet`; `up` is `down` unless given.
 
     With `net.save_memory = True` every step but the last computes its activations a second time on the way
-    back instead of keeping them: the same gradients for a sixth more time.
+    back instead of keeping them: the same gradients for a sixth more time. With `net.precision` "bf16" or "fp16" the
+    steps' U-Nets compute in half precision (autocast); weights, maps and the loss stay in float32. With
+    `net.first_stage = True` the last step is left out, as in uniGradICON's first stage.
     """
 
     def __init__(
@@ -230,7 +233,7 @@ class GradICON(nn.Module):
         self.settings = {"dim": dim, "down": list(down), "up": list(up), "levels": levels, "last_step": last_step}
         self.dim, self.levels = dim, levels
         self.shape: tuple[int, ...] | None = None  # the grid that it was trained on
-        self.save_memory = False
+        self.save_memory, self.precision, self.first_stage = False, "float32", False
         self.scales = [*reversed(range(levels)), *([0] if last_step else [])]  # halvings before each step
         self.steps = nn.ModuleList(UNet(dim, tuple(down), tuple(up)) for _ in self.scales)
 
@@ -241,13 +244,15 @@ class GradICON(nn.Module):
         for _ in range(self.levels - 1):
             pyramid.append(tuple(map(halve, pyramid[-1])))
         phi = Transform(fixed.shape[2:])
-        for unet, scale in zip(self.steps, self.scales, strict=True):
+        steps = len(self.steps) - self.first_stage
+        for i, (unet, scale) in enumerate(zip(self.steps[:steps], self.scales[:steps], strict=True)):
             coarse_moving, coarse_fixed = pyramid[scale]
             if phi.fields:
                 coarse_moving = look_up(coarse_moving, phi.grid(coarse_fixed.shape[2:]))
-            if self.save_memory and torch.is_grad_enabled() and unet is not self.steps[-1]:
+            compute = partial(self._half, unet) if self.precision in HALF else unet
+            if self.save_memory and torch.is_grad_enabled() and i < steps - 1:
                 displacement = checkpoint(
-                    unet,
+                    compute,
                     coarse_moving,
                     coarse_fixed,
                     use_reentrant=False,
@@ -255,9 +260,14 @@ class GradICON(nn.Module):
                     context_fn=lambda unet=unet: (nullcontext(), BuffersKept(unet)),
                 )
             else:
-                displacement = unet(coarse_moving, coarse_fixed)
+                displacement = compute(coarse_moving, coarse_fixed)
             phi = phi.then(displacement)
         return phi
+
+    def _half(self, unet: "UNet", moving: Tensor, fixed: Tensor) -> Tensor:
+        # a block for each U-Net: autocast keeps its copies of the weights to the end of it, and SAM changes the weights
+        with torch.autocast(moving.device.type, HALF[self.precision]):
+            return unet(moving, fixed).float()
 
     def check_shapes(self, moving: Tensor, fixed: Tensor) -> None:
         expected = f"expected moving and fixed images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]})"

@@ -30,16 +30,15 @@ LOOKS = {
     "adam": {"color": "#0072B2", "marker": "o", "linestyle": "--"},
     "sam": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
     "asam": {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    "adam-2x": {"color": "#56B4E9", "marker": "v", "linestyle": (0, (1, 1))},
+    "sam-every": {"color": "#E69F00", "marker": "P", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
+    "looksam": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (5, 1))},
+    "random": {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
 }
-OTHER_LOOKS = [
-    {"color": "#CC79A7", "marker": "D", "linestyle": (0, (5, 1))},
-    {"color": "#56B4E9", "marker": "v", "linestyle": (0, (1, 1))},
-    {"color": "#E69F00", "marker": "P", "linestyle": (0, (3, 1, 1, 1, 1, 1))},
-    {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
-]
+OTHER_LOOKS = [LOOKS[name] for name in ("looksam", "adam-2x", "sam-every", "random")]
 NAMES = {
-    "none": "before registration", "adam": "Adam", "sam": "SAM", "asam": "ASAM", "sam-every": "SAM now and then",
-    "looksam": "LookSAM", "random": "random direction", "sgd": "SGD", "adamw": "AdamW",
+    "none": "before registration", "adam": "Adam", "adam-2x": "Adam, twice the steps", "sam": "SAM", "asam": "ASAM",
+    "sam-every": "SAM now and then", "looksam": "LookSAM", "random": "random direction", "sgd": "SGD", "adamw": "AdamW",
 }  # fmt: skip
 
 # a metric's name, decimals, and whether more of it is better
@@ -245,24 +244,27 @@ def paired_difference(
 def training_curves(history: pd.DataFrame) -> Figure:
     """The loss, its similarity and its penalty over the steps: every logged value faint, a running mean on top.
 
-    history: train_domain, optimizer, seed, step, total, similarity, regulariser; a row of panels per train_domain.
+    history: train_domain, optimizer, seed, step, total, similarity, regulariser and, where it was watched, dice on the
+    validation pairs; a row of panels per train_domain.
     """
     terms = {"total": "total loss", "similarity": "similarity term", "regulariser": "GradICON penalty"}
     rows = _select(history, f"train_domain optimizer seed step {' '.join(terms)}")
-    trains, optimizers = list(rows.train_domain.unique()), _optimizers(rows)
-    figure, panels = _panels(3 * len(trains), 3, 2.5, sharex=True, sharey="col")
+    if "dice" in rows and rows.dice.notna().any():
+        terms["dice"] = "Dice (validation)"
+    trains, optimizers, n = list(rows.train_domain.unique()), _optimizers(rows), len(terms)
+    figure, panels = _panels(n * len(trains), n, 2.5, sharex=True, sharey="col")
     for place, ax in enumerate(panels):
-        train, (term, name) = trains[place // 3], list(terms.items())[place % 3]
+        train, (term, name) = trains[place // n], list(terms.items())[place % n]
         mine = rows[rows.train_domain == train]
         for (optimizer, _), run in mine.groupby(["optimizer", "seed"], dropna=False):
-            run, look = run.sort_values("step"), _look(optimizer, optimizers)
+            run, look = run.dropna(subset=term).sort_values("step"), _look(optimizer, optimizers)
             smooth = run[term].rolling(max(1, len(run) // 15), center=True, min_periods=1).mean()
             ax.plot(run.step, run[term], color=look["color"], alpha=0.18, linewidth=0.8)
             ax.plot(run.step, smooth, markevery=max(1, len(run) // 6), markersize=5, linewidth=1.5, **look)
-        ax.set_title((name if place < 3 else "") + _missing(mine, optimizers), fontsize=10)
+        ax.set_title((name if place < n else "") + _missing(mine, optimizers), fontsize=10)
         if term == "regulariser":
             ax.set_yscale("log", nonpositive="mask")
-        if place % 3 == 0:
+        if place % n == 0:
             ax.set_ylabel(f"trained on\n{_wrap(train)}", fontsize=9)
         _open(ax)
     figure.supxlabel("optimizer step", fontsize=10)

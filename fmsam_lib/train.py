@@ -1,91 +1,128 @@
-"""One training step, the loop around it, and checkpoints that survive a kill."""
+"""One training step, the loop around it, and checkpoints that survive a kill.
 
-import fcntl
+Several processes: `python -m fmsam_lib.train` is what each of them runs (see `parallel.launch`).
+"""
+
 import json
 import math
-import pickle
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from fmsam_lib.config import ADDED, ConfigError, Train, as_dict, provenance, write_json, written_whole
+from fmsam_lib import checkpoint, parallel
+from fmsam_lib.augment import augment
+from fmsam_lib.checkpoint import State
+from fmsam_lib.config import ConfigError, Train
+from fmsam_lib.domains import open_domain
 from fmsam_lib.losses import Batch, Loss, jittered_points, objective
+from fmsam_lib.metrics import mean_dice
 from fmsam_lib.network import GradICON, give_back_memory
 from fmsam_lib.sam import SAM, rho_beside_lr
+from fmsam_lib.synthetic import Pair
 from fmsam_lib.weights import load
 
 LOG_EVERY = 10
 CHECKPOINT_EVERY = 50
+VALIDATE_EVERY = 100
+AHEAD = 2  # batches made while the network computes
 GIVE_UP_AFTER = 10  # non-finite steps in a row
 
 
 def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[dict]:
     """Train `net` on `dataset` into the folder `run.out`; returns the logged steps.
 
-    Writes there: `config.json`, `history.jsonl` (a line per logged step), `checkpoint.pt` (to go on
-    from after a kill) and, at the end, `weights.pt`. A training that was interrupted goes on from its checkpoint to
-    the same weights, bit for bit, since every step's batch depends on `run.seed` and the step alone;
-    one that is done is not repeated.
+    Writes there: `config.json`, `history.jsonl` (a line per logged step), `train.log` (the same to read),
+    `checkpoint.pt` (to go on from after a kill) and, at the end, `weights.pt` and, of the highest Dice on the
+    validation pairs, `best.pt`. A training that was interrupted goes on from its checkpoint to the same weights, bit
+    for bit, since every step's batch depends on `run.seed` and the step alone; one that is done is not repeated.
+
+    With `run.processes` above 1, that many are started on this machine; each begins with `starting(run)` and opens
+    `run.train_domain` itself, and `net` receives the result.
 
     Raises: ConfigError where the folder holds a training with other parameters; FloatingPointError
-    when the loss or its gradient stays non-finite.
+    when the loss or its gradient stays non-finite; RuntimeError when one of several processes fails.
     """
-    torch.set_num_threads(run.threads)
     folder = Path(run.out)
+    if run.processes != parallel.count():
+        parallel.launch(run)
+        net.load_state_dict(load(folder / "weights.pt").state_dict())
+        net.shape = tuple(run.shape)
+        return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    torch.set_num_threads(run.threads)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
-        return _train(net, dataset, run, folder, progress)
+    with checkpoint.alone(folder):
+        return _train(net, dataset, run, folder, progress and parallel.rank() == 0)
 
 
 def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> list[dict]:
-    _refuse_another(folder / "config.json", run)
-    optimizer = torch.optim.Adam(net.parameters(), lr=run.lr)
-    sam = perturbation(net, run)
-
-    step, history, skipped, in_a_row = _resume(folder, net, optimizer, sam)
-    _record(folder / "config.json", run, net, step)
-    net.train()
-    net.shape, net.save_memory = tuple(run.shape), run.save_memory
+    first = parallel.rank() == 0
+    device = device_of(run)
+    net.to(device).train()
+    net.shape, net.save_memory, net.precision = tuple(run.shape), run.save_memory, run.precision
     if run.save_memory:
         give_back_memory()
-    bar = tqdm(
-        total=run.steps, initial=step, disable=not progress, desc=f"{run.train_domain} {run.optimizer}", unit="step"
-    )
-    with open(folder / "history.jsonl", "w") as log:
-        log.writelines(json.dumps(line) + "\n" for line in history)
-        while step < run.steps:
+    if run.processes > 1:
+        parallel.share_batch_norm(net)
+    optimizer = torch.optim.Adam(net.parameters(), lr=run.lr)
+    sam = perturbation(net, run)
+    state = checkpoint.resume(folder, net, optimizer, sam, run)
+    validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
+    if first:
+        checkpoint.record(folder / "config.json", run, net, state.step)
+        checkpoint.write_history(folder, run, state)
+    bar = tqdm(total=run.updates, initial=state.step, disable=not progress, desc=f"{run.train_domain} {run.optimizer}")
+    batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates))
+    logged, clock, waited = state.step, time.perf_counter(), 0.0
+    with closing(batches):
+        while state.step < run.updates:
             for group in optimizer.param_groups:
-                group["lr"] = cosine(step, run)
+                group["lr"] = learning_rate(state.step, run)
             for group in sam.groups if sam is not None and run.rho_schedule == "lr" else []:
-                group["rho"] = rho_beside_lr(cosine(step, run), run.lr, run.rho)
+                group["rho"] = rho_beside_lr(learning_rate(state.step, run), run.lr, run.rho)
+            net.first_stage = state.step < run.first_stage
             start = time.perf_counter()
-            batch = make_batch(dataset, run, step)
-            waited = time.perf_counter() - start
-            loss, finite = train_step(net, batch, run, optimizer, sam)
-            skipped, in_a_row = (skipped, 0) if finite else (skipped + 1, in_a_row + 1)
-            if in_a_row == GIVE_UP_AFTER:
+            micro = next(batches)
+            waited += time.perf_counter() - start
+            loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
+            if state.in_a_row == GIVE_UP_AFTER:
                 raise FloatingPointError(
-                    f"loss or gradient not finite {in_a_row} steps in a row, up to step {step}: "
+                    f"loss or gradient not finite {state.in_a_row} steps in a row, up to step {state.step}: "
                     f"try a smaller lr ({run.lr}) or rho ({run.rho})"
                 )
-            step += 1
+            state.step += 1
+            last = state.step == run.updates
             bar.update()
-            if step % LOG_EVERY == 0 or step == run.steps:
-                seconds = time.perf_counter() - start
-                history.append(_line(step, loss, skipped, sam, seconds, waited))
-                log.write(json.dumps(history[-1]) + "\n")
-                log.flush()
-                bar.set_postfix(loss=f"{history[-1]['total']:.3f}")
-            if step % CHECKPOINT_EVERY == 0 or step == run.steps:
-                _checkpoint(folder, net, optimizer, sam, step, history, skipped, in_a_row)
+            dice = math.nan
+            if validation and (state.step % VALIDATE_EVERY == 0 or last):
+                dice = validate(net, validation)
+                if not math.isnan(dice) and (state.best is None or dice > state.best["dice"]):
+                    weights = {name: value.cpu().clone() for name, value in net.state_dict().items()}
+                    state.best = {"step": state.step, "dice": dice, "net": weights}
+            if state.step % LOG_EVERY == 0 or last:
+                steps = state.step - logged
+                times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
+                state.history.append(checkpoint.line_of(state, loss, dice, optimizer, sam) | times)
+                logged, clock, waited = state.step, time.perf_counter(), 0.0
+                if first:
+                    checkpoint.append_history(folder, run, state)
+                bar.set_postfix_str(checkpoint.in_words(state.history))
+            if first and (state.step % CHECKPOINT_EVERY == 0 or last):
+                checkpoint.save(folder, net, optimizer, sam, run, state)
     bar.close()
-    net.eval()
-    net.save(folder / "weights.pt")
-    return history
+    net.first_stage = False
+    net.eval().to("cpu")
+    if first:
+        net.save(folder / "weights.pt")
+        checkpoint.save_best(folder, net, state)
+    return state.history
 
 
 def starting(run: Train) -> GradICON:
@@ -102,10 +139,20 @@ def starting(run: Train) -> GradICON:
     return net
 
 
+def device_of(run: Train) -> torch.device:
+    """Raises ConfigError where there is no such device."""
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("expected a GPU for device 'cuda', but torch finds none: choose 'cpu' or 'auto'")
+    if run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", parallel.rank() % torch.cuda.device_count())
+
+
 def perturbation(net: GradICON, run: Train) -> SAM | None:
     """What `run.optimizer` puts beside Adam: nothing, SAM, or one of its variants (see `sam.py`)."""
     options = {
         "adam": None,
+        "adam-2x": None,
         "sam": {},
         "asam": {"adaptive": True},
         "sam-every": {"every": run.every},
@@ -115,117 +162,137 @@ def perturbation(net: GradICON, run: Train) -> SAM | None:
     return None if options is None else SAM(net.parameters(), run.rho, net=net, **options)
 
 
-def train_step(net: GradICON, batch: Batch, run: Train, optimizer, sam: SAM | None) -> tuple[Loss, bool]:
-    """One update; the loss at w, and whether all was finite (when not, weights and buffers stay as they are)."""
+def train_step(net: GradICON, micro: list[Batch], run: Train, optimizer, sam: SAM | None, state: State) -> Loss:
+    """One update; the loss at w. Where something is not finite, weights and buffers stay, and `state` counts it.
+
+    micro: the parts of the batch, one after the other; the gradient is that of their mean, and of all processes'.
+    """
     buffers = [buffer.clone() for buffer in net.buffers()]
-    optimizer.zero_grad()
-    loss = objective(net, batch, joint=run.joint, **run.loss())
-    finite = backward(loss)  # gradient at w
-    if finite and sam is not None and sam.due:
+    climbs = sam is not None and sam.due
+    loss, finite = gradient(net, micro, run, optimizer, state, share=not climbs or run.sync_climb)  # at w
+    if finite and climbs:
         with sam.perturbed():  # at w + eps: the worst weights within rho
-            optimizer.zero_grad()
-            there = objective(net, batch, joint=run.joint, **run.loss())
-            finite = backward(there)  # its gradient is what moves w
-        sam.rise = there.total.detach() - loss.total.detach()
+            there, finite = gradient(net, micro, run, optimizer, state)  # this one is what moves w
+        sam.rise = there.total - loss.total
     elif finite and sam is not None:
         sam.between()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    if finite and all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients)):
-        optimizer.step()
-        return loss, True
-    for buffer, value in zip(net.buffers(), buffers, strict=True):
-        buffer.copy_(value)  # BatchNorm's running statistics have seen what is not finite
-    return loss, False
-
-
-def backward(loss: Loss) -> bool:
-    """Fill the gradients, unless the loss is not finite: through NaN, torch's 2-D grid_sample crashes going back."""
-    finite = bool(torch.isfinite(loss.total))
+    finite = finite and all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients))
     if finite:
-        loss.total.backward()
-    return finite
+        if run.clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), run.clip)
+        optimizer.step()
+    else:
+        for buffer, value in zip(net.buffers(), buffers, strict=True):
+            buffer.copy_(value)  # BatchNorm's running statistics have seen what is not finite
+    state.skipped, state.in_a_row = (state.skipped, 0) if finite else (state.skipped + 1, state.in_a_row + 1)
+    if run.precision == "fp16":
+        rescale(state, finite)
+    return loss
 
 
-def make_batch(dataset, run: Train, step: int) -> Batch:
-    """The batch of a step: depends on the seed and the step alone, so that a resumed run sees the same."""
-    first = (run.seed * 1_000_003 + step) * run.batch
-    pairs = [dataset.training_pair(first + i) for i in range(run.batch)]
-    generator = torch.Generator().manual_seed(run.seed * 1_000_003 + step)
-    return Batch(
-        torch.stack([pair.moving for pair in pairs]),
-        torch.stack([pair.fixed for pair in pairs]),
-        jittered_points(tuple(run.shape), generator),
-    )
+def gradient(net, micro: list[Batch], run: Train, optimizer, state: State, *, share: bool = True) -> tuple[Loss, bool]:
+    """Fill `.grad` at the weights where the network stands; the loss there, and whether it was finite.
+
+    share: average over the processes. Where SAM's first pass does not (`run.sync_climb` is False), each climbs by
+    its own part of the batch: m-sharpness (Foret et al. 2021), another objective than SAM's of the whole batch.
+    """
+    optimizer.zero_grad()
+    scale = state.scale if run.precision == "fp16" else 1.0
+    losses, finite = [], True
+    for batch in micro:
+        loss = objective(net, batch, joint=run.joint, **run.loss())
+        losses.append(torch.stack([part.detach() for part in loss]))
+        # Going back through NaN, torch's 2-D grid_sample crashes.
+        finite = parallel.all_agree(bool(torch.isfinite(loss.total)), loss.total.device)
+        if not finite:
+            break
+        (loss.total * (scale / len(micro))).backward()
+    state.gradients += 1
+    mean = torch.stack(losses).mean(0)
+    parallel.average([mean])
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    if finite and scale != 1:
+        torch._foreach_mul_(gradients, 1 / scale)
+    if finite and share:
+        parallel.average(gradients)
+    return Loss(*mean), finite
 
 
-def cosine(step: int, run: Train) -> float:
-    """Learning rate falling from `run.lr` to 0 along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
-    return run.lr * 0.5 * (1 + math.cos(math.pi * step / run.steps))
+def rescale(state: State, finite: bool) -> None:
+    """Halve the factor of the loss after an overflow, double it after 2,000 good steps, as torch's GradScaler does.
+
+    fp16 loses gradients below 6e-8 (Micikevicius et al. 2018, arXiv 1710.03740). GradScaler itself unscales once an
+    update, where SAM has two passes.
+    """
+    state.scaled_well = state.scaled_well + 1 if finite else 0
+    if not finite:
+        state.scale /= 2
+    elif state.scaled_well == 2000:
+        state.scale, state.scaled_well = state.scale * 2, 0
 
 
-def _line(step: int, loss: Loss, skipped: int, sam: SAM | None, seconds: float, waited: float) -> dict:
-    line = {"step": step, **{name: value.item() for name, value in loss._asdict().items()}, "skipped": skipped}
-    if sam is not None:
-        line |= sam.logged()
-    return line | {"seconds": seconds, "seconds_waiting_for_data": waited}
+def make_batches(dataset, run: Train, step: int) -> list[Batch]:
+    """This process's part of a step's batch, cut into micro-batches.
+
+    Depends on the seed and the step alone, so that a resumed training sees the same.
+    """
+    number = run.seed * 1_000_003 + step
+    own = run.batch // run.processes
+    size = own // run.accumulate
+    first = number * run.batch + parallel.rank() * own
+    images = [_images(dataset.training_pair(i), run, i) for i in range(first, first + own)]
+    points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(number))
+    moving, fixed = (torch.stack(part).split(size) for part in zip(*images, strict=True))
+    return [Batch(m, f, points) for m, f in zip(moving, fixed, strict=True)]
 
 
-def _record(config: Path, run: Train, net: GradICON, step: int) -> None:
-    """Parameters and provenance, once; a training that goes on from a checkpoint adds where it did."""
-    there = json.loads(config.read_text()) if step and config.exists() else {}
-    if not there:
-        write_json(config, {"parameters": as_dict(run), "network": net.settings, "provenance": provenance()})
-    elif step < run.steps:
-        resumed = [*there.get("resumed", []), {"step": step} | provenance()]
-        write_json(config, there | {"parameters": as_dict(run), "resumed": resumed})
+def _images(pair: Pair, run: Train, index: int) -> tuple[Tensor, Tensor]:
+    if not run.augment:
+        return pair.moving, pair.fixed
+    return augment(pair.moving, pair.fixed, torch.Generator().manual_seed(index))
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process, however that ends."""
-    with open(folder / ".lock", "w") as lock:
+def ahead(make: Callable[[int], list[Batch]], steps: range) -> Iterator[list[Batch]]:
+    """`make(step)` of every step, the next ones already at work in a thread of their own."""
+    with ThreadPoolExecutor(1, "batches") as pool:
+        pending = deque(pool.submit(make, step) for step in steps[:AHEAD])
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is training in {folder}: wait for it or end it") from None
-        yield
+            for step in steps:
+                batch = pending.popleft().result()
+                if step + AHEAD in steps:
+                    pending.append(pool.submit(make, step + AHEAD))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _refuse_another(config: Path, run: Train) -> None:
-    """A folder holds one training: going on with other parameters would mix two."""
-    if not config.exists():
-        return
-    old, new = ADDED | json.loads(config.read_text())["parameters"], as_dict(run)
-    where = ("out", "data", "save_memory", "threads")  # may differ: the same training at another place
-    differing = [f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in new if k not in where and old.get(k) != new[k]]
-    if differing:
-        raise ConfigError(
-            f"{config.parent} holds a training with other parameters:\n- "
-            + "\n- ".join(differing)
-            + "\ndelete the folder to train anew, or choose another `out`"
-        )
+@torch.no_grad()
+def validate(net: GradICON, pairs: list[Pair]) -> float:
+    """Mean Dice over the pairs that have labels, NaN where none has; the network stays as it is."""
+    net.eval()
+    device = next(net.parameters()).device
+    phis = [net(pair.moving[None].to(device), pair.fixed[None].to(device)).map.cpu() for pair in pairs]
+    net.train()
+    values = [mean_dice(pair, phi) for pair, phi in zip(pairs, phis, strict=True)]
+    there = [value for value in values if not math.isnan(value)]
+    return sum(there) / len(there) if there else math.nan
 
 
-def _checkpoint(
-    folder: Path, net: GradICON, optimizer, sam: SAM | None, step: int, history: list, skipped: int, in_a_row: int
-) -> None:
-    counts = {"step": step, "skipped": skipped, "in_a_row": in_a_row}
-    with written_whole(folder / "checkpoint.pt") as partial:
-        states = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "sam": sam and sam.state_dict()}
-        torch.save(counts | states | {"history": history}, partial)
+def learning_rate(step: int, run: Train) -> float:
+    """Constant (as uniGradICON's), or from `run.lr` to 0 along half a cosine (Loshchilov & Hutter 2017, 1608.03983)."""
+    if run.lr_schedule == "constant":
+        return run.lr
+    return run.lr * 0.5 * (1 + math.cos(math.pi * step / run.updates))
 
 
-def _resume(folder: Path, net: GradICON, optimizer, sam: SAM | None) -> tuple[int, list[dict], int, int]:
-    """Step, history, skipped steps and those in a row to go on from; fills net, optimizer and sam."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return 0, [], 0, 0
-    try:
-        state = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
-    net.load_state_dict(state["net"])
-    optimizer.load_state_dict(state["optimizer"])
-    if sam is not None:
-        sam.load_state_dict(state["sam"])
-    return state["step"], state["history"], state["skipped"], state["in_a_row"]
+def main() -> None:
+    """One of several processes, started by torchrun with a training's parameters as JSON."""
+    run = Train(**json.loads(sys.argv[1]))
+    with parallel.group(device_of(run)):
+        dataset = open_domain(run.train_domain, shape=tuple(run.shape), data=run.data or None)
+        train(starting(run), dataset, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmsam_lib.config import Landscape, Train
+from fmsam_lib.config import ADDED, Landscape, Train
 from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain
 from fmsam_lib.landscape import (
@@ -23,11 +23,10 @@ from fmsam_lib.landscape import (
 from fmsam_lib.network import GradICON
 from fmsam_lib.train import starting
 
-RUN = {
+RUN = ADDED | {
     "out": "", "train_domain": "brain-mr", "optimizer": "adam", "seed": 0, "shape": [24, 24], "data": "",
-    "weights": "", "down": [4, 4], "levels": 2, "last_step": False, "steps": 1, "batch": 1, "lr": 1e-3, "rho": 0.0,
-    "rho_schedule": "constant", "every": 5, "alpha": 0.7,
-    "lmbda": 1.5, "similarity": "lncc", "sigma": 3.0, "joint": True, "save_memory": False, "threads": 1,
+    "down": [4, 4], "levels": 2, "last_step": False, "steps": 1, "batch": 1, "lr": 1e-3, "rho": 0.0,
+    "lmbda": 1.5, "sigma": 3.0, "threads": 1,
 }  # fmt: skip
 SETTINGS = {
     "run": "", "out": "", "test_domains": [], "data": "", "pairs": 2, "radius": 0.4, "line_points": 5,

@@ -2,8 +2,12 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import os
+import random
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -12,19 +16,35 @@ import typing
 import pytest
 import torch
 
-from fmsam_lib.config import ConfigError, Optimizer, Train, as_dict
+from fmsam_lib import train as train_module
+from fmsam_lib.checkpoint import State
+from fmsam_lib.config import ADDED, ConfigError, Optimizer, Train, as_dict
+from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain
+from fmsam_lib.losses import Batch, objective
+from fmsam_lib.metrics import measure
 from fmsam_lib.network import GradICON
-from fmsam_lib.train import GIVE_UP_AFTER, cosine, make_batch, starting, train, train_step
+from fmsam_lib.sam import SAM
+from fmsam_lib.train import (
+    AHEAD,
+    GIVE_UP_AFTER,
+    ahead,
+    device_of,
+    learning_rate,
+    make_batches,
+    starting,
+    train,
+    train_step,
+    validate,
+)
 from fmsam_lib.weights import load
 
 
 def tiny(out, **changes) -> Train:
-    settings = {
+    settings = ADDED | {
         "out": str(out), "train_domain": "brain-mr", "optimizer": "sam", "seed": 0, "shape": [16, 16], "data": "",
-        "weights": "", "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3,
-        "rho": 0.01, "rho_schedule": "constant", "every": 3, "alpha": 0.7, "lmbda": 1.5, "similarity": "lncc",
-        "sigma": 3.0, "joint": True, "save_memory": False, "threads": 1,
+        "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3,
+        "rho": 0.01, "every": 3, "lmbda": 1.5, "sigma": 3.0, "threads": 1,
     }  # fmt: skip
     return Train(**(settings | changes))
 
@@ -69,13 +89,16 @@ def test_climbing_in_every_step_is_sam_to_the_bit(tmp_path, optimizer):
     assert torch.equal(weights(sam), weights(other))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS[1:])
+CLIMBING = [name for name in OPTIMIZERS if not name.startswith("adam")]
+
+
+@pytest.mark.parametrize("optimizer", CLIMBING)
 def test_rho_zero_is_adam_to_the_bit_in_every_variant(tmp_path, optimizer):
     adam, other = (run(tiny(tmp_path / o, optimizer=o, rho=0.0, steps=5))[0] for o in ("adam", optimizer))
     assert torch.equal(weights(adam), weights(other))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS[2:])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_variant_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, optimizer, monkeypatch):
     monkeypatch.setattr("fmsam_lib.train.CHECKPOINT_EVERY", 5)
     monkeypatch.setattr("fmsam_lib.train.LOG_EVERY", 1)
@@ -111,7 +134,9 @@ def test_the_log_tells_of_the_climb(tmp_path):
 def test_rho_falls_with_the_learning_rate(tmp_path):
     settings = tiny(tmp_path, rho_schedule="lr")
     _, history = run(settings)
-    assert [line["rho"] for line in history] == pytest.approx([0.01 * cosine(s - 1, settings) / 1e-3 for s in (10, 20)])
+    assert [line["rho"] for line in history] == pytest.approx(
+        [0.01 * learning_rate(s - 1, settings) / 1e-3 for s in (10, 20)]
+    )
 
 
 def test_sam_with_rho_zero_is_adam_to_the_bit(tmp_path):
@@ -119,31 +144,50 @@ def test_sam_with_rho_zero_is_adam_to_the_bit(tmp_path):
     assert torch.equal(weights(adam), weights(sam))
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
-    """A real SIGKILL of a real process, then the same call again."""
-    settings = tiny(tmp_path / "killed", steps=400)
-    code = (
-        "import json, sys; from fmsam_lib.config import Train; from fmsam_lib.domains import open_domain\n"
-        "from fmsam_lib.train import train, starting\n"
-        "run = Train(**json.loads(sys.argv[1]))\n"
-        "train(starting(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(as_dict(settings))])
-    checkpoint = tmp_path / "killed" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL  # it was still at work
-    first = torch.load(checkpoint, weights_only=True)["step"]
-    assert 0 < first < 400
+CODE = (
+    "import json, sys; from fmsam_lib import train as t; from fmsam_lib.config import Train\n"
+    "from fmsam_lib.domains import open_domain\n"
+    "t.CHECKPOINT_EVERY, t.LOG_EVERY, t.VALIDATE_EVERY, run = 7, 3, 20, Train(**json.loads(sys.argv[1]))\n"
+    "t.train(t.starting(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)\n"
+)
 
-    resumed, _ = run(settings)
-    whole, history = run(dataclasses.replace(settings, out=str(tmp_path / "whole")))
-    assert torch.equal(weights(resumed), weights(whole))
-    lines = [json.loads(line) for line in (tmp_path / "killed" / "history.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [line["step"] for line in history]
-    assert [line["total"] for line in lines] == [line["total"] for line in history]
+
+def lines_of(folder):
+    """The history's whole lines, without the times."""
+    log = folder / "history.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    read = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in read]
+
+
+def test_a_training_killed_again_and_again_ends_with_the_same_weights(tmp_path):
+    """Real SIGKILLs of real processes, at steps drawn anew in every run of the test, then the same call again."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    settings = tiny(killed, optimizer="looksam", last_step=True, first_stage=100, steps=300, augment=True, validation=2)
+    command = [sys.executable, "-c", CODE, json.dumps(as_dict(settings))]
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed of the kills:", seed)
+    rng = random.Random(seed)
+    for kill in range(4):
+        after = rng.randrange(60 * kill, 60 * kill + 50)
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 120
+        while not any(line["step"] > after for line in lines_of(killed)) and time.monotonic() < deadline:
+            time.sleep(rng.uniform(0.001, 0.02))
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # it was still at work
+        assert after < lines_of(killed)[-1]["step"] < 300
+    subprocess.run(command, check=True)
+    subprocess.run([*command[:-1], json.dumps(as_dict(dataclasses.replace(settings, out=str(whole))))], check=True)
+
+    for name in ("weights.pt", "best.pt"):
+        assert torch.equal(weights(load(killed / name)), weights(load(whole / name)))
+    assert [line["step"] for line in lines_of(killed)] == [*range(3, 301, 3)]
+    assert lines_of(killed) == lines_of(whole)
+    assert len((killed / "train.log").read_text().splitlines()) == 100
+    assert (
+        len(json.loads((killed / "config.json").read_text())["resumed"]) >= 3
+    )  # the first kill may precede any checkpoint
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
@@ -172,14 +216,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, optimizer):
     settings = tiny(tmp_path, optimizer=optimizer)
     net = starting(settings)
-    batch = make_batch(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    (batch,) = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
     batch.moving[0, 0, 3, 3] = float("nan")
     before = [value.clone() for value in net.state_dict().values()]  # BatchNorm's statistics too
-    from fmsam_lib.sam import SAM
-
     sam = SAM(net.parameters(), 0.01, net=net) if optimizer == "sam" else None
-    _, finite = train_step(net, batch, settings, torch.optim.Adam(net.parameters()), sam)
-    assert not finite
+    state = State()
+    train_step(net, [batch], settings, torch.optim.Adam(net.parameters()), sam, state)
+    assert (state.skipped, state.in_a_row, state.gradients) == (1, 1, 1)
     assert all(torch.equal(p, q) for p, q in zip(net.state_dict().values(), before, strict=True))
 
 
@@ -190,16 +233,16 @@ def test_training_gives_up_when_nothing_stays_finite(tmp_path):
 
 def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     dataset = open_domain("brain-mr", shape=(16, 16))
-    first, again = (make_batch(dataset, tiny(tmp_path), 7) for _ in range(2))
+    (first,), (again,) = (make_batches(dataset, tiny(tmp_path), 7) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
-    assert not torch.equal(first.moving, make_batch(dataset, tiny(tmp_path), 8).moving)
-    assert not torch.equal(first.points, make_batch(dataset, tiny(tmp_path, seed=1), 7).points)
+    assert not torch.equal(first.moving, make_batches(dataset, tiny(tmp_path), 8)[0].moving)
+    assert not torch.equal(first.points, make_batches(dataset, tiny(tmp_path, seed=1), 7)[0].points)
 
 
 def test_provenance_stays_that_of_the_training(tmp_path, monkeypatch):
     run(tiny(tmp_path, steps=10))
     made = (tmp_path / "config.json").read_text()
-    monkeypatch.setattr("fmsam_lib.train.provenance", lambda: {"commit": "another"})
+    monkeypatch.setattr("fmsam_lib.checkpoint.provenance", lambda: {"commit": "another"})
     run(tiny(tmp_path, steps=10))
     assert (tmp_path / "config.json").read_text() == made
 
@@ -237,3 +280,233 @@ def test_other_losses_train_another_network(tmp_path, change):
     plain, other = run(tiny(tmp_path / "plain"))[0], run(tiny(tmp_path / "other", **change))[0]
     assert torch.isfinite(weights(other)).all()
     assert not torch.equal(weights(plain), weights(other))
+
+
+def gradients_of(tmp_path, batch, **changes):
+    """The gradient at the start, of one batch, in float64."""
+    settings = tiny(tmp_path, batch=batch, **changes)
+    net = starting(settings).double()
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    micro = [Batch(*(None if tensor is None else tensor.double() for tensor in part)) for part in micro]
+    net.eval()  # without BatchNorm's statistics, which are each micro-batch's own
+    train_module.gradient(net, micro, settings, torch.optim.Adam(net.parameters()), State())
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
+    whole, parts = gradients_of(tmp_path, 4), gradients_of(tmp_path, 4, accumulate=2)
+    assert whole.norm() > 0
+    assert (parts - whole).norm() < 1e-12 * whole.norm()
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="multiple of processes x accumulate, 2, got 3"):
+        tiny(tmp_path, batch=3, accumulate=2)
+
+
+def test_all_micro_batches_are_seen_at_w_then_all_at_w_plus_eps(tmp_path, monkeypatch):
+    settings = tiny(tmp_path, batch=4, accumulate=2, rho=0.5)
+    net, seen = starting(settings), []
+
+    def spy(net, batch, **options):
+        seen.append((torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone(), batch.moving))
+        return objective(net, batch, **options)
+
+    monkeypatch.setattr("fmsam_lib.train.objective", spy)
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    sam, state = SAM(net.parameters(), settings.rho, net=net), State()
+    train_step(net, micro, settings, torch.optim.Adam(net.parameters()), sam, state)
+    at = [w for w, _ in seen]
+    assert torch.equal(at[0], at[1])
+    assert torch.equal(at[2], at[3])
+    assert (at[2] - at[0]).norm() == pytest.approx(0.5, rel=1e-5)
+    assert [torch.equal(images, micro[i % 2].moving) for i, (_, images) in enumerate(seen)] == [True] * 4
+    assert state.gradients == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adam", "sam", "looksam"])
+def test_half_precision_trains_nearly_the_same_network(tmp_path, precision, optimizer):
+    full, history = run(tiny(tmp_path / "full", optimizer=optimizer))
+    half, other = run(tiny(tmp_path / "half", optimizer=optimizer, precision=precision))
+    assert half.steps[0].last.weight.dtype == torch.float32
+    moved, apart = weights(full) - weights(starting(tiny(tmp_path))), weights(half) - weights(full)
+    assert 0 < apart.norm() < 0.5 * moved.norm()
+    assert other[-1]["total"] == pytest.approx(history[-1]["total"], abs=0.05)
+    assert other[-1]["skipped"] == 0
+    if optimizer != "adam":  # the second pass stood at w + eps, not at autocast's copies of w
+        assert other[-1]["rise"] == pytest.approx(history[-1]["rise"], rel=0.5)
+        assert other[-1]["gradient_norm_there"] == pytest.approx(history[-1]["gradient_norm_there"], rel=0.5)
+
+
+def test_an_overflow_halves_the_scale_and_leaves_the_weights(tmp_path):
+    settings = tiny(tmp_path, precision="fp16")
+    net, state = starting(settings), State(scale=2.0**126)
+    net.precision = "fp16"
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    adam, before = torch.optim.Adam(net.parameters()), weights(net)
+    while state.scale > 2.0**124:
+        train_step(net, micro, settings, adam, SAM(net.parameters(), settings.rho, net=net), state)
+    assert (state.skipped, state.in_a_row) == (2, 2)
+    assert torch.equal(weights(net), before)
+    state.scale = 2.0**10
+    train_step(net, micro, settings, adam, SAM(net.parameters(), settings.rho, net=net), state)
+    assert (state.in_a_row, state.scaled_well) == (0, 1)
+    assert not torch.equal(weights(net), before)
+
+
+def test_the_second_gradient_alone_is_clipped(tmp_path):
+    """Adam's first moment holds a tenth of the first step's gradient."""
+    settings = tiny(tmp_path, clip=0.01)
+    net = starting(settings)
+    adam, sam = torch.optim.Adam(net.parameters()), SAM(net.parameters(), settings.rho, net=net)
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    train_step(net, micro, settings, adam, sam, State())
+    moment = torch.cat([s["exp_avg"].flatten() for s in adam.state.values()])
+    assert sam.gradient_norm > 0.02  # the climb's gradient was as long as it was
+    assert sam.gradient_norm_there > 0.02
+    assert moment.norm() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_two_stages_add_the_last_step(tmp_path):
+    settings = tiny(tmp_path / "two", last_step=True, first_stage=10, optimizer="adam", lr_schedule="constant")
+    at_start = weights(starting(settings).steps[-1])
+    stopped = []
+
+    def stop(*args):
+        if args[-1].step == 10:
+            stopped.append([weights(unet) for unet in args[0].steps])
+        return train_step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmsam_lib.train.train_step", stop)
+        trained, _ = run(settings)
+    *before, last = stopped[0]
+    assert torch.equal(last, at_start)  # untouched so far
+    assert not torch.equal(weights(trained.steps[-1]), at_start)
+    net = starting(settings)
+    net.steps, net.scales = net.steps[:-1], net.scales[:-1]  # the same network without its last step
+    alone = dataclasses.replace(
+        settings, out=str(tmp_path / "one"), steps=10, first_stage=0, last_step=False, optimizer="adam"
+    )
+    train(net, open_domain("brain-mr", shape=(16, 16)), alone, progress=False)
+    assert all(torch.equal(weights(a), b) for a, b in zip(net.steps, before, strict=True))
+    with pytest.raises(ConfigError, match="first_stage to be below steps"):
+        tiny(tmp_path, last_step=True, first_stage=20)
+    with pytest.raises(ConfigError, match="last_step, which is added after it"):
+        tiny(tmp_path, first_stage=5)
+
+
+def test_the_baseline_at_equal_cost_takes_twice_the_steps(tmp_path):
+    _, adam = run(tiny(tmp_path / "adam", optimizer="adam"))
+    _, twice = run(tiny(tmp_path / "twice", optimizer="adam-2x"))
+    _, sam = run(tiny(tmp_path / "sam"))
+    evaluations = [history[-1]["gradient_evaluations"] for history in (adam, twice, sam)]
+    assert evaluations == [20, 40, 40]
+    assert [h[-1]["step"] for h in (adam, twice, sam)] == [20, 40, 20]
+    assert twice[-1]["lr"] < 0.02 * twice[0]["lr"]  # the schedule ends with the training
+
+
+def test_the_best_on_validation_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("fmsam_lib.train.VALIDATE_EVERY", 5)
+    monkeypatch.setattr("fmsam_lib.train.LOG_EVERY", 5)
+    dice = iter([0.3, 0.7, math.nan, 0.5])
+    monkeypatch.setattr("fmsam_lib.train.validate", lambda net, pairs: next(dice))
+    net, history = run(tiny(tmp_path / "some", validation=2))
+    assert [line["dice"] for line in history] == [0.3, 0.7, None, 0.5]
+    at_ten = []
+
+    def keep(*args):
+        if args[-1].step == 10:
+            at_ten.append(weights(args[0]))
+        return train_step(*args)
+
+    monkeypatch.setattr("fmsam_lib.train.train_step", keep)
+    run(tiny(tmp_path / "none"))
+    best = load(tmp_path / "some" / "best.pt")
+    assert torch.equal(weights(best), at_ten[0])
+    assert not torch.equal(weights(best), weights(net))
+    assert not (tmp_path / "none" / "best.pt").exists()
+
+
+def test_validation_leaves_the_training_as_it_is(tmp_path):
+    plain, watched = (run(tiny(tmp_path / str(n), validation=n))[0] for n in (0, 3))
+    assert torch.equal(weights(plain), weights(watched))
+
+
+def test_validation_is_the_mean_dice_of_the_pairs(tmp_path):
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    pairs, net = [dataset.validation_pair(i) for i in range(2)], starting(tiny(tmp_path)).train()
+    means = [statistics.mean(row["value"] for row in measure(pair, None) if row["metric"] == "dice") for pair in pairs]
+    assert validate(net, pairs) == pytest.approx(statistics.mean(means))  # untrained: the identity
+    assert net.training
+    unlabelled = [dataclasses.replace(pair, fixed_label=None) for pair in pairs]
+    assert math.isnan(validate(net, unlabelled))
+    assert validate(net, [pairs[0], unlabelled[1]]) == validate(net, pairs[:1])
+
+
+def test_the_log_can_be_read(tmp_path):
+    run(tiny(tmp_path, validation=2))
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"step 20/20: loss \d\.\d{3}, Dice \d\.\d{3}, rise \S+, \S+ s/step, 0:00:00 left", lines[1])
+
+
+def test_batches_are_made_ahead_in_order_and_no_further():
+    made, taken = [], []
+
+    def make(step):
+        made.append(step)
+        return step
+
+    for batch in ahead(make, range(3, 9)):
+        taken.append(batch)
+        assert len(made) <= len(taken) + AHEAD
+    assert taken == made == [3, 4, 5, 6, 7, 8]
+
+
+def test_what_goes_wrong_in_making_a_batch_is_raised():
+    def make(step):
+        if step == 2:
+            raise DataError("file 2 is broken")
+        return step
+
+    batches = ahead(make, range(5))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(DataError, match="file 2 is broken"):
+        next(batches)
+
+
+def test_augmentation_changes_the_images_alone(tmp_path):
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    (plain,), (other,) = (make_batches(dataset, tiny(tmp_path, augment=a), 3) for a in (False, True))
+    (again,) = make_batches(dataset, tiny(tmp_path, augment=True), 3)
+    assert torch.equal(other.moving, again.moving)
+    assert torch.equal(plain.points, other.points)
+    assert not torch.equal(plain.moving, other.moving)
+
+
+def test_a_checkpoint_of_another_training_is_refused_without_its_record_too(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"(?s)other parameters.*rho: 0.01 there, 0.02 now"):
+        run(tiny(tmp_path, steps=1, rho=0.02))
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds none: choose 'cpu' or 'auto'"):
+        run(tiny(tmp_path, device="cuda"))
+    assert device_of(tiny(tmp_path, device="auto")) == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: expected one that torch can use")
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_a_gpu_trains_nearly_the_same_network(tmp_path, precision):
+    cpu, expected = run(tiny(tmp_path / "cpu"))
+    gpu, history = run(tiny(tmp_path / "gpu", device="cuda", precision=precision))
+    moved = weights(cpu) - weights(starting(tiny(tmp_path)))
+    assert (weights(gpu) - weights(cpu)).norm() < 0.5 * moved.norm()
+    assert history[-1]["total"] == pytest.approx(expected[-1]["total"], abs=0.05)

@@ -1,0 +1,36 @@
+"""Training pairs in other poses than they were taken: uniGradICON's augmentation, in 2-D and 3-D."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NOISE = 0.05
+
+
+def augment(moving: Tensor, fixed: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A pair `(1, *S)` each, turned alike at random and then each bent a little on its own.
+
+    Both images take the same random permutation of their axes and the same random flips; to that matrix each
+    adds its own affine noise, a normal number of standard deviation 0.05 in every entry, translation
+    included. In coordinates from -1 to 1, the border repeated, as uniGradICON's training does (Tian et al. 2024, arXiv
+    2403.05780); on a grid of unequal sides a permutation therefore stretches the image, as there.
+    """
+    turned = turn(moving.dim() - 1, generator)
+    return tuple(transformed(image, turned + noise(turned, generator)) for image in (moving, fixed))
+
+
+def turn(dim: int, generator: torch.Generator) -> Tensor:
+    """A random permutation of the axes with random signs, as an affine matrix `(D, D + 1)` without translation."""
+    axes = torch.randperm(dim, generator=generator)
+    signs = torch.randint(0, 2, (dim, 1), generator=generator) * 2 - 1
+    return torch.cat([torch.eye(dim)[axes] * signs, torch.zeros(dim, 1)], 1)
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return NOISE * torch.randn(like.shape, generator=generator)
+
+
+def transformed(image: Tensor, affine: Tensor) -> Tensor:
+    """`image` `(1, *S)` looked up at `affine` `(D, D + 1)` of each sample's place, the last axis first as in torch."""
+    grid = F.affine_grid(affine[None], [1, 1, *image.shape[1:]], align_corners=True)
+    return F.grid_sample(image[None], grid, padding_mode="border", align_corners=True)[0]
