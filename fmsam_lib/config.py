@@ -206,7 +206,8 @@ def read(kind: type, values: dict, *, source: str = "parameters"):
     problems = [
         f"{name}: unknown; known are {', '.join(known)}{nearest(name, known)}" for name in values.keys() - known
     ]
-    problems += [f"{name}: missing" for name in known if name not in values]
+    optional = {field.name for field in fields(kind) if field.default_factory is not dataclasses.MISSING}
+    problems += [f"{name}: missing" for name in known if name not in values and name not in optional]
     problems += [
         f"{name}: {problem}"
         for name in known
@@ -216,7 +217,7 @@ def read(kind: type, values: dict, *, source: str = "parameters"):
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
         raise ConfigError(f"{count} in {source} (of {kind.__name__}):\n" + "\n".join(f"- {p}" for p in problems))
-    return kind(**{name: _as(values[name], known[name]) for name in known})
+    return kind(**{name: _as(values[name], known[name]) for name in known if name in values})
 
 
 def nearest(name: str, known) -> str:

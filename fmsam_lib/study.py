@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -41,17 +41,22 @@ BASELINE = "adam"  # the other optimizers are compared with it
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults."""
+    """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults.
+
+    variants: further optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the
+    training's parameters differs.
+    """
 
     description: str
     train_domains: list[str]
     test_domains: list[str]
-    optimizers: list[Optimizer]
+    optimizers: list[str]
     seeds: list[int]
     shape: list[int]
     train: dict[str, object]
     evaluate: dict[str, object]
     landscape: dict[str, object]
+    variants: dict[str, dict] = field(default_factory=dict)
 
 
 SECTIONS = {"train": Train, "evaluate": Evaluate, "landscape": Landscape}
@@ -72,15 +77,25 @@ def read_study(path: Path | str) -> Study:
         raise ConfigError(f"{path}: expected a mapping of {', '.join(f.name for f in fields(Study))}, got {values!r}")
     study = read(Study, values, source=str(path))
     for section, kind in SECTIONS.items():
-        hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in SET_BY_THE_STUDY}
-        given = getattr(study, section)
-        problems = [
-            f"{n}: unknown; known are {', '.join(hints)}{nearest(n, hints)}" for n in sorted(given.keys() - hints)
-        ]
-        problems += [f"{n}: {p}" for n in sorted(given.keys() & hints) for p in problems_of(n, given[n], hints[n])]
-        if problems:
-            raise ConfigError(f"{path}, section {section}:\n" + "\n".join(f"- {p}" for p in problems))
+        _check_section(getattr(study, section), kind, f"{path}, section {section}")
+    for name, variant in study.variants.items():
+        if not isinstance(variant, dict) or "optimizer" not in variant:
+            raise ConfigError(f"{path}, variant {name}: expected a mapping with an optimizer, got {variant!r}")
+        _check_section(variant, Train, f"{path}, variant {name}", also=("optimizer",))
+    known = [*typing.get_args(Optimizer), *study.variants]
+    problems = [f"{name}: unknown{nearest(name, known)}" for name in study.optimizers if name not in known]
+    if problems:
+        raise ConfigError(f"{path}, optimizers: expected some of {', '.join(known)}; got\n- " + "\n- ".join(problems))
     return study
+
+
+def _check_section(given: dict, kind: type, where: str, also: tuple[str, ...] = ()) -> None:
+    hints = typing.get_type_hints(kind).items()
+    hints = {name: hint for name, hint in hints if name in also or name not in SET_BY_THE_STUDY}
+    problems = [f"{n}: unknown; known are {', '.join(hints)}{nearest(n, hints)}" for n in sorted(given.keys() - hints)]
+    problems += [f"{n}: {p}" for n in sorted(given.keys() & hints) for p in problems_of(n, given[n], hints[n])]
+    if problems:
+        raise ConfigError(f"{where}:\n" + "\n".join(f"- {p}" for p in problems))
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,8 @@ def parameters(study: Study, run: Run | None, root: Path, data: str, study_file:
         compare = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
         return {"none/20_evaluate": evaluate, "40_compare": compare}
     out = f"{root}/{run.folder}"
-    cell = {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}
+    cell = {"train_domain": run.train_domain, "seed": run.seed}
+    cell |= study.variants.get(run.optimizer, {"optimizer": run.optimizer})
     return {
         f"{run.folder}/10_train": study.train | cell | {"out": out, "shape": study.shape, "data": data},
         f"{run.folder}/20_evaluate": study.evaluate | common | {"run": out, "out": out, "shape": study.shape},
