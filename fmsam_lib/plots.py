@@ -21,7 +21,8 @@ from fmsam_lib.evaluate import per_pair
 from fmsam_lib.slices import WIDTH, Picture, registration, save
 
 __all__ = [
-    "flatness", "loss_lines", "loss_planes", "matrix", "paired_difference", "registration", "save", "training_curves",
+    "flatness", "loss_lines", "loss_planes", "matrix", "paired_difference", "radii", "registration", "save",
+    "training_curves",
 ]  # fmt: skip
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and by marker and line in black and white.
@@ -268,6 +269,42 @@ def training_curves(history: pd.DataFrame) -> Figure:
             ax.set_ylabel(f"trained on\n{_wrap(train)}", fontsize=9)
         _open(ax)
     figure.supxlabel("optimizer step", fontsize=10)
+    _legend(figure, optimizers)
+    return figure
+
+
+def radii(table: pd.DataFrame) -> Figure:
+    """Training loss and Dice against the radius of SAM and its like, Adam as level lines: means, and ranges of seeds.
+
+    table: of `report.radii`. Only the learning rate of most runs is drawn. Raises ValueError where no optimizer has two
+    radii.
+    """
+    rows = _select(table, "train_domain optimizer lr rho seed loss domains dice", lr=table.lr.mode()[0])
+    level = rows.optimizer.isin(["adam", "adam-2x"])
+    counts = rows[~level].groupby("optimizer").rho.nunique()
+    if counts.max() < 2 or counts.empty:
+        raise ValueError("expected an optimizer with two radii or more, got one radius each: nothing to compare")
+    optimizers = _optimizers(rows)
+    kinds = [kind for kind in ("seen", "unseen") if kind in set(rows.domains)]
+    figure, panels = _panels(1 + len(kinds), 3, 3.0, sharex=True)
+    panels[-1].sharey(panels[1])
+    for ax, kind in zip(panels, ["loss", *kinds], strict=True):
+        mine = rows.drop_duplicates(["optimizer", "rho", "seed"]) if kind == "loss" else rows[rows.domains == kind]
+        for optimizer in optimizers:
+            look, runs = _look(optimizer, optimizers), mine[mine.optimizer == optimizer]
+            value = "loss" if kind == "loss" else "dice"
+            if level[runs.index].all():
+                ax.axhspan(runs[value].min(), runs[value].max(), color=look["color"], alpha=0.2, linewidth=0)
+                ax.axhline(runs[value].mean(), color=look["color"], linestyle=look["linestyle"])
+                continue
+            line = runs.groupby("rho")[value].agg(["mean", "min", "max"])
+            ax.fill_between(line.index, line["min"], line["max"], color=look["color"], alpha=0.2, linewidth=0)
+            ax.plot(line.index, line["mean"], markersize=5, **look)
+        names = {"loss": "training loss at the end", "seen": "Dice, seen domains", "unseen": "Dice, unseen domains"}
+        ax.set_title(names[kind], fontsize=10)
+        ax.set_xscale("log")
+        _open(ax)
+    figure.supxlabel("rho (SAM, random: length of the step; ASAM: relative to each weight)", fontsize=10)
     _legend(figure, optimizers)
     return figure
 

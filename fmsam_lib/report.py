@@ -11,7 +11,7 @@ from torch import Tensor
 from fmsam_lib.config import Compare, written_whole
 from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain, readable_test_pairs
-from fmsam_lib.evaluate import read_results, readable
+from fmsam_lib.evaluate import per_pair, read_results, readable
 from fmsam_lib.study import Study, grid
 from fmsam_lib.synthetic import Pair
 from fmsam_lib.weights import load
@@ -80,6 +80,33 @@ def caption(study: Study, found: Found) -> str:
         + f"; optimizers {', '.join(study.optimizers)}; {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
         + f" ({', '.join(map(str, study.seeds))}); grid of {' x '.join(map(str, study.shape))} samples."
     )
+
+
+def radii(found: Found) -> pd.DataFrame:
+    """A line per run and kind of test domain: train_domain, optimizer, seed, lr, rho, loss, domains, dice.
+
+    domains: "seen" in training or "unseen". loss: the mean of the last tenth of what the training logged, on its own
+    batches.
+    """
+    dice = per_pair(found.results, "dice")
+    lines = []
+    for folder, config in found.configs.items():
+        of, (*_, name, seed) = config["parameters"], folder.split("/")
+        mine = {"train_domain": of["train_domain"], "optimizer": name, "seed": int(seed.removeprefix("seed"))}
+        history, values = (select(table, **mine) for table in (found.history, dice))
+        last = history.total.tail(max(1, len(history) // 10)).mean()
+        seen = values.test_domain.isin(of["train_domain"].split("+")).map({True: "seen", False: "unseen"})
+        run = mine | {"optimizer": of["optimizer"], "lr": of["lr"], "rho": of["rho"], "loss": last}
+        means = values.groupby(seen.rename("domains")).value.mean()
+        lines += [run | {"domains": domains, "dice": value} for domains, value in means.items()]
+    return pd.DataFrame(lines)
+
+
+def select(table: pd.DataFrame, **where) -> pd.DataFrame:
+    """The rows where columns have these values."""
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table
 
 
 def write_summary(summary: pd.DataFrame, study: Study, found: Found, folder: Path | str) -> None:

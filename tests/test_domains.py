@@ -13,7 +13,7 @@ from test_data import GRID, REAL, REAL_SETS, count_reads, dataset, image, label,
 
 from fmsam_lib import data, synthetic
 from fmsam_lib.data import DataError, read_manifest, subject_of
-from fmsam_lib.domains import fetch_hippocampus, open_domain
+from fmsam_lib.domains import fetch_hippocampus, held_out, open_domain
 
 # Domains
 
@@ -127,6 +127,60 @@ def test_synthetic_test_pairs_are_never_training_pairs(tmp_path):
     assert len(tested) == domain.test_count > 0
     assert not tested & set(drawn)
     assert domain.check() == []
+
+
+def manifest_of(subjects, pairs=None):
+    """A manifest of two images a subject."""
+    images = [Path(f"s{subject:02}_{part}") for subject in range(subjects) for part in "ab"]
+    return types.SimpleNamespace(
+        training=images, training_pairs=pairs, subject={image: image.name[:3] for image in images}
+    )
+
+
+@pytest.mark.parametrize(("subjects", "apart"), [(9, 0), (10, 2), (39, 2), (60, 3), (100, 5)])
+def test_a_twentieth_of_the_subjects_is_held_out(subjects, apart):
+    manifest = manifest_of(subjects)
+    training, listed, validation = held_out(manifest)
+    assert listed is None
+    kept = {manifest.subject[image] for image in training}
+    outside = {manifest.subject[image] for pair in validation for image in pair}
+    assert (len(kept), len(outside)) == (subjects - apart, apart)
+    assert not kept & outside
+    assert all(manifest.subject[fixed] != manifest.subject[moving] for fixed, moving in validation)
+    assert len({fixed for fixed, _ in validation}) == len(validation) == 2 * apart
+
+
+def test_listed_pairs_are_held_out_whole():
+    images = manifest_of(12).training
+    within = list(zip(images[::2], images[1::2], strict=True))
+    across = (images[0], images[-1])  # a training and a held-out subject: nobody's
+    training, listed, validation = held_out(manifest_of(12, [*within, across]))
+    assert listed == within[:10]
+    assert validation == within[10:]
+    assert len(training) == 20
+    star = [(images[-1], image) for image in images[:10]]
+    assert held_out(manifest_of(12, star)) == (images, star, [])
+
+
+@pytest.mark.usefixtures("fake_synthetic")
+def test_validation_pairs_are_in_neither_training_nor_test():
+    domain = open_domain("brain-mr", shape=(16, 16))
+    seen = {domain.training_pair(i).name for i in range(500)} | {domain.test_pair(i).name for i in range(50)}
+    names = [domain.validation_pair(i).name for i in range(domain.validation_count)]
+    assert len(set(names)) == domain.validation_count == 10
+    assert not seen & set(names)
+    assert open_domain("brain-mr", shape=(16, 16), seed=3).validation_pair(0).name == names[0]
+
+
+@pytest.mark.usefixtures("fake_synthetic")
+def test_a_mixture_validates_on_its_domains_in_turn(tmp_path):
+    dataset(tmp_path / "Own")  # too few subjects to hold any out
+    mixture = open_domain("brain-mr+Own+heart-mr", shape=(16, 16), data=tmp_path)
+    assert mixture.validation_count == 20
+    brain, heart = (open_domain(name, shape=(16, 16)) for name in ("brain-mr", "heart-mr"))
+    expected = [brain.validation_pair(0), heart.validation_pair(0), brain.validation_pair(1)]
+    for i, pair in enumerate(expected):
+        pairs_equal(mixture.validation_pair(i), pair)
 
 
 @pytest.mark.usefixtures("fake_synthetic")

@@ -41,6 +41,16 @@ def test_the_grid_is_every_combination(tmp_path):
     assert len({run.folder for run in runs}) == 2 * 2 * 2
 
 
+def test_a_variant_is_an_optimizer_with_parameters_of_its_own(tmp_path):
+    variants = {"sam-1": {"optimizer": "sam", "rho": 1.0}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | {"optimizers": ["adam", "sam-1"], "variants": variants}))
+    study = read_study(tmp_path / "s.yaml")
+    adam, variant = grid(study)
+    assert variant.folder == "brain-mr/sam-1/seed0"
+    values = [parameters(study, run, tmp_path, "", tmp_path)[f"{run.folder}/10_train"] for run in (adam, variant)]
+    assert [(v["optimizer"], v.get("rho")) for v in values] == [("adam", None), ("sam", 1.0)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -48,7 +58,10 @@ def test_the_grid_is_every_combination(tmp_path):
         ({"train": {"step": 3}}, r"(?s)section train.*step: unknown; known are .*did you mean steps\?"),
         ({"train": {"steps": 0}}, r"(?s)section train.*steps: expected at least 1, got 0"),
         ({"train": {"seed": 0}}, r"(?s)section train.*seed: unknown"),
-        ({"optimizers": ["sgd"]}, "optimizers: expected list"),
+        ({"optimizers": ["samm"]}, r"(?s)optimizers: expected some of adam, .*samm: unknown \(did you mean sam\?\)"),
+        ({"variants": {"sam-1": {"rho": 1.0}}}, "variant sam-1: expected a mapping with an optimizer"),
+        ({"variants": {"sam-1": {"optimizer": "sam", "roh": 1.0}}}, r"variant sam-1.*\n.*did you mean rho\?"),
+        ({"variants": {"sam-1": {"optimizer": "sam-1"}}}, r"variant sam-1.*\n.*expected one of adam"),
         ({"seeds": [0, 0]}, "seeds: expected each once"),
         ({"seeds": []}, "seeds: expected at least one"),
     ],
@@ -62,7 +75,7 @@ def test_a_wrong_study_says_what_is_right(tmp_path, change, message):
 def test_an_unknown_study_lists_the_known_ones(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study", "quikc"])
     assert main() == 2
-    assert "known studies: hippocampus, quick, smoke" in capsys.readouterr().err
+    assert "known studies: hippocampus, quick, radius, smoke" in capsys.readouterr().err
 
 
 def test_parameter_files_are_rewritten_only_when_they_change(tmp_path):
