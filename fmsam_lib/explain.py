@@ -202,8 +202,7 @@ def climb_pictures(climber: Climb, pair: Pair, rhos) -> Figure:
         total, similarity, penalty = loss.tolist()
         moved = float(voxels(phi_map - at_w, pair.fixed.shape[1:]).square().sum(1).mean().sqrt())
         folded = folding_percent(jacobian_determinant(phi_map))
-        text = (
-            f"loss {total:.3g} = {similarity:.3g} + {penalty:.3g}\nmoved by {moved:.2g} samples\n{folded:.2g} % folded"
-        )
-        ax.set_title(f"ρ = {rho:.3g}\n{text}", fontsize=9)
+        ax.set_title(f"ρ = {rho:.3g}", fontsize=10)
+        parts = f"loss {total:.3g} = {similarity:.3g} + {penalty:.3g}"
+        ax.set_xlabel(f"{parts}\nmoved by {moved:.2g} samples\n{folded:.2g} % folded", fontsize=9)
     return figure

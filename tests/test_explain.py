@@ -149,7 +149,7 @@ def test_figures_are_drawn_on_one_scale(batch, dataset):
     figure = explain.climb_curves(table)
     assert len({ax.get_ylim() for ax in figure.axes}) == 1
     pictures = explain.climb_pictures(explain.Climb(net, batch, **SETTINGS), dataset.test_pair(0), [0, 0.5])
-    first, second = (ax.get_title() for ax in pictures.axes)
+    first, second = (ax.get_xlabel() for ax in pictures.axes)
     assert "moved by 0 samples" in first
     assert "moved by 0 samples" not in second
     assert min(len(slices.png(figure)), len(slices.png(pictures))) > 10_000
