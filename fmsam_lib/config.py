@@ -44,6 +44,17 @@ class Start:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Notebook 04: SAM's climb, on two weights and on a small network."""
+
+    domain: str
+    shape: list[int]
+    steps: int
+    rho: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Look:
     """Notebook 01: one domain's images."""
 

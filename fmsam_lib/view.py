@@ -1,4 +1,4 @@
-"""The interactive explorer of an image pair and its registration, for notebooks.
+"""The interactive explorers, for notebooks: of an image pair and its registration, and of any figure with parameters.
 
 It needs no more than ipywidgets: figures are drawn without a screen and sent as PNG, so a redraw replaces
 one picture by the next without flicker. Sliders and menus are the browser's own: Tab reaches them, arrows move them.
@@ -6,12 +6,14 @@ one picture by the next without flicker. Sliders and menus are the browser's own
 
 import html
 import os
+from collections.abc import Callable
 
 import ipywidgets as widgets
 import numpy as np
 from IPython import get_ipython
 from IPython.display import display
 from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from fmsam_lib import slices
@@ -45,13 +47,57 @@ def explore(
     """
     phi_map = None if phi is None else slices.check_map(pair, getattr(phi, "map", phi))
     display(slices.registration(pair, phi_map))
-    if interactive is None:
-        interactive = not os.environ.get("FMSAM_HEADLESS") and hasattr(get_ipython(), "kernel")
-    if not interactive:
+    if not _wanted(interactive):
         return None
     explorer = Explorer(pair, phi_map, title)
     display(explorer.widget)
     return explorer
+
+
+def slide(
+    draw: Callable[..., Figure], controls: dict[str, widgets.Widget], *, interactive: bool | None = None
+) -> "Sliders | None":
+    """Show `draw(name=value, ...)` with the controls' values as a still picture, then under controls that redraw it.
+
+    interactive: as `explore`'s.
+
+    >>> sliders = slide(explain.paths, {"rho": widgets.FloatLogSlider(value=0.3)})     # doctest: +SKIP
+    >>> sliders.controls["rho"].value = 0.01                                            # doctest: +SKIP
+    """
+    display(draw(**{name: control.value for name, control in controls.items()}))
+    if not _wanted(interactive):
+        return None
+    sliders = Sliders(draw, controls)
+    display(sliders.widget)
+    return sliders
+
+
+class Sliders:
+    """The `controls` and the `image` they draw; setting a control's value redraws. `figure` is the one last drawn."""
+
+    def __init__(self, draw: Callable[..., Figure], controls: dict[str, widgets.Widget]):
+        self.draw, self.controls = draw, controls
+        self.image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
+        for name, control in controls.items():
+            control.description = control.description or name
+            control.observe(self._draw, "value")
+        row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
+        self.widget = widgets.VBox([row, self.image])
+        self._draw()
+
+    def _ipython_display_(self) -> None:
+        """Nothing: `slide` has shown the widget, and a cell that ends in it should not show it twice."""
+
+    def _draw(self, change=None) -> None:
+        self.figure = self.draw(**{name: control.value for name, control in self.controls.items()})
+        self.image.value = slices.png(self.figure, compression=1)
+
+
+def _wanted(interactive: bool | None) -> bool:
+    """Whether to show a widget: as asked; else in a notebook's kernel, unless the environment has FMSAM_HEADLESS."""
+    if interactive is None:
+        return not os.environ.get("FMSAM_HEADLESS") and hasattr(get_ipython(), "kernel")
+    return interactive
 
 
 class Explorer:

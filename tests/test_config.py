@@ -5,12 +5,13 @@ import nbformat
 import pytest
 
 from fmsam_lib import config
-from fmsam_lib.config import Compare, ConfigError, Evaluate, Landscape, Look, Start, Train, read
+from fmsam_lib.config import Compare, ConfigError, Evaluate, Explain, Landscape, Look, Start, Train, read
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 KIND = {
     "00_start_here": Start,
     "01_look_at_the_data": Look,
+    "04_sam_explained": Explain,
     "10_train": Train,
     "20_evaluate": Evaluate,
     "30_loss_landscape": Landscape,

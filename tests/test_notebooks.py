@@ -63,6 +63,24 @@ def test_01_shows_real_images(tmp_path, real_data):
     assert "1 anterior, 2 posterior" in printed(notebook)
 
 
+def test_04_shows_what_the_climb_does(tmp_path):
+    notebook = execute("04_sam_explained", tmp_path, shape=[32, 32], steps=20, rho=0.02)
+    text = printed(notebook)
+    ends = dict(re.findall(r"^\d +(\d\.\d+) +(sharp|flat|neither)$", text, re.M))
+    assert (ends["0.000"], ends["0.001"], ends["0.350"]) == ("sharp", "sharp", "flat")
+    share = next(line for line in text.splitlines() if line.startswith("last, of |eps|^2"))
+    assert share.split()[2:4] == ["|eps|^2", "1"]  # at initialisation
+    exact, measured = map(float, re.search(r"rho\* (\S+) \(exact\), (\S+) \(measured\)", text).groups())
+    factors = map(float, re.search(r"the radius to judge, 0\.02: (\S+) and (\S+) times these", text).groups())
+    assert list(factors) == pytest.approx([0.02 / exact, 0.02 / measured], rel=0.1)
+    radii = {
+        rho: (float(a), float(b)) for rho, a, b in re.findall(r"rho = (\S+):.*\n +loss (\S+) at w, (\S+) at", text)
+    }
+    assert radii.keys() == {"0.02", "0.05"}
+    assert all(there > here for here, there in radii.values())
+    assert pictures(notebook) == 5  # a climb, paths, curves, registrations, the slider's
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Folders of a small study: two trained networks, evaluated and measured by the notebooks."""
@@ -175,7 +193,7 @@ def test_50_registers_files_with_weights(tmp_path):
         execute("50_register_your_own", tmp_path, fixed=files["fixed"])
 
 
-WITH_PARAMETERS = "00_start_here 01_look_at_the_data 10_train 20_evaluate 30_loss_landscape 40_compare"
+WITH_PARAMETERS = "00_start_here 01_look_at_the_data 04_sam_explained 10_train 20_evaluate 30_loss_landscape 40_compare"
 
 
 @pytest.mark.parametrize("name", [*WITH_PARAMETERS.split(), "50_register_your_own"])

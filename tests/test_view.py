@@ -2,11 +2,12 @@
 
 import itertools
 
+import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
 
-from fmsam_lib import slices, view
+from fmsam_lib import slices, toy, view
 from fmsam_lib.network import Transform
 from fmsam_lib.spatial import identity_map
 from fmsam_lib.synthetic import Pair
@@ -137,3 +138,22 @@ def test_a_map_of_another_grid_is_refused(displayed):
 def test_titles_are_text_not_markup():
     explorer = view.explore(toy_pair((6, 7)), title="a <b> c", interactive=True)
     assert "a &lt;b&gt; c" in explorer.widget.children[0].value
+
+
+def test_sliders_redraw_any_figure(displayed):
+    controls = {"rho": widgets.FloatLogSlider(value=0.35, min=-3, max=0), "x": widgets.FloatSlider(value=-0.9, min=-1)}
+    sliders = view.slide(toy.paths, controls, interactive=True)
+    assert isinstance(displayed[0], slices.Picture)
+    assert displayed[1] is sliders.widget
+    pictures = [bytes(sliders.image.value)]
+    for name, value in (("rho", 0.01), ("x", 0.5)):
+        sliders.controls[name].value = value
+        assert bytes(sliders.image.value).startswith(b"\x89PNG")
+        assert bytes(sliders.image.value) not in pictures
+        pictures.append(bytes(sliders.image.value))
+    assert "ρ = 0.01" in sliders.figure.axes[0].get_legend().get_texts()[1].get_text()
+
+
+def test_without_a_notebook_sliders_leave_the_still_picture(displayed):
+    assert view.slide(toy.paths, {"rho": widgets.FloatSlider(value=0.1)}) is None
+    assert len(displayed) == 1
