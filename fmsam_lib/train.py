@@ -289,7 +289,7 @@ def learning_rate(step: int, run: Train) -> float:
 def main() -> None:
     """One of several processes, started by torchrun with a training's parameters as JSON."""
     run = Train(**json.loads(sys.argv[1]))
-    with parallel.group(device_of(run)):
+    with parallel.group(run.device):
         dataset = open_domain(run.train_domain, shape=tuple(run.shape), data=run.data or None)
         train(starting(run), dataset, run)
 

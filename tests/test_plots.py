@@ -347,3 +347,34 @@ def test_figures_show_themselves_and_stay_out_of_pyplot():
     figure = plots.registration(toy_pair((6, 7)))
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert not pyplot.get_fignums()
+
+
+def toy_radii():
+    runs = [("adam", 0.01), ("adam-2x", 0.01), *(("sam", rho) for rho in (0.01, 0.1, 1.0))]
+    rows = [
+        {"train_domain": BOTH, "optimizer": o, "seed": seed, "lr": 1e-3, "rho": rho, "loss": rho + seed, "domains": d}
+        for (o, rho), seed, d in itertools.product(runs, (0, 1), ("seen", "unseen"))
+    ]
+    slow = [row | {"lr": 1e-4} for row in rows[:2]]
+    table = pd.DataFrame(rows + slow)
+    return table.assign(dice=table.rho / 2 + table.seed / 10 + (table.domains == "seen") / 5)
+
+
+def test_radii_are_the_means_of_seeds_against_rho():
+    figure = plots.radii(toy_radii())
+    loss, seen, unseen = figure.axes
+    assert [ax.get_xscale() for ax in figure.axes] == ["log"] * 3
+    curve = next(line for line in loss.lines if len(line.get_xdata()) == 3)
+    np.testing.assert_allclose(curve.get_xdata(), [0.01, 0.1, 1.0])
+    np.testing.assert_allclose(curve.get_ydata(), [0.51, 0.6, 1.5])
+    for ax, more in ((seen, 0.2), (unseen, 0.0)):
+        curve = next(line for line in ax.lines if len(line.get_xdata()) == 3)
+        np.testing.assert_allclose(curve.get_ydata(), np.array([0.005, 0.05, 0.5]) + 0.05 + more)
+        assert len([line for line in ax.lines if len(line.get_xdata()) == 2]) == 2  # Adam's level lines
+    assert seen.get_ylim() == unseen.get_ylim()
+
+
+def test_one_radius_is_nothing_to_compare():
+    rows = toy_radii()
+    with pytest.raises(ValueError, match="two radii or more"):
+        plots.radii(rows[rows.rho == 0.01])
