@@ -120,8 +120,8 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
     net.first_stage = False
     net.eval().to("cpu")
     if first:
-        net.save(folder / "weights.pt")
         checkpoint.save_best(folder, net, state)
+        net.save(folder / "weights.pt")  # last: it says that the training is done
     return state.history
 
 
