@@ -110,7 +110,8 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-MAY_DIFFER = ("out", "data", "save_memory", "threads", "device")  # the same training at another place
+# The same training at another place, or watched otherwise.
+MAY_DIFFER = ("out", "data", "save_memory", "threads", "device", "validation")
 
 
 def refuse_another(parameters: dict, run: Train, folder: Path) -> None:
@@ -148,6 +149,8 @@ def resume(folder: Path, net: GradICON, optimizer, sam: SAM | None, run: Train) 
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
+    if "parameters" not in saved:
+        raise ConfigError(f"{path} is of an earlier version of this project: delete it to train from the start")
     refuse_another(saved["parameters"], run, folder)
     net.load_state_dict(saved["net"])
     optimizer.load_state_dict(saved["optimizer"])

@@ -212,6 +212,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         run(tiny(tmp_path, steps=1))
 
 
+def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    torch.save({"step": 1, "net": {}, "history": []}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match="earlier version of this project: delete it"):
+        run(tiny(tmp_path, steps=1))
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sam"])
 def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, optimizer):
     settings = tiny(tmp_path, optimizer=optimizer)
