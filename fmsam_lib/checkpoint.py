@@ -105,13 +105,14 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             if parallel.rank() == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in folder.glob(".*.partial"):  # by one that was killed while it wrote
+                    left.unlink()
         except BlockingIOError:
             raise ConfigError(f"another process is training in {folder}: wait for it or end it") from None
         yield
 
 
-# The same training at another place, or watched otherwise.
-MAY_DIFFER = ("out", "data", "save_memory", "threads", "device", "validation")
+MAY_DIFFER = ("out", "data", "save_memory", "threads", "device")  # the same training at another place
 
 
 def refuse_another(parameters: dict, run: Train, folder: Path) -> None:

@@ -107,10 +107,14 @@ class Train:
         parts = self.processes * self.accumulate
         if self.batch % parts:
             raise ConfigError(f"expected batch to be a multiple of processes x accumulate, {parts}, got {self.batch}")
-        if self.first_stage and not (self.last_step and self.first_stage < self.steps):
+        if self.first_stage and not (self.first_stage < self.steps and (self.last_step or self.weights)):
             raise ConfigError(
                 f"expected first_stage to be below steps, and last_step, which is added after it; got "
                 f"first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
+            )
+        if self.optimizer == "looksam" and self.processes > 1 and not self.sync_climb:
+            raise ConfigError(
+                "expected sync_climb with looksam in several processes: they must bend their gradients by one direction"
             )
 
     def loss(self) -> dict:
@@ -118,9 +122,15 @@ class Train:
         return {"similarity": self.similarity, "sigma": self.sigma, "lmbda": self.lmbda}
 
     @property
+    def stages(self) -> tuple[int, int]:
+        """Optimizer steps without the last step, and in all: twice as many of both for the baseline at SAM's cost."""
+        times = 2 if self.optimizer == "adam-2x" else 1
+        return times * self.first_stage, times * self.steps
+
+    @property
     def updates(self) -> int:
-        """Optimizer steps: `steps`, or twice as many for the baseline at SAM's cost."""
-        return 2 * self.steps if self.optimizer == "adam-2x" else self.steps
+        """Optimizer steps in all."""
+        return self.stages[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +349,9 @@ def about_run(folder: Path | str) -> dict:
 
 def provenance() -> dict:
     """Commit, versions and hardware, for `config.json`."""
+    import torch  # here: reading parameters does not need it
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -347,6 +360,8 @@ def provenance() -> dict:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
     }
 
 

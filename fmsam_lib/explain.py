@@ -137,7 +137,7 @@ def holds_up_to(table: pd.DataFrame) -> float:
     On a quadratic, `2 |g| / c`. Between the table's radii it is interpolated; 0: from the smallest on; inf: never.
     """
     rows = table[table.term == "total"].sort_values("rho")
-    wrong, rho = np.abs(rows.rise / rows["first"] - 1).to_numpy(), rows.rho.to_numpy()
+    wrong, rho = np.nan_to_num(np.abs(rows.rise / rows["first"] - 1), nan=1e9, posinf=1e9), rows.rho.to_numpy()
     if not (wrong >= 1).any():
         return np.inf
     i = int(np.argmax(wrong >= 1))

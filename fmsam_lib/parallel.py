@@ -42,15 +42,14 @@ def launch(run: Train) -> None:
 
 
 @contextmanager
-def group(device: str) -> Iterator[None]:
+def group(device: torch.device) -> Iterator[None]:
     """The processes that `torchrun` started, able to talk to each other inside the block; does nothing without it."""
     if "WORLD_SIZE" not in os.environ:
         yield
         return
-    gpu = device != "cpu" and torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("nccl" if gpu else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:

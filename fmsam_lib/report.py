@@ -91,6 +91,8 @@ def radii(found: Found) -> pd.DataFrame:
     dice = per_pair(found.results, "dice")
     lines = []
     for folder, config in found.configs.items():
+        if "parameters" not in config or found.history.empty:
+            continue  # named among the problems
         of, (*_, name, seed) = config["parameters"], folder.split("/")
         mine = {"train_domain": of["train_domain"], "optimizer": name, "seed": int(seed.removeprefix("seed"))}
         history, values = (select(table, **mine) for table in (found.history, dice))
@@ -99,7 +101,7 @@ def radii(found: Found) -> pd.DataFrame:
         run = mine | {"optimizer": of["optimizer"], "lr": of["lr"], "rho": of["rho"], "loss": last}
         means = values.groupby(seen.rename("domains")).value.mean()
         lines += [run | {"domains": domains, "dice": value} for domains, value in means.items()]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=["train_domain", "optimizer", "seed", "lr", "rho", "loss", "domains", "dice"])
 
 
 def select(table: pd.DataFrame, **where) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -79,6 +80,10 @@ def read_study(path: Path | str) -> Study:
     for section, kind in SECTIONS.items():
         _check_section(getattr(study, section), kind, f"{path}, section {section}")
     for name, variant in study.variants.items():
+        if not re.fullmatch(r"[\w.-]+", str(name)) or not isinstance(name, str) or name in typing.get_args(Optimizer):
+            raise ConfigError(
+                f"{path}, variant {name!r}: expected a name of letters, digits, '.', '_' and '-' that is no optimizer's"
+            )
         if not isinstance(variant, dict) or "optimizer" not in variant:
             raise ConfigError(f"{path}, variant {name}: expected a mapping with an optimizer, got {variant!r}")
         _check_section(variant, Train, f"{path}, variant {name}", also=("optimizer",))

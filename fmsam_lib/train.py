@@ -54,7 +54,7 @@ def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[
     if run.processes != parallel.count():
         parallel.launch(run)
         net.load_state_dict(load(folder / "weights.pt").state_dict())
-        net.shape = tuple(run.shape)
+        net.eval().shape = tuple(run.shape)
         return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     torch.set_num_threads(run.threads)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,8 @@ def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[
 def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> list[dict]:
     first = parallel.rank() == 0
     device = device_of(run)
+    if run.first_stage and not net.settings["last_step"]:
+        raise ConfigError("expected a network with a last step, which first_stage leaves out, got one without")
     net.to(device).train()
     net.shape, net.save_memory, net.precision = tuple(run.shape), run.save_memory, run.precision
     if run.save_memory:
@@ -78,16 +80,19 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
     if first:
         checkpoint.record(folder / "config.json", run, net, state.step)
         checkpoint.write_history(folder, run, state)
-    bar = tqdm(total=run.updates, initial=state.step, disable=not progress, desc=f"{run.train_domain} {run.optimizer}")
     batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates))
     logged, clock, waited = state.step, time.perf_counter(), 0.0
-    with closing(batches):
+    label = f"{run.train_domain} {run.optimizer}"
+    with (
+        closing(batches),
+        tqdm(total=run.updates, initial=state.step, disable=not progress, desc=label, unit="step") as bar,
+    ):
         while state.step < run.updates:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, run)
             for group in sam.groups if sam is not None and run.rho_schedule == "lr" else []:
                 group["rho"] = rho_beside_lr(learning_rate(state.step, run), run.lr, run.rho)
-            net.first_stage = state.step < run.first_stage
+            net.first_stage = state.step < run.stages[0]
             start = time.perf_counter()
             micro = next(batches)
             waited += time.perf_counter() - start
@@ -103,7 +108,8 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
             dice = math.nan
             if validation and (state.step % VALIDATE_EVERY == 0 or last):
                 dice = validate(net, validation)
-                if not math.isnan(dice) and (state.best is None or dice > state.best["dice"]):
+                better = not math.isnan(dice) and (state.best is None or dice > state.best["dice"])
+                if better and not net.first_stage:
                     weights = {name: value.cpu().clone() for name, value in net.state_dict().items()}
                     state.best = {"step": state.step, "dice": dice, "net": weights}
             if state.step % LOG_EVERY == 0 or last:
@@ -116,7 +122,6 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
                 bar.set_postfix_str(checkpoint.in_words(state.history))
             if first and (state.step % CHECKPOINT_EVERY == 0 or last):
                 checkpoint.save(folder, net, optimizer, sam, run, state)
-    bar.close()
     net.first_stage = False
     net.eval().to("cpu")
     if first:
@@ -140,12 +145,17 @@ def starting(run: Train) -> GradICON:
 
 
 def device_of(run: Train) -> torch.device:
-    """Raises ConfigError where there is no such device."""
-    if run.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("expected a GPU for device 'cuda', but torch finds none: choose 'cpu' or 'auto'")
-    if run.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", parallel.rank() % torch.cuda.device_count())
+    """The processor or this process's GPU; "auto" takes GPUs where there is one for every process.
+
+    Raises ConfigError where "cuda" finds too few.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if run.device == "cuda" and gpus < run.processes:
+        raise ConfigError(
+            f"expected a GPU for each process, {run.processes}, torch finds {gpus}: choose 'cpu' or 'auto'"
+        )
+    on_gpu = run.device != "cpu" and gpus >= run.processes
+    return torch.device("cuda", parallel.rank()) if on_gpu else torch.device("cpu")
 
 
 def perturbation(net: GradICON, run: Train) -> SAM | None:
@@ -177,7 +187,7 @@ def train_step(net: GradICON, micro: list[Batch], run: Train, optimizer, sam: SA
     elif finite and sam is not None:
         sam.between()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    finite = finite and all(torch.isfinite(norm) for norm in torch._foreach_norm(gradients))
+    finite = finite and bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
     if finite:
         if run.clip:
             torch.nn.utils.clip_grad_norm_(net.parameters(), run.clip)
@@ -196,6 +206,7 @@ def gradient(net, micro: list[Batch], run: Train, optimizer, state: State, *, sh
 
     share: average over the processes. Where SAM's first pass does not (`run.sync_climb` is False), each climbs by
     its own part of the batch: m-sharpness (Foret et al. 2021), another objective than SAM's of the whole batch.
+    (BatchNorm's statistics are shared even then, so that a little of the other parts comes in by them.)
     """
     optimizer.zero_grad()
     scale = state.scale if run.precision == "fp16" else 1.0
@@ -289,7 +300,7 @@ def learning_rate(step: int, run: Train) -> float:
 def main() -> None:
     """One of several processes, started by torchrun with a training's parameters as JSON."""
     run = Train(**json.loads(sys.argv[1]))
-    with parallel.group(run.device):
+    with parallel.group(device_of(run)):
         dataset = open_domain(run.train_domain, shape=tuple(run.shape), data=run.data or None)
         train(starting(run), dataset, run)
 

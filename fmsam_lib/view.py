@@ -64,10 +64,11 @@ def slide(
     >>> sliders = slide(explain.paths, {"rho": widgets.FloatLogSlider(value=0.3)})     # doctest: +SKIP
     >>> sliders.controls["rho"].value = 0.01                                            # doctest: +SKIP
     """
-    display(draw(**{name: control.value for name, control in controls.items()}))
+    still = draw(**{name: control.value for name, control in controls.items()})
+    display(still)
     if not _wanted(interactive):
         return None
-    sliders = Sliders(draw, controls)
+    sliders = Sliders(draw, controls, still)
     display(sliders.widget)
     return sliders
 
@@ -75,7 +76,7 @@ def slide(
 class Sliders:
     """The `controls` and the `image` they draw; setting a control's value redraws. `figure` is the one last drawn."""
 
-    def __init__(self, draw: Callable[..., Figure], controls: dict[str, widgets.Widget]):
+    def __init__(self, draw: Callable[..., Figure], controls: dict[str, widgets.Widget], still: Figure):
         self.draw, self.controls = draw, controls
         self.image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
         for name, control in controls.items():
@@ -83,13 +84,16 @@ class Sliders:
             control.observe(self._draw, "value")
         row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
         self.widget = widgets.VBox([row, self.image])
-        self._draw()
+        self._show(still)
 
     def _ipython_display_(self) -> None:
         """Nothing: `slide` has shown the widget, and a cell that ends in it should not show it twice."""
 
     def _draw(self, change=None) -> None:
-        self.figure = self.draw(**{name: control.value for name, control in self.controls.items()})
+        self._show(self.draw(**{name: control.value for name, control in self.controls.items()}))
+
+    def _show(self, figure: Figure) -> None:
+        self.figure = figure
         self.image.value = slices.png(self.figure, compression=1)
 
 

@@ -9,6 +9,7 @@ from test_train import run, tiny, weights
 from torch import nn
 
 from fmsam_lib import parallel
+from fmsam_lib.config import ConfigError
 from fmsam_lib.train import starting
 from fmsam_lib.weights import load
 
@@ -52,6 +53,7 @@ def test_two_processes_train_the_network_of_one(tmp_path, optimizer):
     # BatchNorm takes what `up`'s biases add away again: their gradient is rounding alone, of which Adam makes steps
     no_effect = [name for name in apart if (".up." in name and "bias" in name) or "running_mean" in name]
     assert max(value for name, value in apart.items() if name not in no_effect) < 1e-5
+    assert not together.training
     images = torch.rand(2, 4, 1, 16, 16)
     with torch.no_grad():
         assert (together.train()(*images).map - alone.train()(*images).map).abs().max() < 1e-5
@@ -62,6 +64,21 @@ def test_two_processes_train_the_network_of_one(tmp_path, optimizer):
         assert line["gradient_evaluations"] == other["gradient_evaluations"]
     assert json.loads((tmp_path / "two" / "config.json").read_text())["parameters"]["processes"] == 2
     assert load(tmp_path / "two" / "weights.pt").shape == (16, 16)
+
+
+def test_running_means_are_those_of_one_process(tmp_path):
+    """After a single step, in which Adam has not yet moved the biases before BatchNorm."""
+    one = tiny(tmp_path / "one", batch=4, steps=1)
+    alone, together = run(one)[0], run(dataclasses.replace(one, out=str(tmp_path / "two"), processes=2))[0]
+    means = [name for name in alone.state_dict() if "running_mean" in name]
+    assert len(means) == 4
+    for name in means:
+        assert torch.allclose(alone.state_dict()[name], together.state_dict()[name], atol=1e-6)
+
+
+def test_processes_that_climb_apart_may_not_keep_directions_of_their_own(tmp_path):
+    with pytest.raises(ConfigError, match="sync_climb with looksam"):
+        tiny(tmp_path, optimizer="looksam", batch=2, processes=2, sync_climb=False)
 
 
 def test_climbing_apart_is_another_objective(tmp_path):

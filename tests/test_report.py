@@ -29,3 +29,10 @@ def test_radii_have_a_line_for_seen_and_for_unseen_domains():
     assert table.domains.tolist() == ["seen", "unseen"] * 2
     assert table.dice.tolist() == pytest.approx([0.6, 0.3, 0.7, 0.4])
     assert table.loss.tolist() == [18.5] * 4  # of steps 18 and 19
+
+
+def test_without_runs_there_are_no_radii():
+    none = pd.DataFrame([{name: "x" for name in COLUMNS} | {"value": 0.5, "metric": "dice"}])
+    for configs in ({}, {"a/sam/seed0": {}}):
+        table = radii(Found(none, pd.DataFrame(), pd.DataFrame(), configs, []))
+        assert not table.groupby("optimizer").rho.nunique().max() > 1

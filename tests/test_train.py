@@ -163,28 +163,29 @@ def lines_of(folder):
 def test_a_training_killed_again_and_again_ends_with_the_same_weights(tmp_path):
     """Real SIGKILLs of real processes, at steps drawn anew in every run of the test, then the same call again."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    settings = tiny(killed, optimizer="looksam", last_step=True, first_stage=100, steps=300, augment=True, validation=2)
+    settings = tiny(killed, optimizer="looksam", last_step=True, first_stage=100, steps=400, augment=True, validation=2)
     command = [sys.executable, "-c", CODE, json.dumps(as_dict(settings))]
     seed = random.SystemRandom().randrange(10**6)
     print("seed of the kills:", seed)
     rng = random.Random(seed)
     for kill in range(4):
-        after = rng.randrange(60 * kill, 60 * kill + 50)
+        before = [line["step"] for line in lines_of(killed)]
+        after = max(rng.randrange(60 * kill, 60 * kill + 50), *before[-1:], 0)
         process = subprocess.Popen(command)
         deadline = time.monotonic() + 120
         while not any(line["step"] > after for line in lines_of(killed)) and time.monotonic() < deadline:
             time.sleep(rng.uniform(0.001, 0.02))
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL  # it was still at work
-        assert after < lines_of(killed)[-1]["step"] < 300
+        assert after < lines_of(killed)[-1]["step"] < 400
     subprocess.run(command, check=True)
     subprocess.run([*command[:-1], json.dumps(as_dict(dataclasses.replace(settings, out=str(whole))))], check=True)
 
     for name in ("weights.pt", "best.pt"):
         assert torch.equal(weights(load(killed / name)), weights(load(whole / name)))
-    assert [line["step"] for line in lines_of(killed)] == [*range(3, 301, 3)]
+    assert [line["step"] for line in lines_of(killed)] == [*range(3, 400, 3), 400]
     assert lines_of(killed) == lines_of(whole)
-    assert len((killed / "train.log").read_text().splitlines()) == 100
+    assert len((killed / "train.log").read_text().splitlines()) == 134
     assert (
         len(json.loads((killed / "config.json").read_text())["resumed"]) >= 3
     )  # the first kill may precede any checkpoint
@@ -202,6 +203,12 @@ def test_a_folder_of_another_training_is_refused_with_the_difference(tmp_path):
     run(tiny(tmp_path, steps=1))
     with pytest.raises(ConfigError, match=r"(?s)other parameters.*lr: 0.001 there, 0.01 now.*choose another"):
         run(tiny(tmp_path, steps=1, lr=0.01))
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".checkpoint.pt.12.partial").write_bytes(b"half")
+    run(tiny(tmp_path, steps=1))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -404,6 +411,12 @@ def test_two_stages_add_the_last_step(tmp_path):
         tiny(tmp_path, last_step=True, first_stage=20)
     with pytest.raises(ConfigError, match="last_step, which is added after it"):
         tiny(tmp_path, first_stage=5)
+    GradICON(2, down=(4,)).save(tmp_path / "with.pt")
+    GradICON(2, down=(4,), last_step=False).save(tmp_path / "without.pt")
+    run(tiny(tmp_path / "with", first_stage=5, weights=str(tmp_path / "with.pt"), steps=6))
+    with pytest.raises(ConfigError, match="network with a last step, which first_stage leaves out"):
+        run(tiny(tmp_path / "without", first_stage=5, weights=str(tmp_path / "without.pt"), last_step=True))
+    assert tiny(tmp_path, last_step=True, first_stage=15, optimizer="adam-2x").stages == (30, 40)
 
 
 def test_the_baseline_at_equal_cost_takes_twice_the_steps(tmp_path):
@@ -504,9 +517,13 @@ def test_a_checkpoint_of_another_training_is_refused_without_its_record_too(tmp_
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="torch finds none: choose 'cpu' or 'auto'"):
+    with pytest.raises(ConfigError, match="expected a GPU for each process, 1, torch finds 0: choose 'cpu' or 'auto'"):
         run(tiny(tmp_path, device="cuda"))
     assert device_of(tiny(tmp_path, device="auto")) == torch.device("cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert device_of(tiny(tmp_path, device="auto")) == torch.device("cuda", 0)
+    assert device_of(tiny(tmp_path, device="auto", batch=2, processes=2)) == torch.device("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: expected one that torch can use")
