@@ -127,7 +127,8 @@ def parameters(study: Study, run: Run | None, root: Path, data: str, study_file:
     if run is None:
         evaluate = study.evaluate | common | {"run": "", "out": f"{root}/none", "shape": study.shape}
         baseline = BASELINE if BASELINE in study.optimizers else study.optimizers[0]
-        treatment = next((o for o in study.optimizers if o != baseline), baseline)
+        others = [o for o in study.optimizers if o != baseline] or [baseline]
+        treatment = next((o for o in others if o != "adam-2x"), others[0])
         compare = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
         return {"none/20_evaluate": evaluate, "40_compare": compare}
     out = f"{root}/{run.folder}"

@@ -52,6 +52,21 @@ def test_a_variant_is_an_optimizer_with_parameters_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("optimizers", "treatment"),
+    [
+        (["adam", "sam"], "sam"),
+        (["adam", "adam-2x", "asam"], "asam"),
+        (["adam", "adam-2x"], "adam-2x"),
+        (["adam"], "adam"),
+    ],
+)
+def test_what_the_baseline_is_compared_with(tmp_path, optimizers, treatment):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | {"optimizers": optimizers}))
+    study = read_study(tmp_path / "s.yaml")
+    assert parameters(study, None, tmp_path, "", tmp_path)["40_compare"]["treatment"] == treatment
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seedz": [0]}, r"seedz: unknown; known are .*did you mean seeds\?"),
