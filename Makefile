@@ -37,7 +37,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ants,test]'
 	@touch $@
 
 # What tests and benchmarks compare with. Without their dependencies, which bring a second torch; see benchmarks/peers.py.

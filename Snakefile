@@ -4,11 +4,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from fmsam_lib.study import grid, read_study
+from fmsam_lib.study import between_folder, grid, outputs, read_study, twins
 
 root = Path(config["root"])
 study = read_study(f"studies/{config['study']}.yaml")
-runs = [run.folder for run in grid(study)]
+solutions = {between_folder(pair[0]): [root / run.folder / "weights.pt" for run in pair] for pair in twins(study)}
 python = shlex.quote(sys.executable)
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --cwd notebooks --log-level ERROR --no-progress-bar"
 to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-input --no-prompt"
@@ -18,9 +18,12 @@ wildcard_constraints:
     run=r".+/seed\d+",
 
 
+# Tables and weights are asked for too: Snakemake would not miss what was removed behind a report that is there.
 rule report:
     input:
         root / "report.html",
+        [root / file for file in outputs(study)],
+        [root / run.folder / "weights.pt" for run in grid(study)],
 
 
 rule train:
@@ -42,6 +45,7 @@ rule evaluate:
         weights=root / "{run}/weights.pt",
     output:
         root / "{run}/results.csv",
+        root / "{run}/robustness.csv",
     log:
         root / "{run}/20_evaluate.ipynb",
     shell:
@@ -54,8 +58,35 @@ rule no_registration:
         parameters=root / "none/20_evaluate.yaml",
     output:
         root / "none/results.csv",
+        root / "none/robustness.csv",
     log:
         root / "none/20_evaluate.ipynb",
+    shell:
+        "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
+
+
+rule instance_optimisation_alone:
+    input:
+        notebook=ancient("notebooks/20_evaluate.ipynb"),
+        parameters=root / "io/20_evaluate.yaml",
+        form=root / grid(study)[0].folder / "weights.pt",
+    output:
+        root / "io/results.csv",
+    log:
+        root / "io/20_evaluate.ipynb",
+    shell:
+        "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
+
+
+rule between:
+    input:
+        notebook=ancient("notebooks/35_between_minima.ipynb"),
+        parameters=root / "{between}/35_between_minima.yaml",
+        weights=lambda wildcards: solutions[wildcards.between],
+    output:
+        root / "{between}/between.csv",
+    log:
+        root / "{between}/35_between_minima.ipynb",
     shell:
         "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
 
@@ -67,6 +98,7 @@ rule landscape:
         weights=root / "{run}/weights.pt",
     output:
         root / "{run}/landscape.csv",
+        root / "{run}/flatness.csv",
     log:
         root / "{run}/30_loss_landscape.ipynb",
     shell:
@@ -78,8 +110,7 @@ rule compare:
         notebook=ancient("notebooks/40_compare.ipynb"),
         parameters=root / "40_compare.yaml",
         left_out=root / "left_out.json",
-        results=[root / "none/results.csv", *(root / f"{run}/results.csv" for run in runs)],
-        landscapes=[root / f"{run}/landscape.csv" for run in runs],
+        tables=[root / file for file in outputs(study)],
     output:
         root / "report.html",
     log:

@@ -105,14 +105,14 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             if parallel.rank() == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in folder.glob(".*.partial"):  # by one that was killed while it wrote
+                for left in folder.rglob(".*.partial"):  # by one that was killed while it wrote
                     left.unlink()
         except BlockingIOError:
             raise ConfigError(f"another process is training in {folder}: wait for it or end it") from None
         yield
 
 
-MAY_DIFFER = ("out", "data", "save_memory", "threads", "device")  # the same training at another place
+MAY_DIFFER = ("out", "data", "save_memory", "snapshots", "threads", "device")  # the same training at another place
 
 
 def refuse_another(parameters: dict, run: Train, folder: Path) -> None:
@@ -134,6 +134,12 @@ def save(folder: Path, net: GradICON, optimizer, sam: SAM | None, run: Train, st
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     with written_whole(folder / "checkpoint.pt") as partial:
         torch.save(states | {"random": random, "parameters": as_dict(run), "state": vars(state)}, partial)
+
+
+def snapshot(folder: Path, net: GradICON, step: int) -> None:
+    """The weights after `step` as one vector, `snapshots/step<step>.pt`."""
+    with written_whole(folder / "snapshots" / f"step{step:06d}.pt") as partial:
+        torch.save(torch.nn.utils.parameters_to_vector(net.parameters()).detach().cpu(), partial)
 
 
 def resume(folder: Path, net: GradICON, optimizer, sam: SAM | None, run: Train) -> State:

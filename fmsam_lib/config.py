@@ -23,6 +23,8 @@ PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-lands
 Optimizer = Literal["adam", "adam-2x", "sam", "asam", "sam-every", "looksam", "random"]
 Schedule = Literal["constant", "lr"]
 Similarity = Literal["lncc", "lncc2", "mind"]
+Method = Literal["none", "ants-syn", "io", "network", "network+io"]
+Corruption = Literal["noise", "bias_field", "gamma", "inversion", "blur", "slices", "misalignment"]
 
 
 class ConfigError(ValueError):
@@ -101,6 +103,7 @@ class Train:
     processes: int
     sync_climb: bool
     save_memory: bool
+    snapshots: int
     threads: int
 
     def __post_init__(self):
@@ -135,15 +138,34 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Notebook 20: one trained network (or none: `run` is empty) on every test domain."""
+    """Notebook 20: one trained network, or what it is compared with, on every test domain."""
 
     run: str
     out: str
+    methods: list[Method]
     test_domains: list[str]
     shape: list[int]
     data: str
     pairs: int
+    io: int
+    io_lr: float
+    alone_io: int
+    alone_lr: float
+    corruptions: list[Corruption]
+    corrupted_pairs: int
+    fields: bool
     threads: int
+
+    def __post_init__(self):
+        of_a_run = [name for name in self.methods if name not in ("none", "ants-syn")]
+        if of_a_run and not self.run:
+            raise ConfigError(
+                f"expected run, the folder of a training, for the methods {', '.join(of_a_run)}; got none"
+            )
+        steps = {"network+io": ("io", self.io), "io": ("alone_io", self.alone_io)}
+        for method, (name, number) in steps.items():
+            if method in self.methods and number < 1:
+                raise ConfigError(f"expected {name} of at least 1 step with the method {method}, got {number}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +181,30 @@ class Landscape:
     line_points: int
     plane_points: int
     directions: int
-    rhos: list[float]
+    normalisation: Literal["filter", "layer", "none"]
     direction_seed: int
+    measured_on: list[str]
+    rhos: list[float]
+    draws: int
+    ascent_steps: int
+    eigenvalues: int
+    probes: int
+    lanczos_steps: int
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Between:
+    """Notebook 35: from one solution to the other, and the plane of both and their common start."""
+
+    baseline: str
+    treatment: str
+    out: str
+    test_domains: list[str]
+    data: str
+    pairs: int
+    path_points: int
+    plane_points: int
     threads: int
 
 
@@ -197,20 +241,21 @@ class Register:
 ADDED = {"weights": "", "similarity": "lncc", "joint": True, "save_memory": False}
 ADDED |= {"rho_schedule": "constant", "every": 5, "alpha": 0.7}
 ADDED |= {"first_stage": 0, "accumulate": 1, "augment": False, "validation": 0, "lr_schedule": "cosine", "clip": 0.0}
-ADDED |= {"device": "cpu", "precision": "float32", "processes": 1, "sync_climb": True}
+ADDED |= {"device": "cpu", "precision": "float32", "processes": 1, "sync_climb": True, "snapshots": 0}
 
 AT_LEAST = {
     **dict.fromkeys(("accumulate", "batch", "directions", "down", "every", "levels", "pairs"), 1),
     **dict.fromkeys(("processes", "steps", "threads"), 1),
-    **dict.fromkeys(("alpha", "clip", "direction_seed", "first_stage", "index", "io", "lmbda"), 0),
-    **dict.fromkeys(("rho", "seed", "seeds", "validation"), 0),
-    **dict.fromkeys(("line_points", "plane_points"), 3),
+    **dict.fromkeys(("alpha", "alone_io", "clip", "direction_seed", "eigenvalues", "first_stage", "index", "io"), 0),
+    **dict.fromkeys(("ascent_steps", "lmbda", "probes", "rho", "seed", "seeds", "snapshots", "validation"), 0),
+    **dict.fromkeys(("line_points", "plane_points", "path_points"), 3),
+    **dict.fromkeys(("corrupted_pairs", "draws", "lanczos_steps"), 2),
     "shape": 16,
 }
-POSITIVE = ("lr", "radius", "rhos", "sigma")
+POSITIVE = ("alone_lr", "io_lr", "lr", "radius", "rhos", "sigma")
 LENGTH = {"shape": (2, 3)}
 ODD = ("line_points", "plane_points")  # so that the trained weights are one of the points
-NOT_EMPTY = ("down", "optimizers", "rhos", "seeds", "test_domains", "train_domain", "train_domains")
+NOT_EMPTY = ("down", "methods", "optimizers", "rhos", "seeds", "test_domains", "train_domain")
 
 
 def read(kind: type, values: dict, *, source: str = "parameters"):
@@ -290,6 +335,8 @@ def _as(value, hint):
 def _words(hint) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(typing.get_args(hint))
+    if isinstance(hint, types.GenericAlias) and typing.get_origin(hint.__args__[0]) is Literal:
+        return "a list of some of " + ", ".join(typing.get_args(hint.__args__[0]))
     return str(hint) if isinstance(hint, types.GenericAlias) else hint.__name__
 
 

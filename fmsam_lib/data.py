@@ -136,8 +136,10 @@ def _checked(path: Path, content: dict) -> Manifest:
     label_of = {}
     for image in sorted(trained_on | tested_on):
         beside = image.parent.parent / image.parent.name.replace("images", "labels") / image.name
-        label = entries.get(image, {}).get("label", beside if beside != image and beside.is_file() else None)
-        label_of[image] = folder / label if label else None
+        label_of[image] = beside if beside != image and beside.is_file() else None
+        if "label" in entries.get(image, {}):
+            label = entries[image]["label"]
+            label_of[image] = folder / label if label else None
 
     absent = [file for file in (*label_of, *label_of.values()) if file and not file.is_file()]
     if absent:

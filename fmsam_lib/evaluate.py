@@ -1,138 +1,199 @@
-"""Pairs x metrics -> one tidy table, and what the table says."""
+"""Methods x test pairs x metrics -> tidy tables: `results.csv`, `costs.csv`, `robustness.csv`.
 
+What a method finds is the same each time, to the bit, and stands in the results; what it takes, seconds and memory,
+is the machine's, and stands apart.
+"""
+
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from fmsam_lib.config import Evaluate, written_whole
+from fmsam_lib import baselines
+from fmsam_lib.config import ConfigError, Evaluate, about_run, trained_with, written_whole
+from fmsam_lib.corrupt import robustness
 from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain
-from fmsam_lib.metrics import measure
+from fmsam_lib.metrics import learn2reg_field, measure
 from fmsam_lib.network import GradICON
+from fmsam_lib.synthetic import Pair
+from fmsam_lib.weights import load
 
 COLUMNS = ["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric", "value", "unit"]
+CURVES = [
+    "train_domain",
+    "test_domain",
+    "optimizer",
+    "seed",
+    "pair",
+    "corruption",
+    "severity",
+    "metric",
+    "value",
+    "unit",
+]
+Method = Callable[[Pair], tuple[Tensor, Tensor | None]]  # a pair's map and the swapped pair's, (1, D, *S); None: none
 
 
-def evaluate(net: GradICON | None, dataset, *, pairs: int, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
-    """Metrics of `net` (None: no registration) on the first test pairs of `dataset`.
+def evaluate(
+    method: GradICON | Method | None, dataset, *, pairs: int, progress: bool = True, fields: Path | str | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Metrics of a network or another method (None: no registration) on the first test pairs of `dataset`.
 
-    Returns the rows (the columns of `results.csv` from `pair` on, and `test_domain`) and the problems: a pair
-    whose files cannot be read is named there and the others go on.
+    Returns the rows (`results.csv`'s columns from `pair` on, and `test_domain`), what each pair took, in the same
+    columns (seconds of one registration; peak_memory, the most that the whole process held in memory meanwhile, on
+    Linux), and the problems: a pair whose files cannot be read, or for which the method finds no map or one that is
+    not finite, is named there and the others go on. fields: a folder for Learn2Reg's displacement fields,
+    `disp_<fixed>_<moving>.nii.gz`, on the grid of the evaluation.
     """
-    rows, problems = [], []
+    rows, costs, problems = [], [], []
     for i in tqdm(range(min(pairs, dataset.test_count)), disable=not progress, desc=dataset.name, unit="pair"):
         try:
             pair = dataset.test_pair(i)
         except DataError as error:
             problems.append(str(error))
             continue
-        phi_map = None
-        if net is not None:
-            with torch.no_grad():
-                phi_map = net(pair.moving[None], pair.fixed[None]).map
-            if not torch.isfinite(phi_map).all():
-                problems.append(f"{dataset.name}, {pair.name}: the network's map is not finite; left out")
-                continue
-        rows += [{"test_domain": dataset.name, "pair": pair.name} | row for row in measure(pair, phi_map)]
-    return pd.DataFrame(rows, columns=[c for c in COLUMNS if c not in ("train_domain", "optimizer", "seed")]), problems
-
-
-def evaluate_all(net: GradICON | None, settings: Evaluate, *, progress: bool = True) -> tuple[pd.DataFrame, list[str]]:
-    """`evaluate` on every test domain of the settings; one that cannot be opened is a problem, not the end.
-
-    Raises DataError when nothing could be measured and that was for problems (not for want of labels).
-    """
-    tables, problems = [], []
-    for domain in settings.test_domains:
+        about = {"test_domain": dataset.name, "pair": pair.name}
         try:
-            dataset = open_domain(domain, shape=tuple(settings.shape), data=settings.data or None)
-        except DataError as error:
+            phi_map, inverse, cost = (None, None, []) if method is None else _register(method, pair)
+        except ValueError as error:
+            problems.append(f"{dataset.name}, {pair.name}: left out, {error}")
+            continue
+        if not all(found is None or torch.isfinite(found).all() for found in (phi_map, inverse)):
+            problems.append(f"{dataset.name}, {pair.name}: left out, the map found is not finite")
+            continue
+        rows += [about | row for row in measure(pair, phi_map, inverse)]
+        costs += [about | {"label": ""} | row for row in cost]
+        if fields is not None and phi_map is not None:
+            _write_field(Path(fields), pair, phi_map)
+    columns = [c for c in COLUMNS if c not in ("train_domain", "optimizer", "seed")]
+    return pd.DataFrame(rows, columns=columns), pd.DataFrame(costs, columns=columns), problems
+
+
+def _register(method: GradICON | Method, pair: Pair) -> tuple[Tensor, Tensor | None, list[dict]]:
+    resets = _reset_peak()
+    start = time.perf_counter()
+    if isinstance(method, GradICON):
+        with torch.no_grad():
+            phi_map, inverse = method(pair.moving[None], pair.fixed[None]).map, None
+    else:
+        phi_map, inverse = method(pair)
+    cost = [{"metric": "seconds", "value": time.perf_counter() - start, "unit": "s"}]
+    if resets:
+        cost.append({"metric": "peak_memory", "value": _peak() / 1024, "unit": "MiB"})
+    if isinstance(method, GradICON):  # not a part of registering the pair
+        with torch.no_grad():
+            inverse = method(pair.fixed[None], pair.moving[None]).map
+    return phi_map, inverse, cost
+
+
+def _reset_peak() -> bool:
+    """Have Linux count the process's peak of memory anew; False where that cannot be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak() -> int:
+    """Kilobytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def _write_field(folder: Path, pair: Pair, phi_map: Tensor) -> None:
+    names = (name.replace(os.sep, "_") for name in pair.name.split("<-"))
+    affine = np.eye(4) if pair.affine is None else pair.affine.numpy()
+    with written_whole(folder / f"disp_{'_'.join(names)}.nii.gz") as partial:
+        whole = partial.with_name(f"{partial.name}.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(learn2reg_field(phi_map), affine), whole)
+        os.replace(whole, partial)
+
+
+def evaluate_all(settings: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Every method of the settings on every test domain: the tables `results`, `costs`, `robustness`, and problems.
+
+    A domain that cannot be opened, or a method that is not there, is a problem, not the end. Raises DataError when
+    nothing could be measured and that was for problems (not for want of labels).
+    """
+    tables, problems = {"results": [], "costs": [], "robustness": []}, []
+    for name in settings.methods:
+        try:
+            method, about = _method(name, settings)
+        except ConfigError as error:
+            if name != "ants-syn":
+                raise
             problems.append(str(error))
             continue
-        rows, of_domain = evaluate(net, dataset, pairs=settings.pairs, progress=progress)
-        tables.append(rows)
-        problems += of_domain
-    if problems and not any(len(table) for table in tables):
+        for domain in settings.test_domains:
+            try:
+                dataset = open_domain(domain, shape=tuple(settings.shape), data=settings.data or None)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            fields = Path(settings.out) / "fields" / about["optimizer"] / domain if settings.fields else None
+            results, costs, found = evaluate(method, dataset, pairs=settings.pairs, progress=progress, fields=fields)
+            found_tables = {"results": results, "costs": costs}
+            if settings.corruptions and name in ("none", "network"):
+                how = {"pairs": settings.corrupted_pairs, "progress": progress}
+                curves, _ = robustness(method, dataset, settings.corruptions, **how)  # names the same problems again
+                found_tables["robustness"] = curves
+            for kind, table in found_tables.items():
+                if len(table):  # an empty one would take the others' types away
+                    tables[kind].append(table.assign(**about))
+            problems += found
+    if problems and not tables["results"]:
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(problems))
-    return pd.concat(tables, ignore_index=True), problems
+    columns = {"results": COLUMNS, "costs": COLUMNS, "robustness": CURVES}
+    whole = {
+        kind: pd.concat(t, ignore_index=True) if t else pd.DataFrame(columns=columns[kind])
+        for kind, t in tables.items()
+    }
+    return whole, list(dict.fromkeys(problems))
 
 
-def write_results(results: pd.DataFrame, path: Path | str) -> None:
-    """`results.csv`: the columns in order, numbers in full, so that the same run gives the same bytes."""
+def _method(name: str, settings: Evaluate) -> tuple[GradICON | Method | None, dict]:
+    """The method of this name, and whose results its are: the columns train_domain, optimizer and seed.
+
+    Raises ConfigError where its program or its run is not there.
+    """
+    alone = {"train_domain": "", "seed": None}
+    if name == "none":
+        return None, alone | {"optimizer": "none"}
+    if name == "ants-syn":
+        baselines.ants()
+        return baselines.ants_syn, alone | {"optimizer": "ants-syn"}
+    run = trained_with(settings.run)
+    if name == "io":
+        net, how = baselines.untrained(run), {"steps": settings.alone_io, "lr": settings.alone_lr}
+        about = alone | {"optimizer": "io"}
+    else:
+        net, about = load(Path(settings.run) / "weights.pt"), about_run(settings.run)
+        if name == "network":
+            return net, about
+        how = {"steps": settings.io, "lr": settings.io_lr}
+        about["optimizer"] += "+io"
+    return lambda pair: baselines.instance_optimised(net, pair, run, **how), about
+
+
+def write_results(results: pd.DataFrame, path: Path | str, columns: list[str] = COLUMNS) -> None:
+    """`results.csv`: the columns in order, numbers in full, so that the same run gives the same bytes.
+
+    columns: `CURVES` for `robustness.csv`.
+    """
     with written_whole(path) as partial:
-        results.reindex(columns=COLUMNS).to_csv(partial, index=False, lineterminator="\n")
+        results.reindex(columns=columns).to_csv(partial, index=False, lineterminator="\n")
 
 
 def read_results(path: Path | str) -> pd.DataFrame:
-    """A `results.csv`; `seed` is a nullable integer, text columns are never NaN."""
-    text = dict.fromkeys(("train_domain", "test_domain", "optimizer", "pair", "label", "metric", "unit"), str)
-    return pd.read_csv(
-        path, dtype=text | {"seed": "Int64"}, keep_default_na=False, na_values={"value": [""], "seed": [""]}
-    )
-
-
-def per_pair(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One value a pair: the mean over its labels of `metric`."""
-    keys = ["train_domain", "test_domain", "optimizer", "seed", "pair"]
-    rows = results[results.metric == metric]
-    return rows.groupby(keys, dropna=False, as_index=False).value.mean()
-
-
-def table(results: pd.DataFrame, *, baseline: str = "adam", treatment: str = "sam") -> pd.DataFrame:
-    """The comparison: a line per train x test domain, Dice before and after, and the paired difference.
-
-    Dice: mean over labels, then pairs and seeds; NaN where there are no labels. The difference treatment -
-    baseline pairs the same pair and seed (see `paired_difference`). missing: how often a structure was in only
-    one, or none, of a pair's labels.
-    """
-    dice, folding = (per_pair(results, metric) for metric in ("dice", "folding_percent"))
-    before = dice[dice.optimizer == "none"].groupby("test_domain").value.mean()
-    trained = results[results.optimizer != "none"]
-    lines = []
-    for (train_domain, test_domain), rows in trained.groupby(["train_domain", "test_domain"]):
-        mine, folds = (v[(v.train_domain == train_domain) & (v.test_domain == test_domain)] for v in (dice, folding))
-        line = {
-            "train_domain": train_domain,
-            "test_domain": test_domain,
-            "seen": "yes" if test_domain in train_domain.split("+") else "no",
-            "pairs": rows.pair.nunique(),
-            "seeds": rows.seed.nunique(),
-            "before": before.get(test_domain, np.nan),
-        }
-        optimizers = rows.optimizer.unique()
-        line |= {o: mine.value[mine.optimizer == o].mean() for o in optimizers}
-        line |= {f"folding {o} %": folds.value[folds.optimizer == o].mean() for o in optimizers}
-        line["missing"] = int((rows.metric == "missing").sum())
-        lines.append(line | paired_difference(mine, baseline, treatment))
-    return pd.DataFrame(lines)
-
-
-def paired_difference(rows: pd.DataFrame, baseline: str, treatment: str) -> dict:
-    """Mean of treatment - baseline over (pair, seed) with a 95 % bootstrap interval; `{}` without both.
-
-    The bootstrap draws test pairs, with all their seeds, and with the mirrored pair (b<-a beside a<-b), for
-    these are not independent; so it says nothing of how much another seed would differ.
-    """
-    wide = rows.pivot_table(index=["pair", "seed"], columns="optimizer", values="value")
-    if not {baseline, treatment} <= set(wide.columns):
-        return {}
-    difference = (wide[treatment] - wide[baseline]).dropna().reset_index(name="value")
-    unit = difference.pair.map(lambda pair: "<-".join(sorted(pair.split("<-"))))
-    sums = difference.groupby(unit).value.agg(["sum", "count"]).to_numpy()
-    drawn = sums[np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))].sum(1)  # (2000, 2)
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-    name = f"{treatment} - {baseline}"
-    return {name: difference.value.mean(), f"{name} low": low, f"{name} high": high}
-
-
-def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """The comparison as text for people: three decimals, the interval in one column with its mean."""
-    text = summary.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)).replace("nan", "-")
-    for name in [column for column in summary.columns if f"{column} low" in summary.columns]:
-        low, high = text.pop(f"{name} low"), text.pop(f"{name} high")
-        text[name] += " [" + low + ", " + high + "]"
-        text = text.rename(columns={name: f"{name} [95 %]"})
-    return text.rename(columns={"train_domain": "trained on", "test_domain": "tested on"})
+    """A `results.csv`, `costs.csv` or `robustness.csv`; `seed` is a nullable integer, text columns are never NaN."""
+    types = dict.fromkeys({*COLUMNS, *CURVES}, str) | {"seed": "Int64", "severity": float, "value": float}
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values={"value": [""], "seed": [""]})

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fmsam_lib import slices
+from fmsam_lib.looks import LOOKS
 from fmsam_lib.losses import Batch, objective
 from fmsam_lib.metrics import folding_percent
-from fmsam_lib.plots import LOOKS
 from fmsam_lib.sam import SAM, dot, norm
 from fmsam_lib.spatial import jacobian_determinant, voxels
 from fmsam_lib.synthetic import Pair

@@ -105,7 +105,7 @@ def register(
         affine=fixed.grid_affine(shape) if fixed.oriented else None,
     )
 
-    phi, losses, best = optimise(net, pair.moving[None], pair.fixed[None], steps=io, progress=progress, **options)
+    phi, losses, best, _ = optimise(net, pair.moving[None], pair.fixed[None], steps=io, progress=progress, **options)
     if not phi.map.isfinite().all():
         raise ValueError(f"expected a finite transform for {pair.name}, got NaN or infinity: are the weights damaged?")
     if 0 < len(losses) <= io:
@@ -313,18 +313,19 @@ def optimise(
     similarity: str = "lncc",
     seed: int = 0,
     progress: bool = True,
-) -> tuple[Transform, list[float], int]:
+) -> tuple[Transform, list[float], int, Transform]:
     """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
 
     A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does). Returns the
     transform of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came) to `steps`,
-    and which was lowest. A loss that is not finite ends it early. Raises ValueError when the first one is not.
+    which was lowest, and the transform of the swapped pair at that step. A loss that is not finite ends it early. Raises
+    ValueError when the first one is not.
     """
     device = next(net.parameters()).device
     net, moving, fixed = copy.deepcopy(net).eval(), moving.to(device), fixed.to(device)
     if not steps:
         with torch.no_grad():
-            return _kept(net(moving, fixed)), [], 0
+            return _kept(net(moving, fixed)), [], 0, _kept(net(fixed, moving))
     if fixed.numel() > LARGE:
         net.save_memory = True
         give_back_memory()
@@ -344,7 +345,7 @@ def optimise(
             break
         losses.append(loss.item())
         if losses[-1] <= losses[best_step]:
-            best, best_step = _kept(found[0][:1]), step
+            best, best_step = _kept(found[0]), step
         bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{losses[best_step]:.4f}", refresh=False)
         if step < steps:
             optimizer.zero_grad()
@@ -352,7 +353,7 @@ def optimise(
             optimizer.step()
     if best is None:
         raise ValueError("expected a finite loss before instance optimisation, got NaN or infinity: damaged weights?")
-    return best, losses, best_step
+    return best[:1], losses, best_step, best[1:]
 
 
 def _kept(phi: Transform) -> Transform:

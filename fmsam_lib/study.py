@@ -19,14 +19,17 @@ import time
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from fmsam_lib.config import (
     PROJECT,
+    Between,
     ConfigError,
     Evaluate,
     Landscape,
+    Method,
     Optimizer,
     Train,
     nearest,
@@ -38,18 +41,21 @@ from fmsam_lib.data import DataError, data_folder
 from fmsam_lib.domains import fetch_hippocampus, open_domain
 
 BASELINE = "adam"  # the other optimizers are compared with it
+EQUAL_COMPUTE = "adam-2x"  # and with Adam at twice the steps, SAM's cost, where a study has it
+Baseline = Literal["ants-syn", "io"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults.
 
+    leave_one_out: domains of which all but one are trained on together, each left out in turn: so many training domains
+    more. baselines: registrations without training, for the same tables: ANTs' SyN, instance optimisation alone.
     variants: further optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the
     training's parameters differs.
     """
 
     description: str
-    train_domains: list[str]
     test_domains: list[str]
     optimizers: list[str]
     seeds: list[int]
@@ -57,11 +63,17 @@ class Study:
     train: dict[str, object]
     evaluate: dict[str, object]
     landscape: dict[str, object]
+    between: dict[str, object] = field(default_factory=dict)
+    train_domains: list[str] = field(default_factory=list)
+    leave_one_out: list[str] = field(default_factory=list)
+    baselines: list[Baseline] = field(default_factory=list)
     variants: dict[str, dict] = field(default_factory=dict)
 
 
-SECTIONS = {"train": Train, "evaluate": Evaluate, "landscape": Landscape}
-SET_BY_THE_STUDY = ("out", "run", "train_domain", "test_domains", "optimizer", "seed", "shape", "data")
+SECTIONS = {"train": Train, "evaluate": Evaluate, "landscape": Landscape, "between": Between}
+SET_BY_THE_STUDY = ("out", "run", "train_domain", "test_domains", "optimizer", "seed", "shape", "data", "methods")
+SET_BY_THE_STUDY += ("baseline", "treatment")
+TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
 
 
 def read_study(path: Path | str) -> Study:
@@ -80,9 +92,10 @@ def read_study(path: Path | str) -> Study:
     for section, kind in SECTIONS.items():
         _check_section(getattr(study, section), kind, f"{path}, section {section}")
     for name, variant in study.variants.items():
-        if not re.fullmatch(r"[\w.-]+", str(name)) or not isinstance(name, str) or name in typing.get_args(Optimizer):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in TAKEN:
             raise ConfigError(
-                f"{path}, variant {name!r}: expected a name of letters, digits, '.', '_' and '-' that is no optimizer's"
+                f"{path}, variant {name!r}: expected a name of letters, digits, '.', '_' and '-' that is no "
+                f"optimizer's or method's, none of {', '.join(TAKEN)}"
             )
         if not isinstance(variant, dict) or "optimizer" not in variant:
             raise ConfigError(f"{path}, variant {name}: expected a mapping with an optimizer, got {variant!r}")
@@ -91,7 +104,19 @@ def read_study(path: Path | str) -> Study:
     problems = [f"{name}: unknown{nearest(name, known)}" for name in study.optimizers if name not in known]
     if problems:
         raise ConfigError(f"{path}, optimizers: expected some of {', '.join(known)}; got\n- " + "\n- ".join(problems))
-    return study
+    return dataclasses.replace(study, train_domains=_train_domains(study, path))
+
+
+def _train_domains(study: Study, path: Path) -> list[str]:
+    """Those of the file, and all but one of `leave_one_out` for each of its domains."""
+    left_out = study.leave_one_out
+    if len(left_out) == 1:
+        raise ConfigError(f"{path}, leave_one_out: expected two domains or more, got {left_out[0]} alone")
+    others = ["+".join(other for other in left_out if other != domain) for domain in left_out]
+    both = list(dict.fromkeys([*study.train_domains, *others]))
+    if not both:
+        raise ConfigError(f"{path}: expected train_domains or leave_one_out, got neither: name what to train on")
+    return both
 
 
 def _check_section(given: dict, kind: type, where: str, also: tuple[str, ...] = ()) -> None:
@@ -121,24 +146,64 @@ def grid(study: Study) -> list[Run]:
     return [Run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
 
 
+def compared(study: Study) -> tuple[str, str]:
+    """Baseline and treatment of the report: Adam, and the first optimizer that is another one at the same steps."""
+    baseline = BASELINE if BASELINE in study.optimizers else study.optimizers[0]
+    others = [o for o in study.optimizers if o != baseline] or [baseline]
+    return baseline, next((o for o in others if o != EQUAL_COMPUTE), others[0])
+
+
+def twins(study: Study) -> list[tuple[Run, Run]]:
+    """Runs of baseline and treatment with the same training domain and seed, so the same start."""
+    baseline, treatment = compared(study)
+    runs = {(run.train_domain, run.optimizer, run.seed): run for run in grid(study)}
+    found = [(runs[d, baseline, s], runs[d, treatment, s]) for d in study.train_domains for s in study.seeds]
+    return [pair for pair in found if pair[0] != pair[1]]
+
+
+def between_folder(run: Run) -> str:
+    """Where notebook 35 puts what lies between the solutions of this training domain and seed."""
+    return f"{run.train_domain}/between/seed{run.seed}"
+
+
 def parameters(study: Study, run: Run | None, root: Path, data: str, study_file: Path) -> dict[str, dict]:
-    """What each notebook of `run` takes beyond its defaults, by the notebook's name; None: those of no run."""
+    """What each notebook of `run` takes beyond its defaults, by the notebook's name; None: those of no single run."""
     common = {"test_domains": study.test_domains, "data": data}
     if run is None:
-        evaluate = study.evaluate | common | {"run": "", "out": f"{root}/none", "shape": study.shape}
-        baseline = BASELINE if BASELINE in study.optimizers else study.optimizers[0]
-        others = [o for o in study.optimizers if o != baseline] or [baseline]
-        treatment = next((o for o in others if o != "adam-2x"), others[0])
-        compare = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
-        return {"none/20_evaluate": evaluate, "40_compare": compare}
+        evaluate = study.evaluate | common | {"shape": study.shape}
+        alone = ["none", *(["ants-syn"] if "ants-syn" in study.baselines else [])]
+        notebooks = {"none/20_evaluate": evaluate | {"run": "", "out": f"{root}/none", "methods": alone}}
+        if "io" in study.baselines:  # takes the network's form and the loss from a run
+            of = {"run": f"{root}/{grid(study)[0].folder}", "out": f"{root}/io", "methods": ["io"]}
+            notebooks["io/20_evaluate"] = evaluate | of
+        for pair in twins(study):
+            out = between_folder(pair[0])
+            of = dict(zip(("baseline", "treatment"), (f"{root}/{run.folder}" for run in pair), strict=True))
+            notebooks[f"{out}/35_between_minima"] = study.between | common | of | {"out": f"{root}/{out}"}
+        baseline, treatment = compared(study)
+        report = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
+        return notebooks | {"40_compare": report}
     out = f"{root}/{run.folder}"
     cell = {"train_domain": run.train_domain, "seed": run.seed}
     cell |= study.variants.get(run.optimizer, {"optimizer": run.optimizer})
+    methods = ["network", *(["network+io"] if study.evaluate.get("io") else [])]
+    evaluate = study.evaluate | common | {"run": out, "out": out, "shape": study.shape, "methods": methods}
     return {
         f"{run.folder}/10_train": study.train | cell | {"out": out, "shape": study.shape, "data": data},
-        f"{run.folder}/20_evaluate": study.evaluate | common | {"run": out, "out": out, "shape": study.shape},
+        f"{run.folder}/20_evaluate": evaluate,
         f"{run.folder}/30_loss_landscape": study.landscape | common | {"run": out, "out": out},
     }
+
+
+def outputs(study: Study) -> list[str]:
+    """The files that the notebooks of a study write last, beside the trainings': `report.html` and those it needs."""
+    alone = ["none", *(["io"] if "io" in study.baselines else [])]
+    runs = [f"{run.folder}/{file}" for run in grid(study) for file in ("results.csv", "landscape.csv")]
+    return [
+        *(f"{name}/results.csv" for name in alone),
+        *runs,
+        *(f"{between_folder(a)}/between.csv" for a, _ in twins(study)),
+    ]
 
 
 def plan(study: Study, root: Path, data: str, study_file: Path) -> None:
@@ -208,9 +273,9 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     left_out = []
     for domain in dict.fromkeys([*study.train_domains, *study.test_domains]):
         try:
-            if domain == "HippocampusMR":
-                if not (Path(data) / domain).exists():
-                    print(f"fetching {domain} into {data}", flush=True)
+            if "HippocampusMR" in domain.split("+"):
+                if not (Path(data) / "HippocampusMR").exists():
+                    print(f"fetching HippocampusMR into {data}", flush=True)
                 fetch_hippocampus(data)  # returns at once where it is there already
             open_domain(domain, shape=tuple(study.shape), data=data)
         except DataError as error:
@@ -253,9 +318,8 @@ def compute(study: Study, name: str, root: Path, cores: int, *, locked: tuple[in
 
 def progress(study: Study, root: Path) -> str:
     """How many notebooks are done, and where the trainings under way stand."""
-    outputs = [root / "none/results.csv", root / "report.html"]
-    outputs += [root / run.folder / f for run in grid(study) for f in ("weights.pt", "results.csv", "landscape.csv")]
-    parts = [f"{sum(path.exists() for path in outputs)} of {len(outputs)} notebooks done"]
+    files = [*outputs(study), "report.html", *(f"{run.folder}/weights.pt" for run in grid(study))]
+    parts = [f"{sum((root / file).exists() for file in files)} of {len(files)} notebooks done"]
     for run in grid(study):
         folder = root / run.folder
         history = folder / "history.jsonl"

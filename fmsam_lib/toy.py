@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fmsam_lib import slices
-from fmsam_lib.plots import LOOKS, OTHER_LOOKS
+from fmsam_lib.looks import LOOKS, OTHER_LOOKS
 from fmsam_lib.sam import SAM
 
 WELLS = {"sharp": (-0.5, 0.0), "flat": (0.5, 0.0)}  # centres; the minima are close by

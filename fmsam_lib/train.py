@@ -40,9 +40,10 @@ def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[
     """Train `net` on `dataset` into the folder `run.out`; returns the logged steps.
 
     Writes there: `config.json`, `history.jsonl` (a line per logged step), `train.log` (the same to read),
-    `checkpoint.pt` (to go on from after a kill) and, at the end, `weights.pt` and, of the highest Dice on the
-    validation pairs, `best.pt`. A training that was interrupted goes on from its checkpoint to the same weights, bit
-    for bit, since every step's batch depends on `run.seed` and the step alone; one that is done is not repeated.
+    `checkpoint.pt` (to go on from after a kill), `snapshots/` of the weights (`run.snapshots` of them, one vector
+    each) and, at the end, `weights.pt` and, of the highest Dice on the validation pairs, `best.pt`. A training that
+    was interrupted goes on from its checkpoint to the same weights, bit for bit, since every step's batch depends on
+    `run.seed` and the step alone; one that is done is not repeated.
 
     With `run.processes` above 1, that many are started on this machine; each begins with `starting(run)` and opens
     `run.train_domain` itself, and `net` receives the result.
@@ -77,6 +78,7 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
     sam = perturbation(net, run)
     state = checkpoint.resume(folder, net, optimizer, sam, run)
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
+    snapshots = snapshot_steps(run)
     if first:
         checkpoint.record(folder / "config.json", run, net, state.step)
         checkpoint.write_history(folder, run, state)
@@ -120,6 +122,8 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
                 if first:
                     checkpoint.append_history(folder, run, state)
                 bar.set_postfix_str(checkpoint.in_words(state.history))
+            if first and state.step in snapshots:
+                checkpoint.snapshot(folder, net, state.step)
             if first and (state.step % CHECKPOINT_EVERY == 0 or last):
                 checkpoint.save(folder, net, optimizer, sam, run, state)
     net.first_stage = False
@@ -128,6 +132,11 @@ def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> 
         checkpoint.save_best(folder, net, state)
         net.save(folder / "weights.pt")  # last: it says that the training is done
     return state.history
+
+
+def snapshot_steps(run: Train) -> set[int]:
+    """After which steps the weights are kept: `run.snapshots` times, evenly, the last time at the end."""
+    return {round(run.updates * (i + 1) / run.snapshots) for i in range(run.snapshots)}
 
 
 def starting(run: Train) -> GradICON:

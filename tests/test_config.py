@@ -5,7 +5,19 @@ import nbformat
 import pytest
 
 from fmsam_lib import config
-from fmsam_lib.config import Compare, ConfigError, Evaluate, Explain, Landscape, Look, Start, Train, read
+from fmsam_lib.config import (
+    Between,
+    Compare,
+    ConfigError,
+    Evaluate,
+    Explain,
+    Landscape,
+    Look,
+    Register,
+    Start,
+    Train,
+    read,
+)
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 KIND = {
@@ -15,7 +27,9 @@ KIND = {
     "10_train": Train,
     "20_evaluate": Evaluate,
     "30_loss_landscape": Landscape,
+    "35_between_minima": Between,
     "40_compare": Compare,
+    "50_register_your_own": Register,
 }
 
 
@@ -60,6 +74,48 @@ def test_all_problems_are_told_at_once():
     del values["seed"]
     with pytest.raises(ConfigError, match=r"(?s)3 problems.*seed: missing.*steps:.*lr:"):
         read(Train, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("20_evaluate", {"methods": []}, r"methods: expected at least one, got \[\]"),
+        (
+            "20_evaluate",
+            {"methods": ["sam"]},
+            r"methods: expected a list of some of none, ants-syn, io, network, network\+io, got \['sam'\]",
+        ),
+        ("20_evaluate", {"methods": ["none", "none"]}, "methods: expected each once"),
+        ("20_evaluate", {"methods": "none"}, "methods: expected a list of some of"),
+        ("20_evaluate", {"corruptions": ["fog"]}, "corruptions: expected a list of some of noise, bias_field, .*'fog'"),
+        ("20_evaluate", {"corrupted_pairs": 1}, "corrupted_pairs: expected at least 2, got 1"),
+        ("20_evaluate", {"io_lr": 0}, "io_lr: expected above 0, got 0"),
+        ("20_evaluate", {"alone_lr": -1}, "alone_lr: expected above 0, got -1"),
+        ("20_evaluate", {"io": -1}, "io: expected at least 0, got -1"),
+        ("20_evaluate", {"fields": 1}, "fields: expected bool, got 1"),
+        ("30_loss_landscape", {"normalisation": "weight"}, "normalisation: expected one of filter, layer, none"),
+        ("30_loss_landscape", {"rhos": []}, "rhos: expected at least one"),
+        ("30_loss_landscape", {"rhos": [0.1, 0]}, "rhos: expected above 0"),
+        ("30_loss_landscape", {"draws": 1}, "draws: expected at least 2, got 1"),
+        ("30_loss_landscape", {"eigenvalues": -1}, "eigenvalues: expected at least 0"),
+        ("30_loss_landscape", {"lanczos_steps": 1}, "lanczos_steps: expected at least 2"),
+        ("35_between_minima", {"path_points": 2}, "path_points: expected at least 3, got 2"),
+        ("35_between_minima", {"plane_points": 4}, "plane_points: expected an odd number, got 4"),
+        ("35_between_minima", {"run": "x"}, "run: unknown; known are baseline, treatment, out"),
+        ("10_train", {"snapshots": -1}, "snapshots: expected at least 0, got -1"),
+    ],
+)
+def test_wrong_values_of_evaluation_and_landscape_are_named(name, change, message):
+    with pytest.raises(ConfigError, match=message):
+        read(KIND[name], defaults(name) | change)
+
+
+def test_what_can_be_left_out_may_be_nothing():
+    """No corruption, no instance optimisation, no Hessian, flatness on all domains."""
+    read(Evaluate, defaults("20_evaluate") | {"corruptions": [], "io": 0})
+    read(
+        Landscape, defaults("30_loss_landscape") | {"measured_on": [], "eigenvalues": 0, "probes": 0, "ascent_steps": 0}
+    )
 
 
 def test_even_numbers_of_points_miss_the_trained_weights():

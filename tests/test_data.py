@@ -100,6 +100,16 @@ def test_manifest_with_training_pairs_nested_labels_and_no_label_files(tmp_path)
     assert pair.moving_label is not None
 
 
+def test_labels_beside_their_images_are_found_from_a_relative_folder_too(tmp_path, monkeypatch):
+    """Test images are listed without their labels."""
+    dataset(tmp_path / "sets" / "Own")
+    monkeypatch.chdir(tmp_path)
+    manifest = read_manifest(Path("sets/Own"))
+    assert all(label is not None and label.is_file() for label in manifest.label_of.values())
+    pair = open_domain("Own", shape=GRID, data="sets").test_pair(0)
+    assert pair.fixed_label.unique().tolist() == pair.moving_label.unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -33,7 +33,7 @@ def test_every_dependency_is_pinned():
 def test_conda_gets_the_same():
     conda = yaml.safe_load((PROJECT / "environment.yml").read_text())
     pip = next(entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict))
-    assert pip == ["-c constraints.txt", "-e .[test]"]
+    assert pip == ["-c constraints.txt", "-e .[ants,test]"]
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     python = next(e for e in conda["dependencies"] if isinstance(e, str) and e.startswith("python="))
     assert python.split("=")[1] == project["requires-python"].removeprefix(">=")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import nibabel
@@ -81,18 +82,31 @@ def test_04_shows_what_the_climb_does(tmp_path):
     assert pictures(notebook) == 5  # a climb, paths, curves, registrations, the slider's
 
 
+OPTIMIZERS = ("adam", "adam-2x", "sam")
+STALE = '{"key": "of other weights"}\n{"row": 0, "values": [[9, 9, 9], [9, 9, 9], [9, 9, 9]]}\n'
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of a small study: two trained networks, evaluated and measured by the notebooks."""
+    """Folders of a small study: trained networks, evaluated and measured by the notebooks; adam-2x only evaluated."""
     root = tmp_path_factory.mktemp("runs") / "tiny"
     test = {"test_domains": [DOMAIN, "heart-mr"], "threads": 1}
-    execute("20_evaluate", root / "none", run="", out=str(root / "none"), shape=SHAPE, pairs=3, **test)
-    for optimizer in ("adam", "sam"):
+    looks = {"shape": SHAPE, "pairs": 3, "corruptions": ["noise"], "corrupted_pairs": 2} | test
+    execute("20_evaluate", root / "none", run="", out=str(root / "none"), methods=["none"], **looks)
+    for optimizer in OPTIMIZERS:
         out = root / DOMAIN / optimizer / "seed0"
-        execute("10_train", out, out=str(out), optimizer=optimizer, **TRAIN)
-        execute("20_evaluate", out, run=str(out), out=str(out), shape=SHAPE, pairs=3, **test)
-        small = {"pairs": 2, "line_points": 5, "plane_points": 3, "directions": 1, "rhos": [0.01, 0.1]}
+        execute("10_train", out, out=str(out), optimizer=optimizer, snapshots=2, **TRAIN)
+        methods = ["network", "network+io"] if optimizer == "sam" else ["network"]
+        execute("20_evaluate", out, run=str(out), out=str(out), methods=methods, io=15, fields=True, **looks)
+        if optimizer == "adam-2x":
+            continue
+        (out / f".plane-{DOMAIN}.jsonl").write_text(STALE)  # as an interrupted run of other weights leaves it
+        small = {"pairs": 2, "line_points": 5, "plane_points": 3, "directions": 1, "rhos": [0.01, 0.1], "draws": 2}
+        small |= {"measured_on": ["training"], "ascent_steps": 1, "eigenvalues": 1, "probes": 2, "lanczos_steps": 5}
         execute("30_loss_landscape", out, run=str(out), out=str(out), **small, **test)
+    out = root / DOMAIN / "between" / "seed0"
+    both = {name: str(root / DOMAIN / o / "seed0") for name, o in (("baseline", "adam"), ("treatment", "sam"))}
+    execute("35_between_minima", out, out=str(out), pairs=2, path_points=5, plane_points=3, **both, **test)
     return root
 
 
@@ -100,6 +114,7 @@ def test_10_writes_a_run_that_learned(trained):
     for optimizer in ("adam", "sam"):
         run = trained / DOMAIN / optimizer / "seed0"
         assert {"config.json", "history.jsonl", "checkpoint.pt", "weights.pt"} <= {p.name for p in run.iterdir()}
+        assert [p.name for p in sorted((run / "snapshots").iterdir())] == ["step000020.pt", "step000040.pt"]
         history = pd.read_json(run / "history.jsonl", lines=True)
         assert history.total.iloc[-1] < history.total.iloc[0]
         config = json.loads((run / "config.json").read_text())
@@ -110,26 +125,152 @@ def test_10_writes_a_run_that_learned(trained):
 def test_20_writes_all_metrics_of_every_domain(trained):
     results = pd.read_csv(trained / DOMAIN / "sam" / "seed0" / "results.csv")
     assert set(results.test_domain) == {DOMAIN, "heart-mr"}
-    assert {"dice", "hd95", "tre", "folding_percent", "sdlogj"} <= set(results.metric)
+    both = {"dice", "hd95", "surface_distance", "tre", "map_error"}
+    of_maps = {"folding_percent", "jacobian_min", "sdlogj", "sdlogj_learn2reg", "inverse_error"}
+    assert both | of_maps <= set(results.metric)
     assert results.groupby("test_domain").pair.nunique().tolist() == [3, 3]
-    assert (results.optimizer == "sam").all()
+    assert set(results.optimizer) == {"sam", "sam+io"}
+    none = pd.read_csv(trained / "none/results.csv")
+    assert both <= set(none.metric)
+    assert not of_maps & set(none.metric)
+
+
+def test_20_optimises_a_trained_network_further(trained):
+    none, sam = (pd.read_csv(trained / of / "results.csv") for of in ("none", f"{DOMAIN}/sam/seed0"))
+    table = pd.concat([none, sam]).query("metric == 'dice' and test_domain == @DOMAIN")
+    mean = table.groupby("optimizer").value.mean()
+    assert mean["none"] < mean["sam"] < mean["sam+io"]
+
+
+def test_20_keeps_what_it_took_what_bad_images_take_and_the_fields(trained):
+    run = trained / DOMAIN / "sam" / "seed0"
+    costs = pd.read_csv(run / "costs.csv").query("metric == 'seconds'")
+    assert costs.groupby("optimizer").size().to_dict() == {"sam": 6, "sam+io": 6}
+    median = costs.groupby("optimizer").value.median()
+    assert 0 < median["sam"] < median["sam+io"]
+    robustness = pd.read_csv(run / "robustness.csv")
+    assert set(robustness.optimizer) == {"sam"}
+    clean = robustness.query("severity == 0 and metric == 'dice'").set_index(["test_domain", "pair"]).value
+    results = pd.read_csv(run / "results.csv").query("metric == 'dice' and optimizer == 'sam'")
+    pd.testing.assert_series_equal(results.groupby(["test_domain", "pair"]).value.mean()[clean.index], clean)
+    assert len(list(run.glob(f"fields/*/{DOMAIN}/disp_*.nii.gz"))) == 6
+    assert nibabel.load(next(run.glob("fields/sam+io/heart-mr/disp_*.nii.gz"))).shape == (*SHAPE, 2)
+    assert json.loads((run / "problems.json").read_text()) == []
+    assert pictures(nbformat.read(run / "20_evaluate.ipynb", 4)) == 3  # robustness, a pair of each domain
+    assert pictures(nbformat.read(trained / "none" / "20_evaluate.ipynb", 4)) == 2
+
+
+def test_20_measures_real_images(tmp_path, real_data):
+    real = {"test_domains": ["HippocampusMR"], "shape": [24, 32, 24], "data": str(real_data), "pairs": 2}
+    notebook = execute("20_evaluate", tmp_path, run="", out=str(tmp_path), methods=["none"], corruptions=[], **real)
+    results = pd.read_csv(tmp_path / "results.csv")
+    dice = results[results.metric == "dice"]
+    assert sorted(dice.label) == ["anterior", "anterior", "posterior", "posterior"]
+    assert dice.value.between(0.2, 0.9).all()
+    assert (results[results.metric == "hd95"].unit == "mm").all()
+    assert "every pair could be read" in printed(notebook)
 
 
 def test_30_measures_the_same_directions_for_both(trained):
     tables = [pd.read_csv(trained / DOMAIN / o / "seed0" / "landscape.csv") for o in ("adam", "sam")]
     for table in tables:
-        assert {"line", "plane", "rise", "weight_norm"} == set(table.kind)
+        assert set(table.kind) == {"line", "plane", "cosine", "spectrum"}
         centre = table[(table.kind == "line") & (table.alpha == 0) & (table.term == "total")].value
         ends = table[(table.kind == "line") & (table.alpha.abs() > 0.4) & (table.term == "total")].value
         assert centre.max() < ends.max()
-    assert tables[0].alpha.equals(tables[1].alpha)
+        assert set(table.test_domain) == {"training", DOMAIN, "heart-mr"}
+        middle = table.query("kind == 'plane' and alpha == 0 and beta == 0 and term == 'total'").set_index(
+            "test_domain"
+        )
+        line = table.query("kind == 'line' and alpha == 0 and term == 'total'").set_index("test_domain")
+        assert middle.value.to_dict() == line.value.to_dict()
+        spectrum = table.query("kind == 'spectrum' and term == 'total'")
+        assert spectrum.groupby("direction").value.sum().tolist() == pytest.approx([1, 1])  # of each probe
+    assert tables[0].query("kind != 'spectrum'").alpha.equals(tables[1].query("kind != 'spectrum'").alpha)
+
+
+def test_30_leaves_nothing_of_an_interrupted_run(trained):
+    assert not list(trained.rglob(".plane-*"))
+    assert pd.read_csv(trained / DOMAIN / "sam/seed0/landscape.csv").query("kind == 'plane'").value.max() < 9
+
+
+def test_30_measures_flatness_by_every_measure(trained):
+    for optimizer in ("adam", "sam"):
+        table = pd.read_csv(trained / DOMAIN / optimizer / "seed0" / "flatness.csv")
+        about = ["train_domain", "test_domain", "optimizer", "seed"]
+        assert list(table.columns) == [*about, "measure", "rho", "term", "value", "low", "high", "n"]
+        assert table[about].drop_duplicates().values.tolist() == [[DOMAIN, "training", optimizer, 0]]
+        assert set(table.term.dropna()) >= {"total", "similarity", "regulariser"}
+        total = table[table.term == "total"]
+        values = total.assign(rho=total.rho.fillna(0)).set_index(["measure", "rho"]).value
+        at = {
+            *("sam_rise", "asam_rise", "ascent_rise", "adaptive_ascent_rise"),
+            *("noise_rise", "adaptive_noise_rise", "gradient_curvature"),
+        }
+        assert {name for name, rho in values.index if rho} == at
+        once = {"loss", "gradient_norm", "adaptive_gradient_norm", "eigenvalue_1", "trace"}
+        assert {name for name, rho in values.index if not rho} == once
+        assert "weight_norm" in set(table.measure)
+        assert np.isfinite(values).all()
+        for name in ("sam_rise", "asam_rise", "ascent_rise"):
+            assert (values[name] > 0).all(), name
+            assert values[name, 0.1] > values[name, 0.01], name
+        assert values["sam_rise", 0.01] == pytest.approx(0.01 * values["gradient_norm", 0], rel=0.5)
+        assert (values["ascent_rise"] >= values["sam_rise"]).all()
+        assert values["eigenvalue_1", 0] > 0
+        table = pd.read_csv(trained / DOMAIN / optimizer / "seed0" / "landscape.csv")
+        centre = table.query("kind == 'line' and alpha == 0 and term == 'total' and test_domain == 'training'")
+        assert values["loss", 0] == pytest.approx(centre.value.item(), rel=1e-5)
+
+
+def test_35_begins_and_ends_at_the_networks(trained):
+    table = pd.read_csv(trained / DOMAIN / "between/seed0/between.csv")
+    assert set(table.kind) == {"path", "plane", "trajectory"}
+    assert (set(table.baseline), set(table.treatment)) == ({"adam"}, {"sam"})
+    path = table.query("kind == 'path' and term == 'total' and statistics == 'interpolated'")
+    for alpha, optimizer in ((0, "adam"), (1, "sam")):
+        own = pd.read_csv(trained / DOMAIN / optimizer / "seed0/landscape.csv")
+        own = own.query("kind == 'line' and alpha == 0 and term == 'total'").set_index("test_domain").value
+        end = path[path.alpha == alpha].set_index("test_domain").value
+        assert end.to_dict() == pytest.approx(own.to_dict(), rel=1e-6)
+    assert sorted(path.alpha.unique()) == [-0.25, 0, 0.25, 0.5, 0.75, 1, 1.25]
+    again = table.query("kind == 'path' and term == 'total' and statistics == 're-estimated'")
+    assert len(again) == len(path)
+
+
+def test_35_shows_the_ways_on_the_plane(trained):
+    run = trained / DOMAIN / "between/seed0"
+    table = pd.read_csv(run / "between.csv")
+    ways = table[table.kind == "trajectory"].set_index(["optimizer", "step"])
+    assert ways.index.tolist() == [(o, s) for o in ("adam", "sam") for s in (0, 20, 40)]
+    corners = ways.value[[(o, s) for o in ("adam", "sam") for s in (0, 40)]]
+    assert corners.abs().max() < 1e-6  # start and solutions lie in the plane
+    assert ways.value.between(0, 1).all()
+    assert (ways.loc[("adam", 40)].alpha > 0.1, abs(ways.loc[("adam", 40)].beta) < 1e-6) == (True, True)
+    plane = table.query("kind == 'plane' and term == 'total' and test_domain == 'training'")
+    assert len(plane) == 9
+    for axis in ("alpha", "beta"):
+        assert plane[axis].min() < ways[axis].min() < ways[axis].max() < plane[axis].max()
+    assert pictures(nbformat.read(run / "35_between_minima.ipynb", 4)) == 2
+
+
+def test_35_refuses_runs_that_did_not_begin_alike(trained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained / DOMAIN / "sam" / "seed0", other)
+    record = json.loads((other / "config.json").read_text())
+    record["parameters"]["seed"] = 1
+    (other / "config.json").write_text(json.dumps(record))
+    both = {"baseline": str(trained / DOMAIN / "adam/seed0"), "treatment": str(other)}
+    with pytest.raises(papermill.PapermillExecutionError, match=r"two runs from one start.*\n- seed: 0 and 1"):
+        execute("35_between_minima", tmp_path, out=str(tmp_path), test_domains=[DOMAIN], **both)
+    assert not (tmp_path / "between.csv").exists()
 
 
 STUDY = f"""
 description: tiny
 train_domains: [{DOMAIN}]
 test_domains: [{DOMAIN}, heart-mr]
-optimizers: [adam, sam]
+optimizers: [adam, adam-2x, sam]
 seeds: [0, 1]
 shape: {SHAPE}
 train: {{}}
@@ -138,31 +279,71 @@ landscape: {{}}
 """
 
 
-def test_40_compares_and_names_what_is_missing(trained):
+@pytest.fixture(scope="module")
+def compared(trained):
     (trained / "tiny.yaml").write_text(STUDY)
-    notebook = execute("40_compare", trained, study=str(trained / "tiny.yaml"), folder=str(trained))
+    return execute("40_compare", trained, study=str(trained / "tiny.yaml"), folder=str(trained))
+
+
+def marked(notebook):
+    """Everything that the notebook shows as Markdown."""
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", []) if "data" in o]
+    return "\n".join(o.data.get("text/markdown", "") for o in outputs)
+
+
+def test_40_compares_and_names_what_is_missing(trained, compared):
     results = pd.read_csv(trained / "results.csv")
-    assert set(results.optimizer) == {"none", "adam", "sam"}
+    assert set(results.optimizer) == {"none", "adam", "adam-2x", "sam", "sam+io"}
     summary = pd.read_csv(trained / "summary.csv")
     assert len(summary) == 2
     assert {"before", "adam", "sam", "sam - adam", "sam - adam low"} <= set(summary.columns)
     problems = json.loads((trained / "problems.json").read_text())
-    assert [p for p in problems if "adam/seed1: this run was not trained" in p]  # seed 1 was never run
-    shown = "".join(
-        o.data.get("text/markdown", "") for c in notebook.cells for o in c.get("outputs", []) if "data" in o
-    )
-    assert "seed1" in shown
-    for name in (
-        "matrix",
-        "paired_difference",
-        "training",
-        "loss_lines",
-        "loss_planes",
-        "flatness",
-        "example_brain-mr",
-    ):
+    assert [p for p in problems if "seed1: this run was not trained" in p] == [  # seed 1 was never run
+        f"{DOMAIN}/{o}/seed1: this run was not trained to its end" for o in OPTIMIZERS
+    ]
+    assert f"{DOMAIN}/adam-2x/seed0/landscape.csv: this was not computed" in problems
+    shown = marked(compared)
+    assert all(f"**Missing:** {problem}" in shown for problem in problems)
+    assert "- one seed only: intervals are over test pairs" in shown
+
+
+def test_40_compares_at_equal_steps_and_at_equal_compute(trained, compared):
+    results = pd.read_csv(trained / "results.csv").query("metric == 'dice'")
+    comparison = pd.read_csv(trained / "comparison.csv").set_index(["equal", "test_domain"])
+    assert comparison.baseline.to_dict() == {
+        (equal, domain): of
+        for equal, of in (("steps", "adam"), ("compute", "adam-2x"))
+        for domain in (DOMAIN, "heart-mr")
+    }
+    mean = results.groupby(["test_domain", "pair", "optimizer"]).value.mean().unstack()
+    for (_, domain), line in comparison.iterrows():
+        gain = mean.loc[domain, "sam"] - mean.loc[domain, line.baseline]
+        assert (line["mean"], line.pairs, line.seeds) == (pytest.approx(gain.mean()), 3, 1)
+        assert line.low <= line["mean"] <= line.high
+    methods = pd.read_csv(trained / "methods.csv")
+    assert set(methods.optimizer) == {"none", "adam", "adam-2x", "sam", "sam+io"}
+    assert (methods[methods.optimizer != "none"].seconds > 0).all()
+
+
+def test_40_keeps_every_figure_with_its_caption(trained, compared):
+    captioned = {
+        *("matrix", "paired_difference", "robustness", "training", "loss_lines", "loss_planes", "surfaces"),
+        *("sharpness", "spectrum", "paths", "solutions_plane", "correlation", "flatness_against_dice"),
+    }
+    assert "No figure" not in marked(compared)
+    assert {p.stem for p in (trained / "figures").glob("*.txt")} == captioned
+    for name in (*captioned, f"example_{DOMAIN}", "example_heart-mr"):
         assert (trained / "figures" / f"{name}.png").stat().st_size > 5000
         assert (trained / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert pictures(compared) == len(captioned) + 2
+    for name in captioned:
+        caption = (trained / "figures" / f"{name}.txt").read_text().strip()
+        assert f"*{caption}*" in marked(compared)
+        assert f"Trained on {DOMAIN}; grid of 32 x 32 samples" in caption
+    assert "test pairs: brain-mr 3, heart-mr 3; 1 seed (0)" in (trained / "figures/matrix.txt").read_text()
+    table = pd.read_csv(trained / "correlation.csv")
+    assert set(table.performance) == {"seen", "unseen"}
+    assert set(table.n) == {2}  # adam and sam alone were measured
 
 
 def test_50_makes_and_registers_a_pair_without_files(tmp_path):
@@ -193,10 +374,10 @@ def test_50_registers_files_with_weights(tmp_path):
         execute("50_register_your_own", tmp_path, fixed=files["fixed"])
 
 
-WITH_PARAMETERS = "00_start_here 01_look_at_the_data 04_sam_explained 10_train 20_evaluate 30_loss_landscape 40_compare"
+WITH_PARAMETERS = "00_start_here 01_look_at_the_data 04_sam_explained 10_train 20_evaluate 30_loss_landscape"
 
 
-@pytest.mark.parametrize("name", [*WITH_PARAMETERS.split(), "50_register_your_own"])
+@pytest.mark.parametrize("name", [*WITH_PARAMETERS.split(), "35_between_minima", "40_compare", "50_register_your_own"])
 def test_an_unknown_parameter_stops_the_second_cell_and_lists_the_right_ones(tmp_path, name):
     with pytest.raises(papermill.PapermillExecutionError, match=r"stepz: unknown; known are \w+, \w+"):
         execute(name, tmp_path, stepz=3)

@@ -11,8 +11,9 @@ from matplotlib import pyplot
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
-from fmsam_lib import plots, slices
-from fmsam_lib.evaluate import per_pair, table
+from fmsam_lib import looks, plots, slices
+from fmsam_lib.compare import difference, mean_interval, per_pair
+from fmsam_lib.corrupt import CORRUPTIONS
 from fmsam_lib.spatial import identity_map, jacobian_determinant
 from fmsam_lib.synthetic import Pair
 
@@ -42,23 +43,6 @@ def toy_results(trains=("brain-mr", BOTH), tests=("brain-mr", "heart-mr"), seeds
         rows += [(train, test, optimizer, seed, f"p{p}", label, "dice", rng.random(), "1") for label in "ab"]
         rows.append((train, test, optimizer, seed, f"p{p}", "", "tre", rng.random(), "mm"))
     return pd.DataFrame(rows, columns=plots.RESULTS.split())
-
-
-def toy_landscape(tests=("brain-mr", "heart-mr"), optimizers=("adam", "sam"), scale=1.0):
-    rows = []
-    ends = np.linspace(-1, 1, 5)
-    for test, optimizer in itertools.product(tests, optimizers):
-        k = scale * (2 if optimizer == "adam" else 1)
-        who = {"train_domain": "brain-mr", "test_domain": test, "optimizer": optimizer, "seed": 0, "term": "total"}
-        for direction, alpha in itertools.product((1, 2, 3), ends):
-            rows.append(
-                who | {"kind": "line", "direction": direction, "alpha": alpha, "value": 1 + k * direction * alpha**2}
-            )
-        for alpha, beta in itertools.product(ends, ends):
-            rows.append(who | {"kind": "plane", "alpha": alpha, "beta": beta, "value": 1 + k * (alpha**2 + beta**2)})
-        rows += [who | {"kind": "rise", "rho": rho, "value": k * rho} for rho in (0.01, 0.1, 1.0)]
-    rows += [row | {"term": "similarity", "value": -99.0} for row in rows]
-    return pd.DataFrame(rows)
 
 
 def toy_history(optimizers=("adam", "sam")):
@@ -182,18 +166,89 @@ def test_wrong_maps_and_planes_are_explained(phi_map, where, message):
 # --- tables
 
 
-def test_cells_are_the_means_of_the_results():
+def toy_robustness(trains=("brain-mr", BOTH), tests=("brain-mr", "heart-mr"), kinds=("noise", "blur"), seeds=(0, 1)):
+    rows = []
+    for test, kind, pair in itertools.product(tests, kinds, "pq"):
+        for i, severity in enumerate((0.0, *CORRUPTIONS[kind].severities)):
+            about = (test, pair, kind, severity, "dice", "1")
+            easy = 0.5 + 0.1 * (pair == "q") + 0.2 * (test == "brain-mr")
+            rows.append(("", "none", None, easy, *about))
+            rows += [
+                (train, optimizer, seed, easy + 0.1 * seed - i * (0.02 if optimizer == "sam" else 0.04), *about)
+                for train, optimizer, seed in itertools.product(trains, ("adam", "sam"), seeds)
+            ]
+    names = "train_domain optimizer seed value test_domain pair corruption severity metric unit"
+    return pd.DataFrame(rows, columns=names.split())
+
+
+def toy_correlation():
+    rows = [
+        ("sam_rise", 0.01, "total", "training", "seen", -0.5, -0.8, -0.2, 0.01, 12),
+        ("sam_rise", 0.01, "total", "training", "unseen", 0.1, -0.3, 0.5, 0.6, 10),
+        ("weight_norm", None, "", "training", "seen", 0.4, 0.1, 0.7, 0.02, 12),
+        ("weight_norm", None, "", "training", "unseen", np.nan, np.nan, np.nan, np.nan, 12),
+        ("sam_rise", 0.01, "similarity", "training", "seen", 0.9, 0.8, 1.0, 0.01, 12),
+        ("sam_rise", 0.01, "total", "heart-mr", "seen", 0.9, 0.8, 1.0, 0.01, 12),
+    ]
+    return pd.DataFrame(rows, columns=plots.CORRELATION.split())
+
+
+def toy_runs():
+    rows = [
+        {"train_domain": train, "optimizer": optimizer, "seed": seed, "seen": 0.7 + 0.01 * seed, "unseen": 0.5}
+        | {"sam_rise 0.01": 10.0**-seed, "trace": -1.0 - seed}
+        for train, optimizer, seed in itertools.product(("brain-mr", BOTH), ("adam", "sam"), (0, 1))
+    ]
+    return pd.DataFrame(rows)
+
+
+def interval(results, optimizer, train, test, metric="dice"):
+    values = per_pair(results, metric)
+    mine = (values.optimizer == optimizer) & (values.train_domain == train) & (values.test_domain == test)
+    return mean_interval(values[mine])
+
+
+def marked(axes, marker):
+    return [line for line in axes.lines if line.get_marker() == marker]
+
+
+def test_cells_are_the_means_of_the_results_with_their_intervals():
     results = toy_results()
     figure = plots.matrix(results)
-    trained = per_pair(results, "dice").groupby(["optimizer", "train_domain", "test_domain"]).value.mean()
-    by_seed = per_pair(results, "dice").groupby(["train_domain", "test_domain", "optimizer", "seed"]).value.mean()
+    tests = ("brain-mr", "heart-mr")
     for optimizer, name in (("adam", "Adam"), ("sam", "SAM")):
-        said = texts(panel(figure, name))
-        expected = [f"{trained['none', '', test]:.3f}" for test in ("brain-mr", "heart-mr")]
-        for train, test in itertools.product(("brain-mr", BOTH), ("brain-mr", "heart-mr")):
-            spread = by_seed[train, test, optimizer].std()
-            expected.append(f"{trained[optimizer, train, test]:.3f}\n±{spread:.3f}")
-        assert said == expected
+        rows = [("none", ""), (optimizer, "brain-mr"), (optimizer, BOTH)]
+        found = [interval(results, *row, test) for row, test in itertools.product(rows, tests)]
+        expected = [f"{cell.mean:.3f}\n[{cell.low:.3f}, {cell.high:.3f}]" for cell in found]
+        assert texts(panel(figure, name)) == expected
+
+
+def test_the_legend_says_what_the_intervals_are_over():
+    said = [plots.matrix(toy_results(seeds=seeds)).legends[0].get_texts()[0].get_text() for seeds in ((0, 1), (0,))]
+    assert said[0].startswith("mean, 95 % interval over 2 seeds and test pairs")
+    assert said[1].startswith("mean, 95 % interval over test pairs only (one seed)")
+    fewer = toy_results()
+    fewer = fewer[(fewer.optimizer != "sam") | (fewer.seed == 0)]
+    assert "over 1 to 2 seeds" in plots.matrix(fewer).legends[0].get_texts()[0].get_text()
+
+
+def test_values_that_are_nan_are_counted_below_the_matrix():
+    results = toy_results()
+    results.loc[results.index[results.optimizer == "sam"][:2], "value"] = np.nan  # both labels of one pair
+    assert plots.matrix(results).legends[0].get_texts()[0].get_text().endswith("left out for NaN: 1")
+
+
+def test_methods_without_a_network_stand_above_the_line_in_every_panel():
+    results = toy_results()
+    alone = results[results.optimizer == "none"]
+    others = [alone.assign(optimizer=name, value=alone.value + 0.1) for name in ("io", "ants-syn")]
+    figure = plots.matrix(pd.concat([results, *others]))
+    adam = panel(figure, "Adam")
+    labels = [label.get_text().replace("\n", " ") for label in adam.get_yticklabels()]
+    assert labels[:3] == ["before registration", "instance optimisation alone", "ANTs SyN"]
+    cells = [text.partition("\n")[0] for text in texts(adam)]
+    assert cells[:2] != cells[2:4] == cells[4:6]
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["Adam", "SAM"]
 
 
 def test_panels_of_the_matrix_share_their_colours():
@@ -223,93 +278,247 @@ def test_a_metric_without_a_before_has_holes_there():
 
 def test_one_seed_one_domain_and_a_lone_none_are_enough():
     one = toy_results(("brain-mr",), ("brain-mr",), (0,))
-    assert "±" not in "".join(texts(panel(plots.matrix(one), "Adam")))
+    lone = one[one.pair == "p0"]
+    assert "[" not in "".join(texts(panel(plots.matrix(lone), "Adam")))  # one pair has no interval
     assert plots.paired_difference(one).axes
+    assert len(marked(plots.paired_difference(lone).axes[0], "D")) == 1
     assert len(panel(plots.matrix(one[one.optimizer == "none"]), "before").texts) == 1
 
 
-def test_the_difference_is_the_tables():
+def test_the_difference_and_its_interval_are_the_tables():
     results = toy_results()
     axes = panel(plots.paired_difference(results), "trained on brain-mr +")
-    means = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "D"]
-    expected = table(results).query("train_domain == @BOTH").set_index("test_domain")["sam - adam"]
-    assert np.allclose(means, expected[["brain-mr", "heart-mr"]])
+    means = [line.get_xdata()[0] for line in marked(axes, "D") if line.get_markerfacecolor() != "white"]
+    dice = per_pair(results, "dice").query("train_domain == @BOTH")
+    found = [difference(dice[dice.test_domain == test], "adam", "sam") for test in ("brain-mr", "heart-mr")]
+    assert np.allclose(means, [difference.mean for difference in found])
+    bars = [c.get_segments()[0][:, 0] for c in axes.collections if hasattr(c, "get_segments")]
+    assert np.allclose(bars, [(difference.low, difference.high) for difference in found])
     assert texts(axes) == ["n = 6", "n = 6"]
 
 
+def test_every_pair_and_each_seeds_mean_are_drawn():
+    results = toy_results(("brain-mr",), ("brain-mr",))
+    axes = plots.paired_difference(results).axes[0]
+    wide = per_pair(results, "dice").pivot(index=["seed", "pair"], columns="optimizer", values="value").dropna(
+        subset=["adam", "sam"]
+    )  # fmt: skip
+    points = wide.sam - wide.adam
+    assert np.allclose(axes.collections[0].get_offsets()[:, 0], points)
+    (seeds,) = [line for line in marked(axes, "D") if line.get_markerfacecolor() == "white"]
+    assert np.allclose(seeds.get_xdata(), points.groupby("seed").mean())
+    only = plots.paired_difference(results[results.seed != 1]).axes[0]
+    assert all(line.get_markerfacecolor() != "white" for line in marked(only, "D"))
+
+
+def test_each_baseline_has_its_interval_in_its_own_look():
+    results = toy_results()
+    twice = results[results.optimizer == "adam"].assign(optimizer="adam-2x")
+    twice = twice.assign(value=twice.value + 0.05)
+    results = pd.concat([results, twice[twice.test_domain == "brain-mr"]])
+    figure = plots.paired_difference(results, baseline=["adam", "adam-2x"])
+    axes = panel(figure, "trained on brain-mr +")
+    dice = per_pair(results, "dice")
+    mine = dice[(dice.train_domain == BOTH) & (dice.test_domain == "brain-mr")]
+    for name in ("adam", "adam-2x"):
+        look = looks.LOOKS[name]
+        bold = [line for line in marked(axes, look["marker"]) if line.get_markerfacecolor() == look["color"]]
+        found = difference(mine, name, "sam")
+        assert bold[0].get_xdata()[0] == pytest.approx(found.mean)
+        bars = [c.get_segments()[0][:, 0] for c in axes.collections if hasattr(c, "get_segments")]
+        assert any(np.allclose(bar, (found.low, found.high)) for bar in bars)
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert f"minus {looks.name_of(name)}: mean, 95 % interval" in labels
+    assert texts(axes) == ["n = 6", "n = 6", "n = 6", "–"]
+    assert not hatched(axes)
+    assert len([c for c in axes.collections if len(c.get_offsets()) == 6]) == 2  # faint points of the first alone
+
+
 def test_values_without_a_partner_are_counted():
-    results = toy_results().drop(
-        index=toy_results().query("optimizer == 'adam' and test_domain == 'heart-mr'").index[0]
-    )
-    assert "n = 6\n1 unpaired" in texts(panel(plots.paired_difference(results, metric="dice"), "trained on brain-mr"))
+    results = toy_results()
+    gone = results.query("optimizer == 'adam' and test_domain == 'heart-mr' and train_domain == 'brain-mr'")
+    results = results.drop(index=gone.index[(gone.pair == "p0") & (gone.seed == 0)])
+    axes = panel(plots.paired_difference(results), "trained on brain-mr")
+    assert texts(axes) == ["n = 6", "n = 5\n1 unpaired"]
+
+
+def test_nothing_in_common_is_an_error():
+    results = toy_results()
+    results = results[(results.optimizer != "sam") | (results.seed == 1)]
+    results = results[(results.optimizer != "adam") | (results.seed == 0)]
+    with pytest.raises(ValueError, match="expected 'sam' and 'adam' on the same pairs and seeds, got none in common"):
+        plots.paired_difference(results)
 
 
 def test_an_optimizer_looks_the_same_everywhere():
-    landscape, history = toy_landscape(), toy_history()
-    figures = [plots.training_curves(history), plots.loss_lines(landscape), plots.flatness(landscape)]
+    figures = [plots.training_curves(toy_history()), plots.robustness(toy_robustness())]
+    figures.append(plots.flatness_against_dice(toy_runs(), ["sam_rise 0.01"]))
     for figure, (optimizer, name) in itertools.product(figures, (("adam", "Adam"), ("sam", "SAM"))):
-        look = plots.LOOKS[optimizer]
+        look = looks.LOOKS[optimizer]
         handle = next(h for h in figure.legends[0].legend_handles if h.get_label() == name)
-        marked = [line for ax in figure.axes for line in ax.lines if line.get_marker() == look["marker"]]
-        assert marked
-        for line in (handle, *marked):
-            assert (to_hex(line.get_color()).upper(), line.get_linestyle()) == (look["color"], look["linestyle"])
+        lines = [line for ax in figure.axes for line in ax.lines if line.get_marker() == look["marker"]]
+        assert lines
+        assert (to_hex(handle.get_color()).upper(), handle.get_linestyle()) == (look["color"], look["linestyle"])
+        assert {to_hex(line.get_color()).upper() for line in lines} == {look["color"]}
 
 
 def test_unknown_optimizers_get_looks_of_their_own():
-    names = ["adam", "sam", "zoo", "bar"]
-    assert len({plots._look(name, names)["color"] for name in names}) == 4
+    names = ["adam", "sam", "zoo", "bar", "zoo+io"]
+    assert len({looks.look(name, names)["color"] for name in names[:4]}) == 4
+    assert looks.look("zoo+io", names)["color"] == looks.look("zoo", names)["color"]
 
 
-def test_lines_are_means_and_bands_the_range_over_directions():
-    axes = plots.loss_lines(toy_landscape(("brain-mr",))).axes[0]
-    adam = next(line for line in axes.lines if line.get_marker() == "o")
-    assert np.allclose(adam.get_ydata(), 1 + 2 * 2 * np.linspace(-1, 1, 5) ** 2)
-    band = axes.collections[0].get_paths()[0].vertices
-    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((1, 7))
+def test_every_known_look_and_name_is_its_own():
+    combined = [{key: str(value) for key, value in look.items()} for look in looks.LOOKS.values()]
+    for key in ("color", "marker", "linestyle"):
+        assert len({look[key] for look in combined}) == len(looks.LOOKS)
+    assert len({looks.name_of(name) for name in looks.LOOKS}) == len(looks.LOOKS)
 
 
-@pytest.mark.parametrize(("scale", "expected"), [(1.0, "linear"), (100.0, "log")])
-def test_a_wide_range_of_losses_is_logarithmic(scale, expected):
-    figure = plots.loss_lines(toy_landscape(scale=scale))
-    assert {ax.get_yscale() for ax in figure.axes} == {expected}
+def test_instance_optimisation_after_a_network_keeps_the_networks_colour():
+    plain, refined = looks.look("sam", ["sam"]), looks.look("sam+io", ["sam", "sam+io"])
+    assert plain["color"] == refined["color"]
+    assert plain["linestyle"] != refined["linestyle"]
+    assert refined["markerfacecolor"] == "white"
+    assert [looks.name_of(name) for name in ("sam+io", "io", "ants-syn")] == [
+        "SAM + IO", "instance optimisation alone", "ANTs SyN",
+    ]  # fmt: skip
+    rows = pd.DataFrame({"optimizer": ["zoo", "sam+io", "adam+io", "sam", "io", "adam"]})
+    assert looks.optimizers_of(rows) == ["io", "adam", "adam+io", "sam", "sam+io", "zoo"]
+
+
+def test_losses_that_are_not_finite_are_counted_beside_the_curves():
+    history = toy_history()
+    history.loc[3, "total"] = np.nan
+    figure = plots.training_curves(history)
+    assert [texts(ax) for ax in figure.axes] == [["1 not finite"], [], []]
+
+
+def test_robustness_is_the_mean_over_pairs_domains_and_seeds_of_either_group():
+    figure = plots.robustness(toy_robustness())
+    axes = np.array(figure.axes).reshape(4, 2)  # two trainings, seen and unseen; two corruptions
+    assert [ax.get_ylabel().rpartition("\n")[2] for ax in axes[:, 0]] == ["seen domains", "unseen domains"] * 2
     assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    for (seen, unseen), kind in itertools.product((axes[:2], axes[2:]), (0, 1)):
+        for ax, easy in ((seen[kind], 0.75), (unseen[kind], 0.55)):
+            (adam,), (sam,), (none,) = (marked(ax, marker) for marker in "osx")
+            assert np.allclose(adam.get_ydata(), easy + 0.05 - 0.04 * np.arange(5))
+            assert np.allclose(sam.get_ydata(), easy + 0.05 - 0.02 * np.arange(5))
+            assert np.allclose(none.get_ydata(), easy)
+            assert np.allclose(sam.get_xdata(), (0, *CORRUPTIONS[("noise", "blur")[kind]].severities))
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_planes_share_levels_and_mark_the_trained_weights(scale):
-    figure = plots.loss_planes(toy_landscape(("brain-mr",), scale=scale))
-    adam, sam = panel(figure, "Adam"), panel(figure, "SAM")
-    assert np.array_equal(adam.collections[0].levels, sam.collections[0].levels)
-    for ax in (adam, sam):
-        assert [(*line.get_xdata(), *line.get_ydata()) for line in ax.lines] == [(0, 0)]
+def test_bands_of_robustness_are_the_range_of_seeds():
+    axes = plots.robustness(toy_robustness(("brain-mr",), ("brain-mr",), ("noise",))).axes[0]
+    bands = [c.get_paths()[0].vertices[:, 1] for c in axes.collections]
+    assert [(band.min(), band.max()) for band in bands] == [
+        pytest.approx(ends) for ends in ((0.75, 0.75), (0.75 - 0.16, 0.85), (0.75 - 0.08, 0.85))
+    ]
 
 
-def test_a_missing_plane_or_line_is_named():
-    landscape = toy_landscape()
-    landscape = landscape[(landscape.optimizer != "sam") | (landscape.test_domain != "heart-mr")]
-    assert [bool(hatched(ax)) for ax in plots.loss_planes(landscape).axes[:4]] == [False, False, False, True]
-    assert [ax.get_title().endswith("SAM: –") for ax in plots.loss_lines(landscape).axes] == [False, True]
+def test_corruptions_are_named_in_words_and_go_on_below():
+    table = toy_robustness(("brain-mr",), ("brain-mr",), tuple(CORRUPTIONS), seeds=(0,))
+    figure = plots.robustness(table)
+    assert len(figure.axes) == len(CORRUPTIONS)
+    for ax, corruption in zip(figure.axes, CORRUPTIONS.values(), strict=True):
+        assert ax.get_xlabel().replace("\n", " ") == corruption.what
 
 
-def test_rises_that_a_log_scale_cannot_show_are_counted():
-    landscape = toy_landscape(("brain-mr",))
-    landscape.loc[landscape.rho == 0.01, "value"] = -1e-6
-    axes = plots.flatness(landscape).axes[0]
-    assert "2 not above 0" in texts(axes)
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+def test_values_that_robustness_lacks_are_counted():
+    table = toy_robustness(("brain-mr",), ("brain-mr",), ("noise", "blur"))
+    of = (table.optimizer == "sam") & (table.corruption == "noise")
+    table.loc[table.index[of & (table.severity == 0)][:1], "value"] = np.nan
+    table = table.drop(table.index[of & (table.severity == 0.1)][:1])
+    table = table[(table.optimizer != "adam") | (table.corruption != "blur")]
+    noise, blur = plots.robustness(table).axes
+    assert noise.get_title() == "SAM: 2 of 20 missing"
+    assert blur.get_title() == "Adam: –"
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [plots.matrix, plots.paired_difference, plots.training_curves, plots.loss_lines, plots.loss_planes, plots.flatness],
-)
+def test_robustness_of_no_network_is_an_error():
+    table = toy_robustness()
+    with pytest.raises(ValueError, match="expected rows of trained networks, got none alone"):
+        plots.robustness(table[table.optimizer == "none"])
+
+
+def test_correlations_have_their_interval_and_are_filled_where_it_excludes_0():
+    figure = plots.correlation(toy_correlation())
+    seen, unseen = figure.axes
+    assert [label.get_text() for label in seen.get_yticklabels()] == [
+        "length of the weights", "rise at SAM's step, ρ = 0.01",
+    ]  # fmt: skip
+    (weights, rise), (rise_unseen,) = marked(seen, "o"), marked(unseen, "o")
+    assert (weights.get_xdata()[0], rise.get_xdata()[0], rise_unseen.get_xdata()[0]) == (0.4, -0.5, 0.1)
+    assert [dot.get_markerfacecolor() == "white" for dot in (weights, rise, rise_unseen)] == [False, False, True]
+    bars = [tuple(line.get_xdata()) for line in seen.lines if len(line.get_xdata()) == 2]
+    assert {(0.1, 0.7), (-0.8, -0.2)} <= set(bars)
+    assert len(hatched(unseen)) == 1  # the weights' correlation is not defined there
+    assert seen.get_title().endswith("12 networks")
+    assert unseen.get_title().endswith("10 to 12 networks")
+    assert {ax.get_xlim() for ax in figure.axes} == {(-1, 1)}
+
+
+def test_a_correlation_of_too_few_networks_has_no_interval():
+    table = toy_correlation().query("performance == 'seen'").assign(low=np.nan, high=np.nan, n=3)
+    axes = plots.correlation(table).axes[0]
+    assert {dot.get_markerfacecolor() for dot in marked(axes, "o")} == {"white"}
+    assert not hatched(axes)
+
+
+def test_correlations_of_another_term_or_place_are_shown_when_asked_for():
+    table = toy_correlation()
+    axes = plots.correlation(table, term="similarity").axes[0]
+    assert [dot.get_xdata()[0] for dot in marked(axes, "o")] == [0.4, 0.9]
+    axes = plots.correlation(table, test_domain="heart-mr").axes[0]
+    assert [dot.get_xdata()[0] for dot in marked(axes, "o")] == [0.9]
+    with pytest.raises(ValueError, match="expected rows with term 'nope'"):
+        plots.correlation(table, term="nope")
+
+
+def test_every_network_is_a_point_in_its_optimizers_look():
+    runs = toy_runs()
+    figure = plots.flatness_against_dice(runs, ["sam_rise 0.01", "trace"])
+    assert [ax.get_xscale() for ax in figure.axes] == ["log", "log", "linear", "linear"]
+    assert len({ax.get_ylim() for ax in figure.axes}) == 1
+    for ax, (measure, kind) in zip(
+        figure.axes, itertools.product(["sam_rise 0.01", "trace"], ["seen", "unseen"]), strict=True
+    ):
+        for optimizer in ("adam", "sam"):
+            points = np.array([line.get_xydata()[0] for line in marked(ax, looks.LOOKS[optimizer]["marker"])])
+            assert np.allclose(points, runs[runs.optimizer == optimizer][[measure, kind]])
+    assert figure.axes[0].get_xlabel() == "rise at SAM's step, ρ = 0.01"
+    fills = {line.get_fillstyle() for line in figure.axes[0].lines}
+    assert len(fills) == 2  # two training domains
+
+
+def test_networks_without_a_value_are_counted():
+    runs = toy_runs()
+    runs.loc[0, "sam_rise 0.01"] = np.inf
+    runs.loc[1, "unseen"] = np.nan
+    figure = plots.flatness_against_dice(runs, ["sam_rise 0.01"])
+    assert [texts(ax) for ax in figure.axes] == [[f"{n} of 8 networks without a value"] for n in (1, 2)]
+
+
+DRAWN = {
+    plots.matrix: toy_results,
+    plots.paired_difference: toy_results,
+    plots.training_curves: toy_history,
+    plots.robustness: toy_robustness,
+    plots.correlation: toy_correlation,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN)
 def test_empty_and_foreign_tables_are_explained(draw):
-    good = {plots.matrix: toy_results, plots.paired_difference: toy_results, plots.training_curves: toy_history}
     with pytest.raises(ValueError, match=r"expected .*got"):
-        draw(good.get(draw, toy_landscape)().iloc[:0])
+        draw(DRAWN[draw]().iloc[:0])
     with pytest.raises(ValueError, match=r"expected the columns .*got a, b"):
         draw(pd.DataFrame({"a": [1], "b": [2]}))
+
+
+def test_a_measure_that_the_runs_lack_is_an_error():
+    with pytest.raises(ValueError, match=r"expected the columns .*eigenvalue_9, got train_domain"):
+        plots.flatness_against_dice(toy_runs(), ["eigenvalue_9"])
 
 
 def test_an_unknown_metric_lists_the_known_ones():
@@ -322,7 +531,7 @@ def test_an_unknown_metric_lists_the_known_ones():
 
 def test_files_are_whole_the_same_each_time_and_alone(tmp_path):
     for folder in ("one", "two"):
-        plots.save(plots.flatness(toy_landscape()), tmp_path / folder / "deep" / "v1.2")
+        plots.save(plots.training_curves(toy_history()), tmp_path / folder / "deep" / "v1.2")
     for suffix in ("png", "pdf"):
         one, two = ((tmp_path / folder / "deep" / f"v1.2.{suffix}").read_bytes() for folder in ("one", "two"))
         assert one == two

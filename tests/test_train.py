@@ -32,6 +32,7 @@ from fmsam_lib.train import (
     device_of,
     learning_rate,
     make_batches,
+    snapshot_steps,
     starting,
     train,
     train_step,
@@ -207,8 +208,10 @@ def test_a_folder_of_another_training_is_refused_with_the_difference(tmp_path):
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path):
     (tmp_path / ".checkpoint.pt.12.partial").write_bytes(b"half")
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / ".step000001.pt.12.partial").write_bytes(b"half")
     run(tiny(tmp_path, steps=1))
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
@@ -534,3 +537,99 @@ def test_a_gpu_trains_nearly_the_same_network(tmp_path, precision):
     moved = weights(cpu) - weights(starting(tiny(tmp_path)))
     assert (weights(gpu) - weights(cpu)).norm() < 0.5 * moved.norm()
     assert history[-1]["total"] == pytest.approx(expected[-1]["total"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"snapshots": 0}, []),
+        ({"snapshots": 1}, [20]),
+        ({"snapshots": 3}, [7, 13, 20]),
+        ({"snapshots": 4, "optimizer": "adam-2x"}, [10, 20, 30, 40]),
+        ({"snapshots": 20}, list(range(1, 21))),
+    ],
+    ids=str,
+)
+def test_snapshots_are_evenly_spread_up_to_the_end(tmp_path, changes, expected):
+    assert sorted(snapshot_steps(tiny(tmp_path, **changes))) == expected
+
+
+def test_more_snapshots_than_steps_keep_every_step_once(tmp_path):
+    run(tiny(tmp_path, steps=3, snapshots=50))
+    assert sorted(file.name for file in (tmp_path / "snapshots").iterdir()) == [
+        f"step{step:06d}.pt" for step in (1, 2, 3)
+    ]
+
+
+def snapshots_in(folder):
+    files = sorted((folder / "snapshots").glob("*"))
+    return {file.name: torch.load(file, weights_only=True) for file in files}
+
+
+def test_snapshots_are_the_weights_after_their_step(tmp_path, monkeypatch):
+    after = {}
+
+    def keep(*args):
+        loss = train_step(*args)
+        after[f"step{args[-1].step + 1:06d}.pt"] = torch.nn.utils.parameters_to_vector(args[0].parameters()).detach()
+        return loss
+
+    monkeypatch.setattr("fmsam_lib.train.train_step", keep)
+    net, _ = run(tiny(tmp_path, snapshots=4))
+    found = snapshots_in(tmp_path)
+    assert list(found) == [f"step{step:06d}.pt" for step in (5, 10, 15, 20)]
+    assert all(torch.equal(vector, after[name]) for name, vector in found.items())
+    assert torch.equal(found["step000020.pt"], torch.nn.utils.parameters_to_vector(net.parameters()))
+    assert not any(vector.requires_grad for vector in found.values())
+
+
+def test_without_snapshots_there_is_no_folder_and_the_training_is_the_same(tmp_path):
+    plain, watched = (run(tiny(tmp_path / str(n), snapshots=n))[0] for n in (0, 7))
+    assert not (tmp_path / "0" / "snapshots").exists()
+    assert torch.equal(weights(plain), weights(watched))
+
+
+def test_a_resumed_training_leaves_the_same_snapshots(tmp_path, monkeypatch):
+    """Killed after step 12, whose last checkpoint is of step 10: the snapshot of step 12 is made a second time."""
+    monkeypatch.setattr("fmsam_lib.train.CHECKPOINT_EVERY", 5)
+    settings, done = tiny(tmp_path / "killed", snapshots=5), itertools.count(1)
+
+    def interrupted(*args):
+        if next(done) == 13:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmsam_lib.train.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    before = snapshots_in(tmp_path / "killed")
+    assert list(before) == [f"step{step:06d}.pt" for step in (4, 8, 12)]
+    run(settings)
+    run(dataclasses.replace(settings, out=str(tmp_path / "whole")))
+    resumed, whole = (snapshots_in(tmp_path / name) for name in ("killed", "whole"))
+    assert list(resumed) == list(whole) == [f"step{step:06d}.pt" for step in (4, 8, 12, 16, 20)]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert all(torch.equal(resumed[name], before[name]) for name in before)
+
+
+def test_a_training_may_go_on_with_another_number_of_snapshots(tmp_path, monkeypatch):
+    monkeypatch.setattr("fmsam_lib.train.CHECKPOINT_EVERY", 5)
+    done = itertools.count(1)
+
+    def interrupted(*args):
+        if next(done) == 11:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmsam_lib.train.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(tmp_path / "killed", snapshots=0))
+    resumed, _ = run(tiny(tmp_path / "killed", snapshots=4))
+    whole, _ = run(tiny(tmp_path / "whole", snapshots=0))
+    assert torch.equal(weights(resumed), weights(whole))
+    assert list(snapshots_in(tmp_path / "killed")) == ["step000015.pt", "step000020.pt"]  # those still to come
+    record = json.loads((tmp_path / "killed" / "config.json").read_text())
+    assert record["parameters"]["snapshots"] == 4
+    assert record["resumed"][0]["step"] == 10

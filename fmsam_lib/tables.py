@@ -1,0 +1,168 @@
+"""The tables of a study's report: summary, comparison with every statistic, costs, and what is missing."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from fmsam_lib.compare import CELL, difference, mean_interval, per_pair, seen
+
+KEYS = ["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric"]
+EQUAL_COMPUTE = "adam-2x"  # Adam with twice the steps, which cost what SAM's cost
+
+
+def summary(results: pd.DataFrame, *, baseline: str = "adam", treatment: str = "sam") -> pd.DataFrame:
+    """A line per train x test domain: mean Dice before and after by every method, folding, and the paired difference.
+
+    Dice: mean over labels, then pairs and seeds; NaN where there are no labels. missing: how often a structure was
+    not in the fixed, the moving or the warped label.
+    """
+    dice, folding = (per_pair(results, metric) for metric in ("dice", "folding_percent"))
+    alone = dice[dice.train_domain == ""].groupby(["test_domain", "optimizer"]).value.mean()
+    lines = []
+    for (train_domain, test_domain), rows in results[results.train_domain != ""].groupby(CELL):
+        mine, folds = (v[(v.train_domain == train_domain) & (v.test_domain == test_domain)] for v in (dice, folding))
+        line = {
+            "train_domain": train_domain,
+            "test_domain": test_domain,
+            "seen": "yes" if seen(train_domain, test_domain) else "no",
+            "pairs": rows.pair.nunique(),
+            "seeds": rows.seed.nunique(),
+            "before": alone.get((test_domain, "none"), np.nan),
+        }
+        others = alone[test_domain].drop("none", errors="ignore") if test_domain in alone else {}
+        optimizers = rows.optimizer.unique()
+        line |= dict(others) | {o: mine.value[mine.optimizer == o].mean() for o in optimizers}
+        line |= {f"folding {o} %": folds.value[folds.optimizer == o].mean() for o in (baseline, treatment)}
+        line["missing"] = int(rows.metric.str.startswith("missing_in_").sum())
+        lines.append(line | _named_difference(mine, baseline, treatment))
+    return pd.DataFrame(lines)
+
+
+def _named_difference(rows: pd.DataFrame, baseline: str, treatment: str) -> dict:
+    try:
+        found = difference(rows, baseline, treatment)
+    except ValueError:  # a hole of the grid, which the report names
+        return {}
+    name = f"{treatment} - {baseline}"
+    return {name: found.mean, f"{name} low": found.low, f"{name} high": found.high}
+
+
+def comparison(results: pd.DataFrame, against: list[tuple[str, str]], *, metric: str = "dice") -> pd.DataFrame:
+    """Every statistic of `difference`, a line per (baseline, treatment) of `against`, train and test domain.
+
+    The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several), the
+    lines "each" in place of a training domain means over trainings too, as leave-one-domain-out wants them. p_holm: p
+    corrected (Holm 1979) over the single domains of one baseline and treatment. cost: at equal steps or compute.
+    A cell in which nothing is paired has its line, with NaN.
+    """
+    from statsmodels.stats.multitest import multipletests  # takes a second to import
+
+    values = per_pair(results, metric).assign(metric=metric)
+    trained = values[values.train_domain != ""]
+    lines = []
+    for baseline, treatment in against:
+        rows = trained[trained.optimizer.isin([baseline, treatment])]
+        cost = "compute" if baseline.removesuffix("+io") == EQUAL_COMPUTE else "steps"
+        about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": cost}
+        mine = []
+        for train, test, group in _groups(rows):
+            line = about | {"train_domain": train, "test_domain": test}
+            try:
+                line |= difference(group, baseline, treatment)._asdict()
+            except ValueError:
+                line |= {"mean": np.nan, "units": 0, "pairs": 0, "seeds": 0, "left_out": len(group)}
+            for role, optimizer in (("baseline", baseline), ("treatment", treatment)):
+                line[f"mean_{role}"] = group.value[group.optimizer == optimizer].mean()
+            mine.append(line)
+        single = [line for line in mine if line["test_domain"] not in ("seen", "unseen") and line.get("p", np.nan) >= 0]
+        if single:
+            corrected = multipletests([line["p"] for line in single], method="holm")[1]
+            for line, p in zip(single, corrected, strict=True):
+                line["p_holm"] = p
+        lines += mine
+    columns = [*CELL, "metric", "baseline", "treatment", "equal", "seeds", "pairs", "units", "left_out"]
+    columns += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
+    return pd.DataFrame(lines, columns=[*columns, "worst_baseline", "worst_treatment"])
+
+
+def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(training, test, rows) of every cell, then of the means "seen" and "unseen", by training and over them."""
+    for (train, test), mine in rows.groupby(CELL):
+        yield train, test, mine
+    kinds = {True: "seen", False: "unseen"}
+    kind = pd.Series([kinds[seen(*cell)] for cell in zip(rows.train_domain, rows.test_domain, strict=True)], rows.index)
+    for (train, name), mine in rows.groupby(["train_domain", kind]):
+        if mine.test_domain.nunique() > 1:
+            yield train, name, mine
+    if rows.train_domain.nunique() > 1:
+        for name, mine in rows.groupby(kind):
+            yield "each", name, mine
+
+
+def methods(results: pd.DataFrame, costs: pd.DataFrame, *, metric: str = "dice") -> pd.DataFrame:
+    """A line per test domain and method: the mean with its interval, seeds, pairs, and the median cost of a pair.
+
+    Networks of every training domain have lines of their own; columns train_domain, test_domain, optimizer, mean, low,
+    high, seeds, pairs, seconds, peak_memory (MiB).
+    """
+    values = per_pair(results, metric)
+    lines = []
+    for (train, test, optimizer), rows in values.groupby(["train_domain", "test_domain", "optimizer"], sort=False):
+        mine = costs[(costs.train_domain == train) & (costs.test_domain == test) & (costs.optimizer == optimizer)]
+        cost = {name: mine.value[mine.metric == name].median() for name in ("seconds", "peak_memory")}
+        found = mean_interval(rows)._asdict()
+        del found["units"]
+        line = {"train_domain": train, "test_domain": test, "optimizer": optimizer, "pairs": rows.pair.nunique()}
+        lines.append(line | found | cost)
+    columns = ["train_domain", "test_domain", "optimizer", "seeds", "pairs", "mean", "low", "high"]
+    return pd.DataFrame(lines, columns=[*columns, "seconds", "peak_memory"])
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """A summary as text for people: three decimals, the interval in one column with its mean."""
+    text = table.map(lambda value: f"{value:.3f}" if isinstance(value, float) else str(value)).replace("nan", "-")
+    for name in [column for column in table.columns if f"{column} low" in table.columns]:
+        low, high = text.pop(f"{name} low"), text.pop(f"{name} high")
+        text[name] += " [" + low + ", " + high + "]"
+        text = text.rename(columns={name: f"{name} [95 %]"})
+    return text.rename(columns={"train_domain": "trained on", "test_domain": "tested on"})
+
+
+def gaps(results: pd.DataFrame) -> list[str]:
+    """What a table of results lacks or has too much of, in plain words: nothing should be dropped in silence.
+
+    Values that are there twice (of several studies?), NaN values, holes of train x test x optimizer x seed, single
+    seeds, domains without labels, structures missing from labels.
+    """
+    found = []
+    twice = results.duplicated(KEYS)
+    if twice.any():
+        first = results[twice].iloc[0]
+        found.append(
+            f"{int(twice.sum())} values are there twice, first {first.metric} of {first.optimizer} on {first.pair}: "
+            "are results of several studies mixed?"
+        )
+    for (metric, optimizer), values in results[results.value.isna()].groupby(["metric", "optimizer"]).value:
+        found.append(f"{metric} of {optimizer}: {len(values)} values are NaN; they are left out of means")
+    trained = results[results.train_domain != ""]
+    there = set(trained[["train_domain", "test_domain", "optimizer", "seed"]].itertuples(index=False, name=None))
+    axes = [list(dict.fromkeys(trained[c])) for c in ("train_domain", "test_domain", "optimizer", "seed")]
+    for train, test, optimizer, seed in itertools.product(*axes):
+        if (train, test, optimizer, seed) not in there:
+            found.append(f"no result of {optimizer}, seed {seed:g}, trained on {train}, tested on {test}")
+    if trained.seed.nunique() == 1:
+        found.append("one seed only: intervals are over test pairs and say nothing of another training")
+    labelled = set(results.test_domain[results.metric == "dice"])
+    found += [f"{d} has no labels: no Dice, no distances" for d in results.test_domain.unique() if d not in labelled]
+    missing = results[results.metric.str.startswith("missing_in_")]
+    for (domain, label, metric), rows in missing.groupby(["test_domain", "label", "metric"]):
+        where, pairs = metric.removeprefix("missing_in_"), rows.pair.nunique()
+        if where != "warped":
+            found.append(
+                f"{domain}: {label} is not in the {where} label of {pairs} pairs; it is in none of their means"
+            )
+        else:
+            found.append(f"{domain}: {label} was lost in the warped label of {pairs} pairs: Dice 0, no distance")
+    return found
