@@ -4,9 +4,9 @@
 
 Writes benchmarks/landscape.csv, in 5 minutes on a quiet core, one thread. After every row of a plane as many bare
 evaluations of the same loss take their turn, at weights that stay: the plane's time without them over theirs, setting
-up and keeping the rows included; the median of `REPEATS` planes. loss-landscapes' random plane does the same in one
-run. Memory is the highest number of bytes alive in tensors, by torch's own account (its profiler), less that of one
-bare evaluation.
+up and keeping the rows included; the median of `REPEATS` planes. Times are the processor's, which other processes
+disturb less. loss-landscapes' random plane does the same in one run. Memory is the highest number of bytes alive in
+tensors, by torch's own account (its profiler), less that of one bare evaluation.
 """
 
 import statistics
@@ -56,22 +56,22 @@ def theirs(net: GradICON, loss: LossOf, points: int = POINTS) -> None:
 
 
 def beside_bare_ones(call, net: GradICON, loss: LossOf) -> tuple[float, float]:
-    """Seconds that the call takes, and that its `POINTS`^2 bare evaluations, which take turns with it, do."""
+    """Processor seconds of the call, and of the `POINTS`^2 bare evaluations that take turns with it."""
     bare, seen = [], 0
 
     def in_turns(there):
         nonlocal seen
         value, seen = loss(there), seen + 1
         if seen % POINTS == 0:
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(POINTS):
                 loss(net)
-            bare.append(time.perf_counter() - start)
+            bare.append(time.process_time() - start)
         return value
 
-    start = time.perf_counter()
+    start = time.process_time()
     call(in_turns)
-    whole = time.perf_counter() - start
+    whole = time.process_time() - start
     assert seen == POINTS**2, f"expected {POINTS**2} evaluations, got {seen}"
     return whole - sum(bare), sum(bare)
 

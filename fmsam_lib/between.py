@@ -64,9 +64,8 @@ def mix_buffers(net: nn.Module, corners: list[nn.Module], shares: list[float]) -
     which no mean makes sense of, are those of the corner with the largest share.
     """
     largest = shares.index(max(shares))
-    alone = shares[largest] == 1 and not any(shares[:largest] + shares[largest + 1 :])
     for (name, buffer), *theirs in zip(net.named_buffers(), *(corner.buffers() for corner in corners), strict=True):
-        if alone or not buffer.is_floating_point():
+        if not buffer.is_floating_point():
             buffer.copy_(theirs[largest])
             continue
         mixed = sum(share * b for share, b in zip(shares, theirs, strict=True))

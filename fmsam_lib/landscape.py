@@ -36,7 +36,7 @@ Normalisation = Literal["filter", "layer", "none"]
 LossOf = Callable[[nn.Module], np.ndarray]  # a network's TERMS, (3,)
 
 
-def test_batch(dataset, *, pairs: int) -> Batch:
+def fixed_batch(dataset, *, pairs: int) -> Batch:
     """The first readable test pairs of `dataset` as one batch."""
     return _batch(readable_test_pairs(dataset, pairs))
 
@@ -53,7 +53,7 @@ def training_batch(trained: Train, *, pairs: int, data: str = "") -> Batch:
 def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str = "") -> dict[str, Batch]:
     """The batches that a training's network is measured on: of its training images, and of every test domain."""
     domains = {name: open_domain(name, shape=tuple(trained.shape), data=data or None) for name in test_domains}
-    tests = {name: test_batch(dataset, pairs=pairs) for name, dataset in domains.items()}
+    tests = {name: fixed_batch(dataset, pairs=pairs) for name, dataset in domains.items()}
     return {TRAINING: training_batch(trained, pairs=pairs, data=data)} | tests
 
 

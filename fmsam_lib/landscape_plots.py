@@ -4,6 +4,8 @@ From the tables `landscape.csv`, `flatness.csv` and `between.csv`. Losses that a
 cannot show, are counted in their panel and hatched on planes.
 """
 
+import math
+
 import numpy as np
 import pandas as pd
 from matplotlib import cm, colors, ticker
@@ -282,6 +284,10 @@ def spectrum(landscape: pd.DataFrame, *, test_domain: str = "training") -> Figur
             title += f"\n{looks.name_of(optimizer)}: {ends[0]:.3g} to {ends[1]:.3g}".replace("-", "−")
         ax.set_title(title + looks.missing(mine, optimizers), fontsize=9)
         ax.set_xscale("asinh", linear_width=linear)
+        powers = 10.0 ** np.arange(math.ceil(math.log10(2 * linear)), math.log10(2 * known.alpha.abs().max()))
+        negative = powers[powers < -2 * known.alpha.min()]
+        ax.xaxis.set_major_locator(ticker.FixedLocator([*-negative, 0, *powers]))  # the scale's own crowd round 0
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
         ax.set_yscale("log", nonpositive="mask")
         of_train = rows[rows.train_domain == train]
         looks.note(ax, looks.not_finite(of_train.alpha + of_train.value))
@@ -365,7 +371,8 @@ def solutions_plane(between: pd.DataFrame) -> Figure:
     ways = ways.assign(train_domain=ways.train_domain.fillna(""))
     groups = list(rows.groupby([*CELL, "baseline", "treatment"], sort=False))
     scale = _scale(rows.value)
-    figure, axes = looks.panels(len(groups), 2, 4.4)
+    wide = (rows.alpha.max() - rows.alpha.min()) / (rows.beta.max() - rows.beta.min())
+    figure, axes = looks.panels(len(groups), 2, min(5.5, 1.1 + 3.4 / wide))
     for ax, ((train, test, *ends), mine) in zip(axes, groups, strict=True):
         _contours(ax, mine, scale)
         lines = [f"trained on {looks.wrapped(train, 36)}, {looks.measured_on(test)}"]

@@ -25,6 +25,7 @@ from fmsam_lib.landscape import (
     batches_of,
     cosine,
     digest,
+    fixed_batch,
     landscape,
     line,
     loss_of,
@@ -36,7 +37,6 @@ from fmsam_lib.landscape import (
     vector,
     write_landscape,
 )
-from fmsam_lib.landscape import test_batch as first_test_pairs
 from fmsam_lib.network import GradICON
 from fmsam_lib.train import starting
 
@@ -289,7 +289,7 @@ def own_hash(net):
 def measured(shape=(24, 24), net=None, keep=None, **changes):
     run, dataset = Train(**(RUN | {"shape": list(shape)})), open_domain("heart-mr", shape=shape)
     net = network(shape) if net is None else net
-    batch = first_test_pairs(dataset, pairs=2)
+    batch = fixed_batch(dataset, pairs=2)
     return landscape(net, batch, "heart-mr", run, Landscape(**(SETTINGS | changes)), keep=keep), batch
 
 
@@ -426,10 +426,10 @@ class Damaged:
 
 
 def test_a_pair_that_cannot_be_read_is_passed_over(monkeypatch):
-    assert torch.equal(first_test_pairs(Damaged(), pairs=2).fixed[0], Damaged().test_pair(1).fixed)
+    assert torch.equal(fixed_batch(Damaged(), pairs=2).fixed[0], Damaged().test_pair(1).fixed)
     monkeypatch.setattr(Damaged, "test_count", 1)
     with pytest.raises(DataError, match=r"(?s)no test pair that can be read.*a\.nii\.gz"):
-        first_test_pairs(Damaged(), pairs=2)
+        fixed_batch(Damaged(), pairs=2)
 
 
 # --- planes that were interrupted ---
@@ -521,7 +521,7 @@ def evaluations(monkeypatch, table, *args, **kwargs):
 
 def test_an_interrupted_landscape_goes_on_only_for_the_same_measurement(tmp_path, monkeypatch):
     net, run = network(), Train(**RUN)
-    batch = first_test_pairs(open_domain("heart-mr", shape=(24, 24)), pairs=1)
+    batch = fixed_batch(open_domain("heart-mr", shape=(24, 24)), pairs=1)
     settings = Landscape(**(SETTINGS | {"directions": 1, "line_points": 3}))
 
     def table(net=net, batch=batch, run=run, **changes):
