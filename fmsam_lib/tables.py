@@ -9,6 +9,7 @@ import pandas as pd
 from fmsam_lib.compare import CELL, difference, mean_interval, per_pair, seen
 
 KEYS = ["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric"]
+METRICS = ("dice", "hd95", "surface_distance", "tre", "map_error", "folding_percent", "sdlogj", "inverse_error")
 EQUAL_COMPUTE = "adam-2x"  # Adam with twice the steps, which cost what SAM's cost
 
 
@@ -49,42 +50,61 @@ def _named_difference(rows: pd.DataFrame, baseline: str, treatment: str) -> dict
     return {name: found.mean, f"{name} low": found.low, f"{name} high": found.high}
 
 
-def comparison(results: pd.DataFrame, against: list[tuple[str, str]], *, metric: str = "dice") -> pd.DataFrame:
-    """Every statistic of `difference`, a line per (baseline, treatment) of `against`, train and test domain.
+def comparison(
+    results: pd.DataFrame, against: list[tuple[str, str]], *, metrics: tuple[str, ...] = ("dice",)
+) -> pd.DataFrame:
+    """Every statistic of `difference`, a line per metric, (baseline, treatment) of `against`, train and test domain.
 
-    The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several), the
-    lines "each" in place of a training domain means over trainings too, as leave-one-domain-out wants them. p_holm: p
-    corrected (Holm 1979) over the single domains of one baseline and treatment. cost: at equal steps or compute.
-    A cell in which nothing is paired has its line, with NaN.
+    The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several, and
+    of one unit), the lines "each" in place of a training domain means over trainings too, as leave-one-domain-out wants
+    them. p_holm: p corrected (Holm 1979) over the single domains of one metric, baseline and treatment. equal: steps or
+    compute. A cell in which nothing is paired has its line, with NaN; a metric that is not in the results has none.
     """
+    parts = [
+        _compared(results, metric, baseline, treatment)
+        for metric in metrics
+        if (results.metric == metric).any()
+        for baseline, treatment in against
+    ]
+    columns = [*CELL, "metric", "unit", "baseline", "treatment", "equal", "seeds", "pairs", "units", "left_out"]
+    columns += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
+    lines = [line for part in parts for line in part]
+    return pd.DataFrame(lines, columns=[*columns, "worst_baseline", "worst_treatment"])
+
+
+def _compared(results: pd.DataFrame, metric: str, baseline: str, treatment: str) -> list[dict]:
     from statsmodels.stats.multitest import multipletests  # takes a second to import
 
-    values = per_pair(results, metric).assign(metric=metric)
-    trained = values[values.train_domain != ""]
-    lines = []
-    for baseline, treatment in against:
-        rows = trained[trained.optimizer.isin([baseline, treatment])]
-        cost = "compute" if baseline.removesuffix("+io") == EQUAL_COMPUTE else "steps"
-        about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": cost}
-        mine = []
-        for train, test, group in _groups(rows):
-            line = about | {"train_domain": train, "test_domain": test}
-            try:
-                line |= difference(group, baseline, treatment)._asdict()
-            except ValueError:
-                line |= {"mean": np.nan, "units": 0, "pairs": 0, "seeds": 0, "left_out": len(group)}
-            for role, optimizer in (("baseline", baseline), ("treatment", treatment)):
-                line[f"mean_{role}"] = group.value[group.optimizer == optimizer].mean()
-            mine.append(line)
-        single = [line for line in mine if line["test_domain"] not in ("seen", "unseen") and line.get("p", np.nan) >= 0]
-        if single:
-            corrected = multipletests([line["p"] for line in single], method="holm")[1]
-            for line, p in zip(single, corrected, strict=True):
-                line["p_holm"] = p
-        lines += mine
-    columns = [*CELL, "metric", "baseline", "treatment", "equal", "seeds", "pairs", "units", "left_out"]
-    columns += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
-    return pd.DataFrame(lines, columns=[*columns, "worst_baseline", "worst_treatment"])
+    values = per_pair(results, metric)
+    rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])].assign(metric=metric)
+    units = units_of(results, metric)
+    equal = "compute" if baseline.removesuffix("+io") == EQUAL_COMPUTE else "steps"
+    about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": equal}
+    lines, single = [], []
+    for train, test, group in _groups(rows):
+        unit = set(units[group.test_domain])
+        if len(unit) > 1:
+            continue  # a mean of millimetres and voxels says nothing
+        line = about | {"train_domain": train, "test_domain": test, "unit": unit.pop()}
+        try:
+            line |= difference(group, baseline, treatment)._asdict()
+        except ValueError:
+            line |= {"mean": np.nan, "units": 0, "pairs": 0, "seeds": 0, "left_out": len(group)}
+        for role, optimizer in (("baseline", baseline), ("treatment", treatment)):
+            line[f"mean_{role}"] = group.value[group.optimizer == optimizer].mean()
+        lines.append(line)
+        if test not in ("seen", "unseen") and "p" in line:
+            single.append(line)
+    if single:
+        corrected = multipletests([line["p"] for line in single], method="holm")[1]
+        for line, p in zip(single, corrected, strict=True):
+            line["p_holm"] = p
+    return lines
+
+
+def units_of(results: pd.DataFrame, metric: str) -> pd.Series:
+    """The unit that each test domain's values of a metric are in: mm, or voxels where the spacing is not known."""
+    return results[results.metric == metric].groupby("test_domain").unit.first()
 
 
 def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -101,22 +121,22 @@ def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
             yield "each", name, mine
 
 
-def methods(results: pd.DataFrame, costs: pd.DataFrame, *, metric: str = "dice") -> pd.DataFrame:
-    """A line per test domain and method: the mean with its interval, seeds, pairs, and the median cost of a pair.
+def methods(results: pd.DataFrame, costs: pd.DataFrame, *, metrics: tuple[str, ...] = ("dice",)) -> pd.DataFrame:
+    """A line per metric, test domain and method: the mean with its interval, and the median cost of a pair.
 
-    Networks of every training domain have lines of their own; columns train_domain, test_domain, optimizer, mean, low,
-    high, seeds, pairs, seconds, peak_memory (MiB).
+    Networks of every training domain have lines of their own; columns train_domain, test_domain, optimizer, metric,
+    unit, seeds, pairs, mean, low, high, seconds, peak_memory (MiB).
     """
-    values = per_pair(results, metric)
     lines = []
-    for (train, test, optimizer), rows in values.groupby(["train_domain", "test_domain", "optimizer"], sort=False):
-        mine = costs[(costs.train_domain == train) & (costs.test_domain == test) & (costs.optimizer == optimizer)]
-        cost = {name: mine.value[mine.metric == name].median() for name in ("seconds", "peak_memory")}
-        found = mean_interval(rows)._asdict()
-        del found["units"]
-        line = {"train_domain": train, "test_domain": test, "optimizer": optimizer, "pairs": rows.pair.nunique()}
-        lines.append(line | found | cost)
-    columns = ["train_domain", "test_domain", "optimizer", "seeds", "pairs", "mean", "low", "high"]
+    for metric in metrics:
+        values, units = per_pair(results, metric), units_of(results, metric)
+        for key, rows in values.groupby(["train_domain", "test_domain", "optimizer"], sort=False):
+            about = dict(zip(("train_domain", "test_domain", "optimizer"), key, strict=True))
+            mine = costs[(costs[list(about)] == list(about.values())).all(axis=1)]
+            cost = {name: mine.value[mine.metric == name].median() for name in ("seconds", "peak_memory")}
+            about |= {"metric": metric, "unit": units[about["test_domain"]], "pairs": rows.pair.nunique()}
+            lines.append(about | mean_interval(rows)._asdict() | cost)
+    columns = ["train_domain", "test_domain", "optimizer", "metric", "unit", "seeds", "pairs", "mean", "low", "high"]
     return pd.DataFrame(lines, columns=[*columns, "seconds", "peak_memory"])
 
 

@@ -119,6 +119,16 @@ def test_a_comparison_is_differences_of_the_pairs_means():
     )
 
 
+def test_every_metric_has_lines_with_its_unit_and_units_are_not_averaged():
+    rows = made_up(0.02, tests=("T", "U"), spread=0.05)
+    distances = rows.assign(metric="hd95", unit=rows.test_domain.map({"T": "mm", "U": "voxel"}))
+    table = comparison(pd.concat([rows, distances]), [("adam", "sam")], metrics=("dice", "hd95", "tre"))
+    assert table.groupby("metric").test_domain.agg(list).to_dict() == {"dice": ["T", "U", "seen"], "hd95": ["T", "U"]}
+    assert table[table.metric == "hd95"].unit.tolist() == ["mm", "voxel"]
+    lines = methods(pd.concat([rows, distances]), rows.head(0), metrics=("dice", "hd95"))
+    assert set(lines[(lines.metric == "hd95") & (lines.test_domain == "U")].unit) == {"voxel"}
+
+
 def test_methods_have_means_intervals_and_costs():
     rows = made_up()
     costs = rows[(rows.label == "x")].assign(label="", metric="seconds", value=0.25, unit="s")
