@@ -284,7 +284,8 @@ def spectrum(landscape: pd.DataFrame, *, test_domain: str = "training") -> Figur
             title += f"\n{looks.name_of(optimizer)}: {ends[0]:.3g} to {ends[1]:.3g}".replace("-", "−")
         ax.set_title(title + looks.missing(mine, optimizers), fontsize=9)
         ax.set_xscale("asinh", linear_width=linear)
-        powers = 10.0 ** np.arange(math.ceil(math.log10(2 * linear)), math.log10(2 * known.alpha.abs().max()))
+        most = max(known.alpha.abs().max(), linear)
+        powers = 10.0 ** np.arange(math.ceil(math.log10(2 * linear)), math.log10(2 * most))
         negative = powers[powers < -2 * known.alpha.min()]
         ax.xaxis.set_major_locator(ticker.FixedLocator([*-negative, 0, *powers]))  # the scale's own crowd round 0
         ax.xaxis.set_minor_locator(ticker.NullLocator())

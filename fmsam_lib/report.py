@@ -11,7 +11,7 @@ from torch import Tensor
 from fmsam_lib.between import COLUMNS as BETWEEN
 from fmsam_lib.checkpoint import MAY_DIFFER
 from fmsam_lib.compare import per_pair
-from fmsam_lib.config import Compare, write_json, written_whole
+from fmsam_lib.config import ADDED, Compare, write_json, written_whole
 from fmsam_lib.data import DataError
 from fmsam_lib.domains import open_domain, readable_test_pairs
 from fmsam_lib.evaluate import COLUMNS, CURVES, read_results, write_results
@@ -86,6 +86,7 @@ def gather(study: Study, folder: Path | str) -> Found:
     if strange:
         problems.append(f"results of {', '.join(strange)}, which the study does not test on, are left out")
         found = {name: _of(table, study.test_domains) for name, table in found.items()}
+    problems += _unlike(study, configs)
     return Found(**found, configs=configs, problems=list(dict.fromkeys(problems)), notes=gaps(found["results"]))
 
 
@@ -121,6 +122,20 @@ def _differing(study: Study, run: Run, there: dict) -> str:
     wanted = parameters(study, run, Path(), "", Path())[f"{run.folder}/10_train"]
     names = [n for n in wanted if n not in MAY_DIFFER and n in there and there[n] != wanted[n]]
     return ", ".join(f"{n}: {there[n]!r} there, {wanted[n]!r} in the study" for n in names)
+
+
+def _unlike(study: Study, configs: dict[str, dict]) -> list[str]:
+    """Parameters that the study leaves to notebook 10, and in which its runs differ all the same."""
+    meant = {"train_domain", "optimizer", "seed", *MAY_DIFFER, *(name for v in study.variants.values() for name in v)}
+    found = []
+    for name in sorted({name for config in configs.values() for name in config["parameters"]} - meant):
+        runs: dict[str, list[str]] = {}
+        for run, config in configs.items():
+            runs.setdefault(repr(config["parameters"].get(name, ADDED.get(name))), []).append(run)
+        if len(runs) > 1:
+            told = "; ".join(f"{value} in {len(of)}, first {of[0]}" for value, of in runs.items())
+            found.append(f"the runs differ in {name} ({told}): are several studies mixed?")
+    return found
 
 
 def _of(table: pd.DataFrame, test_domains: list[str]) -> pd.DataFrame:

@@ -159,6 +159,18 @@ def test_a_run_with_other_parameters_than_the_studys_is_left_out_and_named(make)
     assert len(found.results.query("optimizer == 'adam'")) == len(rows_of())
 
 
+def test_runs_that_differ_in_what_the_study_leaves_open_are_named(make):
+    study, root = make()
+    path = root / "a/sam/seed1/config.json"
+    config = json.loads(path.read_text())
+    config["parameters"]["lr"] = 0.1
+    path.write_text(json.dumps(config))
+    assert gather(study, root).problems == [
+        "the runs differ in lr (0.001 in 3, first a/adam/seed0; 0.1 in 1, first a/sam/seed1): are several "
+        "studies mixed?"
+    ]
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
 def test_a_run_whose_record_cannot_be_read_is_left_out_and_named(make, content):
     study, root = make()
