@@ -229,6 +229,10 @@ def sharpness(table: pd.DataFrame, *, test_domain: str = "training") -> Figure:
         ax.set_title(looks.measure_name(measure) + looks.missing(mine, optimizers), fontsize=9)
         ax.set_xlabel(RADII[kind] if column == 1 else "", fontsize=9)
         ax.set_xscale("log", nonpositive="mask")
+        radii = np.sort(rows.rho.dropna().unique())
+        ax.xaxis.set_major_locator(ticker.FixedLocator(radii))
+        ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rho, _: f"{rho:g}"))
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
         ax.set_yscale("log", nonpositive="mask")
         if column == 0:
             ax.set_ylabel(

@@ -58,6 +58,7 @@ METRICS = {
 }
 MEASURES = {
     "loss": "loss", "weight_norm": "length of the weights", "trace": "trace of the Hessian",
+    "eigenvalue_1": "largest eigenvalue of the Hessian", "eigenvalue_2": "second largest eigenvalue",
     "gradient_norm": "length of the gradient", "adaptive_gradient_norm": "length of the gradient, adaptive",
     "sam_rise": "rise at SAM's step", "asam_rise": "rise at ASAM's step",
     "ascent_rise": "rise after ascent", "adaptive_ascent_rise": "rise after ascent, adaptive",

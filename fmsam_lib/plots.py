@@ -407,10 +407,12 @@ def flatness_against_dice(runs: pd.DataFrame, measures: list[str]) -> Figure:
         ax.set_ylabel("Dice" if kind == "seen" else "", fontsize=9)
         ax.set_title(f"{kind} domains" if place < 2 else "", fontsize=10)
         looks.open_up(ax)
-    more = [
-        Line2D([], [], linestyle="", marker="o", color="#444444", fillstyle=fill, markerfacecoloralt="white",
-               label=f"trained on {looks.wrapped(train, 30)}")
-        for train, fill in zip(trains, FILLS * len(trains), strict=False)
-    ]  # fmt: skip
-    looks.legend(figure, optimizers, more if len(trains) > 1 else None)
+    looks.legend(figure, optimizers)
+    if len(trains) > 1:
+        handles = [
+            Line2D([], [], linestyle="", marker="o", color="#444444", fillstyle=fill, markerfacecoloralt="white",
+                   label=f"trained on {looks.wrapped(train, 60)}")
+            for train, fill in zip(trains, FILLS * len(trains), strict=False)
+        ]  # fmt: skip
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure

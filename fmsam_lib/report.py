@@ -234,7 +234,7 @@ def keep_caption(folder: Path | str, name: str, says: str, table: pd.DataFrame, 
         counts = table.groupby("test_domain").pair.nunique()
         facts.append("test pairs: " + ", ".join(f"{domain} {n}" for domain, n in counts.items()))
     if "n" in table and "measure" in table and "tau" in table:
-        facts.append(f"runs: {int(table.n.min())} to {int(table.n.max())}")
+        facts.append(" to ".join(map(str, sorted({int(table.n.min()), int(table.n.max())}))) + " runs")
     seeds = sorted(runs.seed.dropna().astype(int).unique()) if "seed" in runs else study.seeds
     facts.append(f"{len(seeds)} seed{'s' if len(seeds) != 1 else ''} ({', '.join(map(str, seeds))})")
     text = f"*{says} {'; '.join(facts)}.*"
