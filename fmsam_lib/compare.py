@@ -15,6 +15,7 @@ from scipy import stats
 from fmsam_lib.data import subject_of
 
 DRAWS = 2000
+DISTANCES = ("hd95", "surface_distance")  # of structures
 LESS_IS_BETTER = ("hd95", "surface_distance", "tre", "map_error", "folding_percent", "sdlogj", "inverse_error")
 CELL = ["train_domain", "test_domain"]
 
@@ -50,12 +51,20 @@ class Difference(NamedTuple):
     units: int
     pairs: int
     left_out: int
+    mean_baseline: float
+    mean_treatment: float
 
 
 def per_pair(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One value a pair: the mean over its labels of `metric`, NaN where one of them is NaN."""
+    """One value a pair: the mean over its labels of `metric`, NaN where one of them is NaN.
+
+    A pair with a structure that registration lost has no distance: NaN, lest who loses the hard ones seems the better.
+    """
     keys = ["train_domain", "test_domain", "optimizer", "seed", "pair"]
     rows = results[results.metric == metric]
+    if metric in DISTANCES:
+        lost = results[results.metric == "missing_in_warped"].assign(metric=metric, value=np.nan)
+        rows = pd.concat([rows, lost]) if len(lost) else rows
     return rows.groupby(keys, dropna=False, as_index=False).value.mean(skipna=False)
 
 
@@ -72,45 +81,51 @@ def mean_interval(rows: pd.DataFrame) -> Interval:
     """The mean of `value` over pair and seed, every test domain with the same weight, and its interval.
 
     rows: columns pair, seed, value and, where there are several, train_domain and test_domain. With one seed the
-    interval is over pairs alone: it says nothing of another training. With two or three it says little.
+    interval is over pairs alone: it says nothing of another training. With two seeds that matter as much as pairs, a
+    nominal 95 % covers the truth in 70 % of cases (simulated), with eight in over 85 %.
     """
     rows = rows.dropna(subset="value")
     if rows.empty:
         return Interval(np.nan, np.nan, np.nan, 0, 0)
     means = _replicates(rows)
     domains = [c for c in CELL if c in rows]
-    mean = rows.groupby(domains).value.mean().mean() if domains else rows.value.mean()
+    mean = _mean(rows)
     units = rows.assign(unit=rows.pair.map(unit_of))[[*domains[-1:], "unit"]].drop_duplicates()
-    low, high = np.nanpercentile(means, [2.5, 97.5]) if len(units) > 1 else (np.nan, np.nan)
+    low, high = np.percentile(means, [2.5, 97.5]) if len(units) > 1 and len(means) else (np.nan, np.nan)
     return Interval(float(mean), float(low), float(high), rows.seed.nunique(dropna=False), len(units))
+
+
+def _mean(rows: pd.DataFrame) -> float:
+    """Every train x test domain with the same weight."""
+    domains = [c for c in CELL if c in rows]
+    values = rows.assign(value=rows.value.astype(float))
+    return float(values.groupby(domains).value.mean().mean() if domains else values.value.mean())
 
 
 def _replicates(rows: pd.DataFrame) -> np.ndarray:
     """Bootstrap means, `(DRAWS,)`: of each train x test domain, then over these.
 
-    Test pairs are drawn once for all networks that were tested on them; seeds anew for every training domain, for
-    trainings on different domains have nothing in common.
+    Seeds are drawn once for all trainings, for one seed means the same first weights and order of batches in each; test
+    pairs once for all networks that were tested on them.
     """
     rng = np.random.default_rng(0)
     rows = rows.assign(unit=rows.pair.map(unit_of), **{c: "" for c in CELL if c not in rows})
     rows = rows.assign(seed=rows.seed.astype(object).where(rows.seed.notna(), -1))
     units = {test: np.sort(mine.unit.unique()) for test, mine in rows.groupby("test_domain")}
     drawn_units = {t: rng.multinomial(len(u), np.full(len(u), 1 / len(u)), DRAWS) for t, u in units.items()}
+    seeds = sorted(rows.seed.unique())
+    drawn_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), DRAWS)
     means = []
-    for _, of_training in rows.groupby("train_domain"):
-        seeds = sorted(of_training.seed.unique())
-        drawn_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), DRAWS)
-        for test, mine in of_training.groupby("test_domain"):
-            cells = mine.groupby(["seed", "unit"]).value.agg(["sum", "count"])
-            grid = pd.MultiIndex.from_product([seeds, units[test]])
-            sums, counts = (
-                cells[column].reindex(grid, fill_value=0).to_numpy().reshape(len(seeds), -1)
-                for column in ("sum", "count")
-            )
-            total, number = (((drawn_seeds @ part) * drawn_units[test]).sum(1) for part in (sums, counts))
-            means.append(np.divide(total, number, out=np.full(DRAWS, np.nan), where=number > 0))
-    means = np.array(means)  # (domains, DRAWS); a draw may fall into holes of the grid alone
-    return np.nanmean(means[:, np.isfinite(means).any(0)], axis=0)
+    for (_, test), mine in rows.groupby(CELL):
+        cells = mine.groupby(["seed", "unit"]).value.agg(["sum", "count"])
+        grid = pd.MultiIndex.from_product([seeds, units[test]])
+        sums, counts = (
+            cells[column].reindex(grid, fill_value=0).to_numpy().reshape(len(seeds), -1) for column in ("sum", "count")
+        )
+        total, number = (((drawn_seeds @ part) * drawn_units[test]).sum(1) for part in (sums, counts))
+        means.append(np.divide(total, number, out=np.full(DRAWS, np.nan), where=number > 0))
+    means = np.array(means)  # (domains, DRAWS)
+    return means[:, np.isfinite(means).all(0)].mean(0)  # without draws that fall into holes of the grid
 
 
 def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
@@ -142,6 +157,7 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
     by = [*keys[:-2][-1:], values.pair.map(unit_of)]
     of_units = values.groupby(by).value.mean().to_numpy()
     metric = rows.metric.iloc[0] if "metric" in rows and len(rows) else ""
+    roles = {"baseline": baseline, "treatment": treatment}
     worst = 95 if metric in LESS_IS_BETTER else 5
     spread = of_units.std(ddof=1) if len(of_units) > 1 else np.nan
     return Difference(
@@ -157,6 +173,7 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
         units=units,
         pairs=len(paired.reset_index()[keys[:-1]].drop_duplicates()),
         left_out=int(len(both) - 2 * len(paired)),
+        **{f"mean_{role}": _mean(paired[name].rename("value").reset_index()) for role, name in roles.items()},
     )
 
 

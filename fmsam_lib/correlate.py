@@ -19,7 +19,10 @@ def performance(results: pd.DataFrame) -> pd.DataFrame:
     kind = [seen(*cell) for cell in zip(dice.train_domain, dice.test_domain, strict=True)]
     dice = dice.assign(kind=pd.Series(kind, dice.index, dtype=object).map({True: "seen", False: "unseen"}))
     domains = dice.groupby([*RUN, "kind", "test_domain"], as_index=False).value.mean()
-    wide = domains.pivot_table(index=RUN, columns="kind", values="value")
+    # a run without one of the domains is not to be ranked beside complete ones: NaN
+    tested = domains.groupby(["train_domain", "kind"]).test_domain.transform("nunique")
+    whole = domains.groupby([*RUN, "kind"]).test_domain.transform("nunique") == tested
+    wide = domains[whole].pivot_table(index=RUN, columns="kind", values="value")
     return wide.reindex(columns=["seen", "unseen"]).rename_axis(columns=None).reset_index()
 
 
@@ -37,7 +40,9 @@ def correlation(flatness: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     flatness: of `flatness.csv`, all runs. Only runs of the same training domain are compared with each other, for tasks
     differ in Dice and in sharpness alike. low, high: 95 % bootstrap interval over runs; p: of 2,000 permutations within
     training domains. Below `FEWEST` runs these are NaN; n tells how many there were with both values. Below 0: the
-    sharper, the worse. Runs of one seed begin alike and are not quite independent, which interval and p leave out.
+    sharper, the worse. Interval and p take runs for independent, and they are not: seeds begin alike, and an optimizer
+    shifts measure and Dice of all its runs at once, so that with few optimizers both are far too sure. It is a
+    description of these runs.
     """
     runs = performance(results)
     lines = []

@@ -144,8 +144,9 @@ def evaluate_all(settings: Evaluate, *, progress: bool = True) -> tuple[dict[str
             found_tables = {"results": results, "costs": costs}
             if settings.corruptions and name in ("none", "network"):
                 how = {"pairs": settings.corrupted_pairs, "progress": progress}
-                curves, _ = robustness(method, dataset, settings.corruptions, **how)  # names the same problems again
+                curves, of_curves = robustness(method, dataset, settings.corruptions, **how)
                 found_tables["robustness"] = curves
+                found = [*found, *of_curves]
             for kind, table in found_tables.items():
                 if len(table):  # an empty one would take the others' types away
                     tables[kind].append(table.assign(**about))

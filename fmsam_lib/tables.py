@@ -56,9 +56,10 @@ def comparison(
     """Every statistic of `difference`, a line per metric, (baseline, treatment) of `against`, train and test domain.
 
     The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several, and
-    of one unit), the lines "each" in place of a training domain means over trainings too, as leave-one-domain-out wants
-    them. p_holm: p corrected (Holm 1979) over the single domains of one metric, baseline and treatment. equal: steps or
-    compute. A cell in which nothing is paired has its line, with NaN; a metric that is not in the results has none.
+    of one unit), the lines "each" in place of a training domain means over trainings too, as leave-one-domain-out
+    wants them. p_holm: p corrected (Holm 1979) over all cells of train and test domain of one metric, baseline and
+    treatment. equal: steps or compute. A cell in which nothing is paired has its line, with NaN; a metric that is not
+    in the results has none.
     """
     parts = [
         _compared(results, metric, baseline, treatment)
@@ -90,16 +91,33 @@ def _compared(results: pd.DataFrame, metric: str, baseline: str, treatment: str)
             line |= difference(group, baseline, treatment)._asdict()
         except ValueError:
             line |= {"mean": np.nan, "units": 0, "pairs": 0, "seeds": 0, "left_out": len(group)}
-        for role, optimizer in (("baseline", baseline), ("treatment", treatment)):
-            line[f"mean_{role}"] = group.value[group.optimizer == optimizer].mean()
         lines.append(line)
-        if test not in ("seen", "unseen") and "p" in line:
+        if test in ("seen", "unseen"):  # there a large domain would outweigh the others, unlike in the mean
+            line |= dict.fromkeys(("p", "d_z", "rank_biserial"), np.nan)
+        elif "p" in line:
             single.append(line)
     if single:
         corrected = multipletests([line["p"] for line in single], method="holm")[1]
         for line, p in zip(single, corrected, strict=True):
             line["p_holm"] = p
     return lines
+
+
+def robust(robustness: pd.DataFrame, against: list[tuple[str, str]], *, metric: str = "dice") -> pd.DataFrame:
+    """Treatment - baseline at every step of every corruption, all train and test domains with the same weight.
+
+    robustness: of `robustness.csv`, all runs. Columns corruption, severity, baseline, treatment, and those of
+    `Difference` but for its test and effect sizes.
+    """
+    rows = robustness[(robustness.metric == metric) & (robustness.train_domain != "")]
+    lines = []
+    for (kind, severity), mine in rows.groupby(["corruption", "severity"], sort=False):
+        for baseline, treatment in against:
+            if {baseline, treatment} <= set(mine.optimizer):
+                found = difference(mine, baseline, treatment)._asdict()
+                about = {"corruption": kind, "severity": severity, "baseline": baseline, "treatment": treatment}
+                lines.append(about | {k: v for k, v in found.items() if k not in ("p", "d_z", "rank_biserial")})
+    return pd.DataFrame(lines)
 
 
 def units_of(results: pd.DataFrame, metric: str) -> pd.Series:

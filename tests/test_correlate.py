@@ -77,6 +77,14 @@ def test_performance_is_a_line_per_run_without_instance_optimisation():
     assert runs.seen.between(0, 1).all()
 
 
+def test_a_run_that_was_not_tested_everywhere_is_not_ranked_with_the_others():
+    _, results = study()
+    runs = performance(results[~((results.seed == 3) & (results.test_domain == "b"))]).set_index("seed")
+    assert np.isnan(runs.seen[3])
+    assert runs.unseen.notna().all()
+    assert runs.seen.drop(3).notna().all()
+
+
 def test_every_measure_meets_every_performance():
     table = correlation(*study())
     assert list(table.columns) == COLUMNS

@@ -291,6 +291,15 @@ def marked(notebook):
     return "\n".join(o.data.get("text/markdown", "") for o in outputs)
 
 
+def test_30_goes_without_the_hessian(trained, tmp_path):
+    run = str(trained / DOMAIN / "sam" / "seed0")
+    off = {"measured_on": ["training"], "draws": 2, "ascent_steps": 0, "eigenvalues": 0, "probes": 0, "rhos": [0.01]}
+    small = {"test_domains": [DOMAIN], "pairs": 1, "line_points": 3, "plane_points": 3, "directions": 1}
+    notebook = execute("30_loss_landscape", tmp_path, run=run, out=str(tmp_path), **off, **small)
+    assert "trace" not in set(pd.read_csv(tmp_path / "flatness.csv").measure)
+    assert pictures(notebook) == 4  # lines, planes, surfaces, rises
+
+
 def test_40_compares_and_names_what_is_missing(trained, compared):
     results = pd.read_csv(trained / "results.csv")
     assert set(results.optimizer) == {"none", "adam", "adam-2x", "sam", "sam+io"}

@@ -5,7 +5,7 @@ from statsmodels.stats.multitest import multipletests
 
 from fmsam_lib.compare import difference
 from fmsam_lib.evaluate import COLUMNS
-from fmsam_lib.tables import comparison, gaps, methods, readable, summary
+from fmsam_lib.tables import comparison, gaps, methods, readable, robust, summary
 
 
 def made_up(gain=0.1, *, tests=("T",), train="T+U", optimizers=("adam", "sam"), seeds=(0, 1), spread=0.0):
@@ -88,7 +88,7 @@ def test_seen_domains_are_averaged_and_a_single_unseen_one_is_its_own_line():
     table = comparison(rows, [("adam", "sam")]).set_index("test_domain")
     assert table.loc["seen", "mean"] == pytest.approx(table.loc[["T", "U"], "mean"].mean())
     assert "unseen" not in table.index  # V alone
-    assert np.isnan(table.loc["seen", "p_holm"])
+    assert table.loc["seen", ["p", "p_holm", "d_z", "rank_biserial"]].isna().all()
 
 
 def test_leave_one_out_is_averaged_over_its_trainings():
@@ -127,6 +127,17 @@ def test_every_metric_has_lines_with_its_unit_and_units_are_not_averaged():
     assert table[table.metric == "hd95"].unit.tolist() == ["mm", "voxel"]
     lines = methods(pd.concat([rows, distances]), rows.head(0), metrics=("dice", "hd95"))
     assert set(lines[(lines.metric == "hd95") & (lines.test_domain == "U")].unit) == {"voxel"}
+
+
+def test_robustness_is_compared_at_every_step():
+    steps = [made_up(gain).assign(corruption="noise", severity=s) for s, gain in ((0.0, 0.0), (0.5, 0.1))]
+    table = robust(pd.concat(steps).query("label == 'x'"), [("adam", "sam"), ("adam-2x", "sam")])
+    assert table[["corruption", "severity", "baseline"]].values.tolist() == [
+        ["noise", 0.0, "adam"],
+        ["noise", 0.5, "adam"],
+    ]
+    assert table["mean"].tolist() == pytest.approx([0.0, 0.1])
+    assert table.seeds.tolist() == [2, 2]
 
 
 def test_methods_have_means_intervals_and_costs():
