@@ -112,7 +112,7 @@ def measure_name(measure: str, rho: float | None = None) -> str:
     """A measure of flatness for people.
 
     >>> measure_name("sam_rise", 0.01), measure_name("eigenvalue_2")
-    ("rise at SAM's step, ρ = 0.01", 'eigenvalue 2')
+    ("rise at SAM's step, ρ = 0.01", 'second largest eigenvalue')
     """
     name = MEASURES.get(measure, measure.replace("_", " "))
     return name if rho is None or math.isnan(rho) else f"{name}, ρ = {rho:g}"

@@ -55,6 +55,15 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.85 <= covered / trials <= 0.99
 
 
+def test_two_seeds_are_too_few_as_the_documentation_says():
+    rng, covered, trials = np.random.default_rng(0), 0, 200
+    for _ in range(trials):
+        values = rng.normal(0, 1, (2, 1)) + rng.normal(0, 1, (1, 20)) + rng.normal(0, 0.5, (2, 20))
+        found = mean_interval(rows(values))
+        covered += found.low <= 0 <= found.high
+    assert 0.6 <= covered / trials <= 0.8
+
+
 def test_a_pair_and_its_mirror_image_are_one_unit():
     values = np.random.default_rng(0).normal(size=(1, 10))
     alone = mean_interval(rows(values, pairs=[f"{i}<-{i + 10}" for i in range(10)]))
