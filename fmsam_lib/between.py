@@ -47,14 +47,17 @@ def path(start: nn.Module, end: nn.Module, loss: LossOf, *, points: int, anew: l
     return pd.DataFrame(rows, columns=["statistics", "alpha", "term", "value"]).assign(kind="path")
 
 
-def barrier(path_rows: pd.DataFrame) -> float:
-    """The most that the loss between the ends exceeds the straight line between the ends' (Frankle et al. 2020).
+def barrier(line: pd.Series) -> tuple[float, float]:
+    """The most that the loss rises above the chord between both ends' (Frankle et al. 2020), and at which alpha.
 
-    path_rows: of one term and kind of statistics. 0: the loss nowhere rises above it.
+    line: losses by alpha, of one term and kind of statistics. 0: the loss nowhere rises above it; NaN with a NaN
+    between.
     """
-    rows = path_rows[path_rows.alpha.between(0, 1)].sort_values("alpha")
-    alpha, value = rows.alpha.to_numpy(), rows.value.to_numpy()
-    return float((value - (value[0] + alpha * (value[-1] - value[0]))).max())
+    line = line[(line.index >= 0) & (line.index <= 1)].sort_index()
+    if line.isna().any() or line.empty:
+        return np.nan, np.nan
+    excess = line - (line.iloc[0] + line.index * (line.iloc[-1] - line.iloc[0]))
+    return max(0.0, float(excess.max())), float(excess.idxmax())
 
 
 def mix_buffers(net: nn.Module, corners: list[nn.Module], shares: list[float]) -> None:

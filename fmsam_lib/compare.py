@@ -16,7 +16,8 @@ from fmsam_lib.data import subject_of
 
 DRAWS = 2000
 DISTANCES = ("hd95", "surface_distance")  # of structures
-LESS_IS_BETTER = ("hd95", "surface_distance", "tre", "map_error", "folding_percent", "sdlogj", "inverse_error")
+LESS_IS_BETTER = ("hd95", "surface_distance", "tre", "map_error", "folding_percent", "sdlogj", "sdlogj_learn2reg")
+LESS_IS_BETTER += ("inverse_error",)
 CELL = ["train_domain", "test_domain"]
 
 

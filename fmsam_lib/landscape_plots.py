@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from fmsam_lib import looks
+from fmsam_lib.between import barrier
 from fmsam_lib.slices import WIDTH, Picture
 
 __all__ = ["loss_lines", "loss_planes", "paths", "sharpness", "solutions_plane", "spectrum", "surfaces"]
@@ -326,11 +327,11 @@ def paths(between: pd.DataFrame) -> Figure:
                 continue
             colour = looks.look(ends[1], ends)["color"] if statistics == "re-estimated" else "#666666"
             looks.curve(ax, values.stack(), {"color": colour, "linestyle": style, "linewidth": 1.8}, marker="")
-            barriers = pd.Series({seed: _barrier(values[seed])[0] for seed in values})
+            barriers = pd.Series({seed: barrier(values[seed])[0] for seed in values})
             spread = f" ({barriers.min():.3g} to {barriers.max():.3g})" if len(barriers) > 1 else ""
             lines.append(f"barrier, {statistics}: {barriers.mean():.3g}{spread}")
             mean = values.mean(axis=1)
-            height, at = _barrier(mean)
+            height, at = barrier(mean)
             chord = np.interp([0, 1], mean.index, mean)
             ax.plot([0, 1], chord, color=colour, linewidth=0.8, linestyle=":")
             if height > 0:
@@ -351,15 +352,6 @@ def paths(between: pd.DataFrame) -> Figure:
     named = looks.optimizers_of(pd.DataFrame({"optimizer": [*rows.baseline, *rows.treatment]}))
     looks.legend(figure, named, more)
     return figure
-
-
-def _barrier(line: pd.Series) -> tuple[float, float]:
-    """The largest excess of a loss over alpha above the chord from 0 to 1, and its alpha; NaN with a NaN between."""
-    excess = line - np.interp(line.index, [0, 1], np.interp([0, 1], line.index, line))
-    inside = excess[(line.index >= 0) & (line.index <= 1)]
-    if inside.isna().any() or inside.empty:
-        return np.nan, np.nan
-    return max(0.0, float(inside.max())), float(inside.idxmax())
 
 
 def solutions_plane(between: pd.DataFrame) -> Figure:

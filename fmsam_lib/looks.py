@@ -43,18 +43,18 @@ NAMES = {
 }  # fmt: skip
 UNTRAINED = ("none", "io", "ants-syn")  # methods without a network: they belong to no training domain
 
-# a metric's name, decimals, and whether more of it is better
+# a metric's name and decimals
 METRICS = {
-    "dice": ("Dice", 3, True),
-    "hd95": ("HD95", 1, False),
-    "surface_distance": ("mean surface distance", 2, False),
-    "tre": ("target registration error", 2, False),
-    "map_error": ("error of the map", 2, False),
-    "inverse_error": ("inverse error", 2, False),
-    "folding_percent": ("folded volume", 2, False),
-    "jacobian_min": ("smallest Jacobian determinant", 2, True),
-    "sdlogj": ("SD of the log-Jacobian", 3, False),
-    "sdlogj_learn2reg": ("SD of the log-Jacobian (Learn2Reg)", 3, False),
+    "dice": ("Dice", 3),
+    "hd95": ("HD95", 1),
+    "surface_distance": ("mean surface distance", 2),
+    "tre": ("target registration error", 2),
+    "map_error": ("error of the map", 2),
+    "inverse_error": ("inverse error", 2),
+    "folding_percent": ("folded volume", 2),
+    "jacobian_min": ("smallest Jacobian determinant", 2),
+    "sdlogj": ("SD of the log-Jacobian", 3),
+    "sdlogj_learn2reg": ("SD of the log-Jacobian (Learn2Reg)", 3),
 }
 MEASURES = {
     "loss": "loss", "weight_norm": "length of the weights", "trace": "trace of the Hessian",

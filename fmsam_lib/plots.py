@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from fmsam_lib import looks
-from fmsam_lib.compare import Interval, difference, mean_interval, per_pair, seen
+from fmsam_lib.compare import LESS_IS_BETTER, Interval, difference, mean_interval, per_pair, seen
 from fmsam_lib.corrupt import CORRUPTIONS
 from fmsam_lib.looks import METRICS, UNTRAINED
 from fmsam_lib.slices import WIDTH, registration, save
@@ -45,7 +45,8 @@ def matrix(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     `compare.mean_interval`, a bootstrap over seeds and pairs. A frame says that the domain was trained on.
     """
     rows = _untrained_once(looks.select(results, RESULTS, metric=metric))
-    _, decimals, more_is_better = METRICS.get(metric, (metric, 3, True))
+    _, decimals = METRICS.get(metric, (metric, 3))
+    more_is_better = metric not in LESS_IS_BETTER
     values = per_pair(rows, metric)
     keys = ["optimizer", "train_domain", "test_domain"]
     cells = {key: mean_interval(mine) for key, mine in values.groupby(keys)}
@@ -153,7 +154,7 @@ def paired_difference(
         ax.grid(visible=False, axis="y")
     better = ""
     if metric in METRICS:
-        better = f"  ({'→' if METRICS[metric][2] else '←'} {looks.name_of(treatment)} better)"
+        better = f"  ({'←' if metric in LESS_IS_BETTER else '→'} {looks.name_of(treatment)} better)"
     names = looks.name_of(baselines[0]) if len(baselines) == 1 else "the baseline"
     figure.supxlabel(
         f"{looks.metric_name(rows, metric)}: {looks.name_of(treatment)} minus {names}{better}", fontsize=10

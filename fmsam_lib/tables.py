@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from fmsam_lib.compare import CELL, difference, mean_interval, per_pair, seen
+from fmsam_lib.study import EQUAL_COMPUTE
 
 KEYS = ["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric"]
 METRICS = ("dice", "hd95", "surface_distance", "tre", "map_error", "folding_percent", "sdlogj", "inverse_error")
-EQUAL_COMPUTE = "adam-2x"  # Adam with twice the steps, which cost what SAM's cost
 
 
 def summary(results: pd.DataFrame, *, baseline: str = "adam", treatment: str = "sam") -> pd.DataFrame:

@@ -134,19 +134,25 @@ def wells(net):
     return np.array([(w**2 - 1) ** 2, (w**2 - 1) ** 2 + 0.2 * w, w**2])
 
 
+def losses(rows):
+    return rows.set_index("alpha").value
+
+
 def test_the_barrier_of_a_double_well_is_its_height():
     table = path(Point(-1.0), Point(1.0), wells, points=41)
-    assert barrier(of(table, "total")) == pytest.approx(1.0, rel=1e-12)
-    assert barrier(of(table, "similarity")) == pytest.approx(1.0, rel=1e-12)  # above the tilted line between the ends
-    assert barrier(of(table, "regulariser")) == 0.0  # below the line everywhere
+    assert barrier(losses(of(table, "total"))) == (pytest.approx(1.0, rel=1e-12), 0.5)
+    tilted = barrier(losses(of(table, "similarity")))  # above the tilted line between the ends
+    assert tilted[0] == pytest.approx(1.0, rel=1e-12)
+    assert barrier(losses(of(table, "regulariser")))[0] == 0.0  # below the line everywhere
     shuffled = of(table).sample(frac=1, random_state=0)
-    assert barrier(shuffled) == barrier(of(table))
+    assert barrier(losses(shuffled)) == barrier(losses(of(table)))
 
 
 def test_a_rise_beyond_the_ends_is_no_barrier():
-    rows = pd.DataFrame({"alpha": [-0.25, 0.0, 0.5, 1.0, 1.25], "value": [9.0, 1.0, 1.5, 3.0, 9.0]})
-    assert barrier(rows) == 0.0
-    assert np.isnan(barrier(rows.assign(value=[9.0, 1.0, np.nan, 3.0, 9.0])))
+    rows = pd.Series([9.0, 1.0, 1.5, 3.0, 9.0], index=[-0.25, 0.0, 0.5, 1.0, 1.25])
+    assert barrier(rows)[0] == 0.0
+    rows[0.5] = np.nan
+    assert np.isnan(barrier(rows)).all()
 
 
 # --- BatchNorm's statistics ---
