@@ -244,12 +244,12 @@ ADDED |= {"first_stage": 0, "accumulate": 1, "augment": False, "validation": 0, 
 ADDED |= {"device": "cpu", "precision": "float32", "processes": 1, "sync_climb": True, "snapshots": 0}
 
 AT_LEAST = {
-    **dict.fromkeys(("accumulate", "batch", "directions", "down", "every", "levels", "pairs"), 1),
+    **dict.fromkeys(("accumulate", "batch", "corrupted_pairs", "directions", "down", "every", "levels", "pairs"), 1),
     **dict.fromkeys(("processes", "steps", "threads"), 1),
     **dict.fromkeys(("alpha", "alone_io", "clip", "direction_seed", "eigenvalues", "first_stage", "index", "io"), 0),
     **dict.fromkeys(("ascent_steps", "lmbda", "probes", "rho", "seed", "seeds", "snapshots", "validation"), 0),
     **dict.fromkeys(("line_points", "plane_points", "path_points"), 3),
-    **dict.fromkeys(("corrupted_pairs", "draws", "lanczos_steps"), 2),
+    **dict.fromkeys(("draws", "lanczos_steps"), 2),
     "shape": 16,
 }
 POSITIVE = ("alone_lr", "io_lr", "lr", "radius", "rhos", "sigma")
