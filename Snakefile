@@ -4,7 +4,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from fmsam_lib.study import between_folder, grid, outputs, read_study, twins
+from fmsam_lib.study.file import read_study
+from fmsam_lib.study.grid import between_folder, grid, twins
+from fmsam_lib.study.notebooks import outputs
 
 root = Path(config["root"])
 study = read_study(f"studies/{config['study']}.yaml")

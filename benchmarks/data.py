@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from fmsam_lib import data, synthetic
-from fmsam_lib.config import provenance, written_whole
+from fmsam_lib.images import files as data
+from fmsam_lib.phantoms import pairs as synthetic
+from fmsam_lib.records import provenance, written_whole
 
 REPEATS = 21
 

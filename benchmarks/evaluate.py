@@ -18,10 +18,11 @@ import surface_distance
 import torch
 from monai.metrics import compute_hausdorff_distance
 
-from fmsam_lib.config import provenance, written_whole
 from fmsam_lib.metrics import measure, surface_distances
-from fmsam_lib.spatial import invert, warp_label
-from fmsam_lib.synthetic import Pair, make_pair
+from fmsam_lib.model.spatial import invert, warp_label
+from fmsam_lib.pair import Pair
+from fmsam_lib.phantoms.pairs import make_pair
+from fmsam_lib.records import provenance, written_whole
 
 REPEATS = 21
 DOMAINS = ("brain-mr", "abdomen-ct")  # the largest surfaces of all domains, and ordinary organs

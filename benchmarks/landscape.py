@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 from sam import bytes_of, peak_bytes
 
-from fmsam_lib.config import provenance, written_whole
-from fmsam_lib.landscape import LossOf, line, loss_of, plane, random_direction
-from fmsam_lib.losses import Batch, jittered_points
-from fmsam_lib.network import GradICON
+from fmsam_lib.flatness.landscape import LossOf, line, loss_of, plane, random_direction
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.records import provenance, written_whole
+from fmsam_lib.training.losses import Batch, jittered_points
 
 REPEATS = 3
 POINTS = 25  # along each side

@@ -21,10 +21,10 @@ import peers
 import torch
 from torch import nn
 
-from fmsam_lib.config import provenance, written_whole
-from fmsam_lib.losses import Batch, jittered_points, lncc_loss, objective
-from fmsam_lib.network import CHANNELS_LAST, GradICON, give_back_memory
-from fmsam_lib.weights import UNIGRADICON, from_icon
+from fmsam_lib.model.network import CHANNELS_LAST, GradICON, give_back_memory
+from fmsam_lib.model.weights import UNIGRADICON, from_icon
+from fmsam_lib.records import provenance, written_whole
+from fmsam_lib.training.losses import Batch, jittered_points, lncc_loss, objective
 
 THREADS = 2
 SMALL = {"down": (16, 32, 64), "up": (16, 32, 64), "levels": 3, "last_step": True}

@@ -17,13 +17,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from fmsam_lib.checkpoint import State
-from fmsam_lib.config import ADDED, Train, provenance, written_whole
-from fmsam_lib.losses import Batch, jittered_points
-from fmsam_lib.network import GradICON
-from fmsam_lib.sam import SAM
-from fmsam_lib.train import perturbation, train_step
-from fmsam_lib.weights import UNIGRADICON
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.weights import UNIGRADICON
+from fmsam_lib.parameters import Train
+from fmsam_lib.records import provenance, written_whole
+from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.loop import perturbation, train_step
+from fmsam_lib.training.losses import Batch, jittered_points
+from fmsam_lib.training.sam import SAM
 
 THREADS = 2
 EVERY = 5
@@ -34,7 +35,15 @@ BASES = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 
 
 def settings(optimizer: str, case: dict) -> Train:
-    other = ADDED | {"every": EVERY, "sigma": 5.0, "lmbda": 1.5, "out": "", "train_domain": "", "seed": 0, "data": ""}
+    other = {"validation": 0} | {
+        "every": EVERY,
+        "sigma": 5.0,
+        "lmbda": 1.5,
+        "out": "",
+        "train_domain": "",
+        "seed": 0,
+        "data": "",
+    }
     other |= {"steps": 1, "batch": 2, "lr": 1e-5, "rho": 0.01, "threads": THREADS}
     return Train(optimizer=optimizer, **other, **case)
 

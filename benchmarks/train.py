@@ -16,9 +16,10 @@ from unittest import mock
 import pandas as pd
 import torch
 
-from fmsam_lib.config import ADDED, Train, provenance, written_whole
-from fmsam_lib.domains import open_domain
-from fmsam_lib.train import starting, train
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.parameters import Train
+from fmsam_lib.records import provenance, written_whole
+from fmsam_lib.training.loop import starting, train
 
 REPEATS = 3
 MIX = "brain-mr+lung-ct+knee-mr+abdomen-ct"
@@ -37,7 +38,7 @@ def in_between(make, steps):
 def measure(case: dict, optimizer: str) -> tuple[float, float]:
     """Seconds a step, and the share of them spent waiting for a batch."""
     with tempfile.TemporaryDirectory() as out:
-        settings = ADDED | {
+        settings = {"validation": 0} | {
             "out": out,
             "train_domain": MIX,
             "optimizer": optimizer,
@@ -63,7 +64,7 @@ def main() -> None:
             ahead, between = [], []
             for _ in range(REPEATS):
                 ahead.append(measure(case, optimizer))
-                with mock.patch("fmsam_lib.train.ahead", in_between):
+                with mock.patch("fmsam_lib.training.loop.ahead", in_between):
                     between.append(measure(case, optimizer))
             where = f"{name}, {optimizer}"
             (time_ahead, waiting), (time_between, waiting_between) = (

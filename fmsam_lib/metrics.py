@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from fmsam_lib.spatial import identity_map, inverse_error, jacobian_determinant, sample, voxels, warp_label
-from fmsam_lib.synthetic import Pair
+from fmsam_lib.model.spatial import identity_map, inverse_error, jacobian_determinant, sample, voxels, warp_label
+from fmsam_lib.pair import Pair
 
 
 @torch.no_grad()

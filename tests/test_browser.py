@@ -10,7 +10,8 @@ import urllib.request
 from contextlib import closing
 
 import pytest
-from conftest import PROJECT
+
+from tests.conftest import PROJECT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

@@ -21,8 +21,9 @@ from fmsam_lib.metrics import (
     sdlogj_learn2reg,
     surface_distances,
 )
-from fmsam_lib.spatial import identity_map, jacobian_determinant
-from fmsam_lib.synthetic import Pair, make_pair
+from fmsam_lib.model.spatial import identity_map, jacobian_determinant
+from fmsam_lib.pair import Pair
+from fmsam_lib.phantoms.pairs import make_pair
 
 SHAPE = (24, 20, 22)
 

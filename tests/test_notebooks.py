@@ -12,9 +12,9 @@ import papermill
 import pytest
 import SimpleITK
 import torch
-from conftest import PROJECT
 
-from fmsam_lib.network import GradICON
+from fmsam_lib.model.network import GradICON
+from tests.conftest import PROJECT
 
 NOTEBOOKS = PROJECT / "notebooks"
 DOMAIN, SHAPE = "brain-mr", [32, 32]

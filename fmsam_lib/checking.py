@@ -1,0 +1,135 @@
+"""How parameters are checked: every problem of a model named at once, in words that say what to do.
+
+In: a pydantic model of `parameters` and values from a parameter cell, a study file, a command line or a call. Out: the
+model filled in, or a `ConfigError`.
+"""
+
+import ast
+import difflib
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmsam_lib.records import PROJECT
+
+
+class ConfigError(ValueError):
+    """A parameter that cannot be right: says which, what was expected and what came."""
+
+
+def each_once(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError("expected each once")
+    return values
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("expected an odd number, so that the middle is one of the points")
+    return value
+
+
+def _in_project(path: str) -> str:
+    """Relative paths of results count from the project's folder, wherever a notebook was started."""
+    return str(PROJECT / path) if path else ""
+
+
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]
+Points = Annotated[int, Field(ge=3)]
+OddPoints = Annotated[Points, AfterValidator(_odd)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], Field(min_length=1), AfterValidator(each_once)]
+Side = Annotated[int, Field(ge=16)]
+Shape = Annotated[list[Side], Field(min_length=2, max_length=3)]
+Folder = Annotated[str, AfterValidator(_in_project)]
+
+
+class Parameters(BaseModel):
+    """A model that takes nothing it does not know, and numbers only for numbers; tuples and numpy's numbers will do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        return plain(values)
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, paths as text, numpy's numbers as Python's."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+Model = TypeVar("Model", bound=Parameters)
+
+
+def read(kind: type[Model], values: dict, *, source: str = "parameters") -> Model:
+    """`kind` (a model above) from `values`, every problem named at once.
+
+    >>> from fmsam_lib.parameters import Look
+    >>> read(Look, {"domain": "brain-mr", "index": -1, "pears": 3})
+    Traceback (most recent call last):
+    fmsam_lib.checking.ConfigError: 2 problems in parameters (of Look):
+    - index: expected to be greater than or equal to 0, got -1
+    - pears: unknown; known are domain, shape, data, index, pairs (did you mean pairs?)
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        problems = list(dict.fromkeys(_in_words(kind, problem) for problem in error.errors()))
+    count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+    raise ConfigError(f"{count} in {source} (of {kind.__name__}):\n" + "\n".join(f"- {p}" for p in problems))
+
+
+def _in_words(kind: type[Parameters], problem: Any) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: unknown; known are {', '.join(kind.model_fields)}{nearest(name, kind.model_fields)}"
+    said = problem["msg"].removeprefix("Value error, ").replace("Input should", "expected to", 1)
+    said = said.replace("expected to be a valid", "expected a valid").replace("expected to be '", "expected '")
+    if not name:
+        return said
+    trick = " (YAML reads 1e-3 as text: write 1.0e-3)" if problem["type"] == "float_type" else ""
+    return f"{name}: missing" if problem["type"] == "missing" else f"{name}: {said}, got {problem['input']!r}{trick}"
+
+
+def nearest(name: str, known) -> str:
+    """A word to an error about an unknown name, "" where nothing known is like it."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def from_notebook(kind: type[Model], namespace: dict) -> Model:
+    """The checked parameters of the notebook whose globals are `namespace`; call it in the second cell.
+
+    A parameter counts as given when the parameter cell, or the cell papermill puts after it, assigns it, so
+    that a misspelt one is found and variables of later cells don't count when a person runs the cell again.
+    Both cells begin with "# Parameters".
+    """
+    cells = namespace["In"]
+    last = max((i for i, cell in enumerate(cells) if cell.startswith("# Parameters")), default=None)
+    if last is None:
+        raise ConfigError('no parameter cell was run: run the first code cell (it begins with "# Parameters")')
+    first = last
+    while cells[first - 1].startswith("# Parameters"):
+        first -= 1
+    names = {name: None for cell in cells[first : last + 1] for name in _assigned(cell)}
+    return read(kind, {name: namespace[name] for name in names}, source="the parameter cell")
+
+
+def _assigned(cell: str) -> Iterator[str]:
+    for node in ast.parse(cell).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))

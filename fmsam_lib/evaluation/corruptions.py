@@ -1,0 +1,176 @@
+"""Harder and harder pairs: the moving image corrupted by degrees, and what registration makes of it.
+
+How well a network copes with images unlike those of its training is asked here in one dimension at a time: the same
+test pairs, the moving image noisier, more blurred, more turned away and so on, until little is left to see.
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmsam_lib.checking import nearest
+from fmsam_lib.model.spatial import identity_map, warp
+from fmsam_lib.pair import Pair
+
+SHIFT_PER_DEGREE = 0.0025  # of the shortest side of the field of view, so at 40 degrees a tenth of it
+
+
+class Corruption(NamedTuple):
+    """One way to spoil an image: how severe, and what severity measures; 0 is the clean image."""
+
+    severities: tuple[float, ...]  # from mild to hard
+    what: str
+    most: float = math.inf  # no severity is beyond
+
+
+CORRUPTIONS = {
+    "noise": Corruption((0.1, 0.2, 0.4, 0.6), "noise: sigma (of the range)"),
+    "bias_field": Corruption((0.2, 0.4, 0.8, 1.2), "bias field: coefficients (up to)"),
+    "gamma": Corruption((0.5, 1.0, 1.5, 2.0), "gamma: log2 of the exponent"),
+    "inversion": Corruption((0.25, 0.5, 0.75, 1.0), "inverted (share)", most=1),
+    "blur": Corruption((1.0, 2.0, 3.0, 4.0), "blur: sigma (samples)"),
+    "slices": Corruption((0.125, 0.25, 0.5, 0.75), "missing slices (share)", most=1),
+    "misalignment": Corruption((5.0, 10.0, 20.0, 40.0), "rotation and shift (degrees)"),
+}
+
+
+class Corrupted(NamedTuple):
+    """The moving image as it is registered now.
+
+    moving: `(1, *S)` in [0, 1]. place: `(1, D, *S)`, where its samples lie in the pair's own moving image, unit
+    coordinates; None where they lie as they did.
+    """
+
+    moving: Tensor
+    place: Tensor | None
+
+
+def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupted:
+    """The pair's moving image `I`, `(1, *S)` in [0, 1], spoilt in one way; severity 0 is `I` itself, to the bit.
+
+    - noise: `I + s n`, n independent standard normal numbers; the intensities range from 0 to 1.
+    - bias_field: `I exp(b)`, b a sum of products of Legendre polynomials up to the third order along each axis, their
+      coefficients uniform in [-s, s] (the range of MONAI's `RandBiasField`).
+    - gamma: `I^(2^s)` between the image's own lowest and highest value (MONAI's `AdjustContrast`): darker.
+    - inversion: `(1 - s) I + s (1 - I)`; at 0.5 there is nothing left to see.
+    - blur: a Gaussian of s samples along each axis, of what lies inside the image.
+    - slices: this share of the planes across the last axis (in 2-D lines), to the nearest whole one, set to 0.
+    - misalignment: `I(place(x))`, place a rotation by s degrees about the centre, true in mm, and a shift of 0.25 % of
+      the field of view's shortest side per degree; zeros where it looks outside.
+
+    Noise, field, slices and direction are drawn from seed, kind and the pair's name: a greater severity is more of the
+    same. The result is cut to [0, 1].
+
+    Raises ValueError for an unknown kind, with the known ones, or a severity that is negative, not finite or, of a
+    share, above 1; for misalignment of a pair without spacing.
+    """
+    _check_kinds([kind])
+    severity = float(severity)
+    if not 0 <= severity <= CORRUPTIONS[kind].most or math.isinf(severity):
+        bound = "1" if CORRUPTIONS[kind].most == 1 else "anything finite"
+        raise ValueError(f"{kind}: expected a severity from 0 to {bound}, got {severity:g}; 0 is the clean image")
+    if severity == 0:
+        return Corrupted(pair.moving, None)
+    entropy = [zlib.crc32(kind.encode()), zlib.crc32(pair.name.encode()), seed]
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))  # the kind that MONAI takes
+    if kind == "misalignment":
+        place = misalignment(tuple(pair.moving.shape[1:]), pair.spacing, severity, random)
+        return Corrupted(warp(pair.moving[None], place)[0], place)
+    return Corrupted(CHANGES[kind](pair.moving, severity, random).clamp(0, 1), None)
+
+
+def placed(place: Tensor, points: Tensor) -> Tensor:
+    """The affine map `place` `(1, D, *S)` at any points `(N, D, *P)`, outside its grid too.
+
+    With points `phi(x)` of a registration of the corrupted image: `place(phi(x))`, where x lies in the original one.
+    """
+    dim = place.shape[1]
+    origin = place[(0, slice(None), *[0] * dim)]
+    ends = [place[(0, slice(None), *[-1 if axis == a else 0 for a in range(dim)])] for axis in range(dim)]
+    matrix = torch.stack([end - origin for end in ends], 1)  # from corner to corner is one unit
+    return torch.einsum("ij,nj...->ni...", matrix, points) + origin.view(1, -1, *[1] * (points.dim() - 2))
+
+
+def misalignment(shape: tuple[int, ...], spacing, degrees: float, random: np.random.RandomState) -> Tensor:
+    """`place(x) = c + (R (x - c) + shift)` in the spacing's unit, as a map `(1, D, *shape)` in unit coordinates.
+
+    `R = exp(angle K)`, K a random unit rotation's generator: any axis in 3-D, either sense in 2-D.
+    """
+    dim = len(shape)
+    if len(spacing) != dim:
+        raise ValueError(
+            f"misalignment: expected the spacing along {dim} axes, got {spacing}; give the pair its spacing"
+        )
+    side = torch.tensor([(n - 1) * length for n, length in zip(shape, spacing, strict=True)], dtype=torch.float64)
+    square = torch.from_numpy(random.standard_normal((dim, dim)))
+    generator = square - square.T
+    generator *= math.sqrt(2) / generator.norm()
+    turned = torch.matrix_exp(math.radians(degrees) * generator)
+    direction = torch.from_numpy(random.standard_normal(dim))
+    shift = SHIFT_PER_DEGREE * degrees * side.min() * direction / direction.norm()
+    matrix = turned * side / side[:, None]  # to mm, turned, and back
+    offset = (shift / side).view(1, -1, *[1] * dim)
+    from_centre = identity_map(tuple(shape), torch.float64) - 0.5
+    return (0.5 + torch.einsum("ij,nj...->ni...", matrix, from_centre) + offset).float()
+
+
+# The other kinds: `(image, severity, random) -> image`, not yet cut to [0, 1]. MONAI takes seconds to import.
+
+
+def _noise(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
+    from monai.transforms import RandGaussianNoise
+
+    noise = RandGaussianNoise(prob=1, std=severity, sample_std=False).set_random_state(state=random)
+    return noise(image).as_tensor()
+
+
+def _bias_field(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
+    from monai.transforms import RandBiasField
+
+    field = RandBiasField(prob=1, degree=3, coeff_range=(-severity, severity)).set_random_state(state=random)
+    return field(image).as_tensor()
+
+
+def _gamma(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
+    from monai.transforms import AdjustContrast
+
+    return AdjustContrast(gamma=2**severity)(image).as_tensor()
+
+
+def _inversion(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
+    return (1 - severity) * image + severity * (1 - image)
+
+
+def _blur(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
+    from monai.transforms import GaussianSmooth
+
+    smooth = GaussianSmooth(sigma=severity)  # counts zeros outside, which would darken the border
+    return (smooth(image) / smooth(torch.ones_like(image))).as_tensor()
+
+
+def _slices(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
+    missing = random.permutation(image.shape[-1])[: round(severity * image.shape[-1])]
+    image = image.clone()
+    image[..., missing] = 0
+    return image
+
+
+CHANGES = {
+    "noise": _noise,
+    "bias_field": _bias_field,
+    "gamma": _gamma,
+    "inversion": _inversion,
+    "blur": _blur,
+    "slices": _slices,
+}
+
+
+def _check_kinds(kinds: list[str]) -> None:
+    for kind in kinds:
+        if kind not in CORRUPTIONS:
+            known = ", ".join(CORRUPTIONS)
+            raise ValueError(f"expected corruptions of {known}; got {kind!r}{nearest(kind, CORRUPTIONS)}")

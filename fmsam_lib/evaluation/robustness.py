@@ -1,0 +1,73 @@
+"""What registration makes of pairs that get worse by degrees."""
+
+import copy
+import math
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from fmsam_lib.evaluation.corruptions import CORRUPTIONS, Corrupted, _check_kinds, corrupt, placed
+from fmsam_lib.metrics import folding_percent, mean_dice
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import identity_map, jacobian_determinant
+from fmsam_lib.pair import Pair
+from fmsam_lib.records import DataError
+
+COLUMNS = ["test_domain", "pair", "corruption", "severity", "metric", "value", "unit"]
+
+
+def robustness(
+    net: GradICON | None, dataset, kinds: list[str], *, pairs: int, seed: int = 0, progress: bool = True
+) -> tuple[pd.DataFrame, list[str]]:
+    """How registration by `net` (None: none at all) of the first test pairs suffers from each kind of corruption.
+
+    Returns rows `test_domain, pair, corruption, severity, metric, value, unit` and the problems. Each kind starts at
+    severity 0, the clean pair. dice: the mean over the structures of the pair's own labels, looked up once, through the
+    whole map from the fixed to the original moving image; no row without labels. folding_percent: of the network's map.
+    A pair that cannot be read, or severities at which a map is not finite, are named in the problems and left out.
+
+    Raises ValueError for an unknown kind, with the known ones.
+    """
+    _check_kinds(kinds)
+    net = net and copy.deepcopy(net).eval()  # the caller's own stays in the mode it is in
+    rows, problems = [], []
+    for i in tqdm(range(min(pairs, dataset.test_count)), disable=not progress, desc=dataset.name, unit="pair"):
+        try:
+            pair = dataset.test_pair(i)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        clean = _registered(net, pair, Corrupted(pair.moving, None))
+        not_finite = [] if clean else ["clean"]
+        for kind in kinds:
+            measured = {0.0: clean}
+            for severity in CORRUPTIONS[kind].severities:
+                measured[severity] = _registered(net, pair, corrupt(pair, kind, severity, seed=seed))
+                if not measured[severity]:
+                    not_finite.append(f"{kind} {severity:g}")
+            rows += [
+                {"test_domain": dataset.name, "pair": pair.name, "corruption": kind, "severity": severity} | row
+                for severity, values in measured.items()
+                for row in values or []
+                if not math.isnan(row["value"])
+            ]
+        if not_finite:
+            at = ", ".join(not_finite)
+            problems.append(f"{dataset.name}, {pair.name}: the network's map is not finite ({at}); left out")
+    return pd.DataFrame(rows, columns=COLUMNS), problems
+
+
+def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[dict] | None:
+    """What is measured of one registration, Dice NaN without labels; None when its map is not finite."""
+    phi_map = identity_map(tuple(pair.fixed.shape[1:]))
+    folding = []
+    if net is not None:
+        with torch.no_grad():
+            phi_map = net(corrupted.moving[None], pair.fixed[None]).map
+        if not torch.isfinite(phi_map).all():
+            return None
+        percent = folding_percent(jacobian_determinant(phi_map))
+        folding = [{"metric": "folding_percent", "value": percent, "unit": "%"}]
+    whole = phi_map if corrupted.place is None else placed(corrupted.place, phi_map)
+    return [{"metric": "dice", "value": mean_dice(pair, whole), "unit": "1"}, *folding]

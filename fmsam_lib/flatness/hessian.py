@@ -1,0 +1,226 @@
+"""The curvature of the loss at trained weights: eigenvalues, trace and spectrum of its Hessian.
+
+Products `H v` are exact: backward through the gradient (Pearlmutter 1994), which works through `grid_sample`. The
+interpolation's cells and LeakyReLU are kinks: the exact Hessian is that of the piece that w lies in, and need not
+foretell a rise at a distance, which `flatness` measures.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.linalg import eigh_tridiagonal
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+from torch import nn
+from tqdm.auto import tqdm
+
+from fmsam_lib.flatness.sharpness import (
+    COLUMNS,
+    TERMS,
+    Place,
+    TermsOf,
+    fingerprint,
+    flat,
+    mean_interval,
+    row,
+    sharpness,
+)
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.training.losses import Batch, objective
+
+TOLERANCE = 1e-5  # of an eigenvalue's residual, relative to it; its own error is of the square
+
+
+RESTARTS = 100  # of 10 to 20 products each, before an eigenvalue counts as not converged
+
+
+Product = Callable[[np.ndarray], np.ndarray]  # v to H v, both (n,)
+
+
+def measures(
+    net: GradICON,
+    batch: Batch,
+    *,
+    loss: dict,
+    rhos: list[float],
+    draws: int,
+    ascent_steps: int,
+    eigenvalues: int,
+    probes: int,
+    lanczos_steps: int,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every measure of flatness of a network on one batch: `sharpness` and `curvature` in one table, and the spectrum.
+
+    Rises are measured in float64, where they may be a millionth of the loss; curvature in float32, which is several
+    times as fast and gave the same largest eigenvalue but for 2e-5 of it.
+
+    loss: the settings of `objective`, those of the network's training. Raises: ValueError for a network in training
+    mode or numbers out of range; RuntimeError should the network have changed.
+    """
+    before = fingerprint(net)
+
+    def terms_in(dtype: torch.dtype) -> TermsOf:
+        device = next(net.parameters()).device
+        there = Batch(*(None if tensor is None else tensor.to(device, dtype) for tensor in batch))
+        return lambda copied: objective(copied, there, **loss)
+
+    how = {"rhos": rhos, "draws": draws, "ascent_steps": ascent_steps, "seed": seed, "progress": progress}
+    first = sharpness(net, terms_in(torch.float64), **how)
+    how = {"eigenvalues": eigenvalues, "probes": probes, "lanczos_steps": lanczos_steps, "seed": seed}
+    second, spectrum = curvature(net, terms_in(torch.float32), dtype=torch.float32, progress=progress, **how)
+    if fingerprint(net) != before:
+        raise RuntimeError("expected the network to stay as it was while it was measured, but it changed")
+    return pd.concat([part for part in (first, second) if len(part)], ignore_index=True), spectrum
+
+
+def curvature(
+    net: nn.Module,
+    terms: TermsOf,
+    *,
+    eigenvalues: int,
+    probes: int,
+    lanczos_steps: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    progress: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the Hessian H of each of the loss's TERMS tells at a network's weights; rows of `COLUMNS`, and the spectrum.
+
+    - eigenvalue_1 ... of the `eigenvalues` largest; 0: none. NaN, with a warning, where one does not converge. (The
+      smallest takes ten times as many products, and a spurious 0 comes first where the search ends early: see the
+      spectrum instead.)
+    - trace: Hutchinson's estimate from `probes` random signs, with its 95 % t-interval; 0: neither this nor the
+      spectrum
+    - the spectrum: see `spectral_density`; lanczos_steps 0: none
+
+    dtype: what the products are computed in; `terms` must suit it. A term that is constant or linear has zeros, one
+    that is not finite NaN. The graph of the gradient is kept while a term is measured, several times as large as a
+    training step's, beside 20 (more eigenvalues: more) or
+    `lanczos_steps` vectors of all weights. Raises: ValueError for a network in training mode, or numbers out of range.
+    """
+    place = Place(net, terms, dtype)
+    n = len(place.w)
+    if min(probes, lanczos_steps, eigenvalues) < 0 or eigenvalues >= n or lanczos_steps > n:
+        raise ValueError(
+            f"expected numbers >= 0, less than {n} eigenvalues and at most {n} lanczos_steps, as the network has {n} "
+            f"parameters; got eigenvalues={eigenvalues}, probes={probes}, lanczos_steps={lanczos_steps}"
+        )
+    tables, spectra = [], []
+    with tqdm(desc="Hessian", unit="product", disable=not progress, leave=False) as bar:
+        for i, term in enumerate(TERMS):
+            rows, spectrum = _of_term(hessian(place, i, bar), n, eigenvalues, probes, lanczos_steps, seed)
+            tables.append(pd.DataFrame(rows, columns=COLUMNS).assign(term=term))
+            spectra.append(spectrum.assign(term=term))
+    return pd.concat(tables, ignore_index=True), pd.concat(spectra, ignore_index=True)
+
+
+def _of_term(product: Product, n: int, eigenvalues: int, probes: int, steps: int, seed: int):
+    rows = []
+    if eigenvalues:
+        values = largest_eigenvalues(product, n, eigenvalues, seed=seed)
+        rows += [row(f"eigenvalue_{i + 1}", value) for i, value in enumerate(values)]
+    if probes:
+        mean, low, high = trace(product, n, probes, seed=seed)
+        rows.append(row("trace", mean, low=low, high=high, n=probes))
+    return rows, spectral_density(product, n, probes if steps else 0, steps, seed=seed)
+
+
+def hessian(place: Place, term: int, bar: tqdm | None = None) -> Product:
+    """The exact product `v -> H v` of one of the TERMS at w, all NaN where a term or its gradient is not finite.
+
+    The gradient's graph is built once, here; a product is one way back through it.
+    """
+    values = place.terms(place.net)
+    if not all(torch.isfinite(value) for value in values):
+        return lambda v: np.full_like(v, np.nan)
+    if not values[term].requires_grad:  # a constant
+        return np.zeros_like
+    # a parameter that the term does not depend on has a gradient of zeros
+    gradient = flat(torch.autograd.grad(values[term], place.params, create_graph=True, materialize_grads=True))
+    if not torch.isfinite(gradient).all():
+        return lambda v: np.full_like(v, np.nan)
+    if not gradient.requires_grad:  # a linear term
+        return np.zeros_like
+
+    def product(v: np.ndarray) -> np.ndarray:
+        if bar is not None:
+            bar.update()
+        along = torch.from_numpy(v).to(gradient)
+        how = {"retain_graph": True, "materialize_grads": True}
+        return flat(torch.autograd.grad(gradient, place.params, along, **how)).cpu().double().numpy()
+
+    return product
+
+
+def largest_eigenvalues(product: Product, n: int, count: int, *, seed: int = 0) -> list[float]:
+    """The `count` largest eigenvalues of a symmetric matrix of n rows, falling, by ARPACK.
+
+    NaN, with a warning, for those that don't converge.
+    """
+    start = np.random.default_rng(seed).standard_normal(n)
+    first = product(start)
+    if not (np.isfinite(first).all() and first.any()):  # a matrix of zeros, or NaN
+        return [float(first.sum())] * count
+    how = {"v0": start, "rng": np.random.default_rng(seed), "maxiter": RESTARTS, "tol": TOLERANCE}
+    matrix = LinearOperator((n, n), matvec=lambda v: product(v.ravel()), dtype=float)
+    try:
+        found = eigsh(matrix, count, which="LA", return_eigenvectors=False, **how)
+    except ArpackNoConvergence as problem:
+        found = problem.eigenvalues
+        said = f"{count - len(found)} of the {count} largest eigenvalues did not converge in {RESTARTS} restarts"
+        warnings.warn(f"{said} and are NaN: measure fewer, or look at the spectrum", stacklevel=2)
+    return [*np.sort(found)[::-1].tolist(), *[math.nan] * (count - len(found))]
+
+
+def trace(product: Product, n: int, probes: int, *, seed: int = 0) -> tuple[float, float, float]:
+    """Hutchinson's estimate of a matrix's trace: the mean of `z^T H z` over random signs z, and its 95 % t-interval."""
+    random = np.random.default_rng(seed)
+    signs = (random.choice([-1.0, 1.0], n) for _ in range(probes))
+    return mean_interval([z @ product(z) for z in signs])
+
+
+def spectral_density(product: Product, n: int, probes: int, steps: int, *, seed: int = 0) -> pd.DataFrame:
+    """How the eigenvalues of a symmetric matrix of n rows are spread, by stochastic Lanczos quadrature.
+
+    Rows probe, node, weight: for a normal random vector, `sum of weight f(node)` estimates the mean of f over all
+    eigenvalues, its weights adding up to 1 (Ghorbani et al. 2019, arXiv 1901.10159). At most `steps` nodes a probe,
+    fewer where the matrix has fewer different eigenvalues; one of NaN where products are not finite.
+    """
+    random = np.random.default_rng(seed)
+    rows = [
+        (probe, node, weight)
+        for probe in range(probes)
+        for node, weight in zip(*lanczos(product, random.standard_normal(n), steps), strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["probe", "node", "weight"])
+
+
+def lanczos(product: Product, start: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of the Gauss quadrature that `steps` products make of a symmetric matrix, seen from `start`.
+
+    Every vector is made orthogonal to all before it, twice: rounding otherwise brings found eigenvalues back as new.
+    """
+    basis = np.empty((steps, len(start)))
+    diagonal, off, scale = [], [], 0.0
+    vector = start / np.linalg.norm(start)
+    for step in range(steps):
+        basis[step] = vector
+        vector = product(vector)
+        diagonal.append(float(basis[step] @ vector))
+        if not math.isfinite(diagonal[-1]):
+            return np.array([np.nan]), np.array([np.nan])
+        scale = max(scale, float(np.linalg.norm(vector)))
+        for _ in range(2):
+            vector = vector - basis[: step + 1].T @ (basis[: step + 1] @ vector)
+        rest = float(np.linalg.norm(vector))
+        if step == steps - 1 or rest <= 1e-10 * scale:  # nothing new in it: all that `start` reaches is found
+            break
+        off.append(rest)
+        vector = vector / rest
+    nodes, vectors = eigh_tridiagonal(diagonal, off)
+    return nodes, vectors[0] ** 2

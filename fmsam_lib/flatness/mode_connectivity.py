@@ -1,0 +1,215 @@
+"""Between two trainings from one start: the straight path from one solution to the other, and the plane of all three.
+
+BatchNorm's running statistics belong to the weights that they were gathered with. On the way they are either
+interpolated as the weights are, which is exact at the solutions, or gathered anew from training images at every point,
+without which a barrier may be one of the statistics alone (Jordan et al. 2023, arXiv 2211.08403).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fmsam_lib.checking import ConfigError
+from fmsam_lib.flatness.landscape import TRAINING, LossOf, Walker, batches_of, loss_of, vector
+from fmsam_lib.flatness.sharpness import TERMS, fingerprint
+from fmsam_lib.model.weights import load
+from fmsam_lib.parameters import Between, trained_with
+from fmsam_lib.records import written_whole
+from fmsam_lib.training.loop import starting
+from fmsam_lib.training.losses import Batch
+
+COLUMNS = ["train_domain", "test_domain", "baseline", "treatment", "seed"]
+
+
+COLUMNS += ["kind", "statistics", "optimizer", "step", "alpha", "beta", "term", "value"]
+
+
+BEYOND = 0.25  # how far past both solutions the path goes on, of the distance between them
+
+
+def path(start: nn.Module, end: nn.Module, loss: LossOf, *, points: int, anew: list[Batch] = ()) -> pd.DataFrame:
+    """The loss along the straight line through two networks: alpha 0 is `start`, 1 is `end`; `BEYOND` on either side.
+
+    points: from start to end, both included. anew: batches to gather BatchNorm's statistics from, too. Rows statistics
+    ("interpolated" or "re-estimated"), alpha, term, value.
+    """
+    outside = round(BEYOND * (points - 1))
+    alphas = np.arange(-outside, points + outside) / (points - 1)
+    walker = Walker(start)
+    last = vector(end)
+    way, rows = last - walker.start, []
+    for alpha in tqdm(alphas.tolist(), desc="path", unit="point", leave=False):
+        # start + (end - start) would be the end but for rounding
+        net = walker.go(last, 0.0, way) if alpha == 1 else walker.go(walker.start, alpha, way)
+        mix_buffers(net, [start, end], [1 - alpha, alpha])
+        rows += [("interpolated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
+        if anew:
+            re_estimate(net, anew)
+            rows += [("re-estimated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
+    return pd.DataFrame(rows, columns=["statistics", "alpha", "term", "value"]).assign(kind="path")
+
+
+def barrier(line: pd.Series) -> tuple[float, float]:
+    """The most that the loss rises above the chord between both ends' (Frankle et al. 2020), and at which alpha.
+
+    line: losses by alpha, of one term and kind of statistics. 0: the loss nowhere rises above it; NaN with a NaN
+    between.
+    """
+    line = line[(line.index >= 0) & (line.index <= 1)].sort_index()
+    if line.isna().any() or line.empty:
+        return np.nan, np.nan
+    excess = line - (line.iloc[0] + line.index * (line.iloc[-1] - line.iloc[0]))
+    return max(0.0, float(excess.max())), float(excess.idxmax())
+
+
+def mix_buffers(net: nn.Module, corners: list[nn.Module], shares: list[float]) -> None:
+    """Give `net` the mixed buffers of the corners; exact where one share is 1 and the others are 0.
+
+    A running variance does not fall below the smallest of theirs, as it would far outside of the corners. Counters,
+    which no mean makes sense of, are those of the corner with the largest share.
+    """
+    largest = shares.index(max(shares))
+    for (name, buffer), *theirs in zip(net.named_buffers(), *(corner.buffers() for corner in corners), strict=True):
+        if not buffer.is_floating_point():
+            buffer.copy_(theirs[largest])
+            continue
+        mixed = sum(share * b for share, b in zip(shares, theirs, strict=True))
+        if name.endswith("running_var"):
+            mixed = torch.maximum(mixed, torch.stack(theirs).amin(0))
+        buffer.copy_(mixed)
+
+
+@torch.no_grad()
+def re_estimate(net: nn.Module, batches: list[Batch]) -> None:
+    """Gather BatchNorm's running statistics anew: plain means over the batches, both directions of each together."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # a plain mean
+    net.train()
+    for batch in batches:
+        net(torch.cat([batch.moving, batch.fixed]), torch.cat([batch.fixed, batch.moving]))
+    net.eval()
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+
+
+class Solutions:
+    """The plane through a start and two solutions: alpha from the start towards the baseline, beta at a right angle.
+
+    Distances are the weights' own. Raises ValueError where the three lie on one line.
+    """
+
+    def __init__(self, start: nn.Module, baseline: nn.Module, treatment: nn.Module):
+        self.corners = [start, baseline, treatment]
+        self.origin = vector(start).double()
+        to_baseline, to_treatment = (vector(net).double() - self.origin for net in (baseline, treatment))
+        lengths = to_baseline.norm(), to_treatment.norm()
+        self.along = to_baseline / lengths[0]
+        aside = to_treatment - (to_treatment @ self.along) * self.along
+        if not (min(lengths) > 0 and aside.norm() > 1e-6 * lengths[1]):
+            raise ValueError(
+                "expected a start and two other solutions, got three networks on one line: is a run given twice?"
+            )
+        self.across = aside / aside.norm()
+        self.places = [self.place(net)[:2] for net in self.corners]
+
+    def place(self, net: nn.Module | Tensor) -> tuple[float, float, float]:
+        """alpha and beta of the nearest point of the plane, and the share of the distance from the start beside it."""
+        way = (vector(net) if isinstance(net, nn.Module) else net).double() - self.origin
+        alpha, beta = float(way @ self.along), float(way @ self.across)
+        beside = (way - alpha * self.along - beta * self.across).norm()
+        return alpha, beta, float(beside / way.norm()) if way.norm() > 0 else 0.0
+
+    def shares(self, alpha: float, beta: float) -> list[float]:
+        """Of start, baseline and treatment in the point: barycentric coordinates."""
+        (_, _), (length, _), (forth, aside) = self.places
+        of_treatment = beta / aside
+        of_baseline = (alpha - of_treatment * forth) / length
+        return [1 - of_baseline - of_treatment, of_baseline, of_treatment]
+
+    def plane(self, loss: LossOf, alphas: np.ndarray, betas: np.ndarray) -> pd.DataFrame:
+        """The loss at every (alpha, beta), statistics interpolated; rows alpha, beta, term, value."""
+        walker = Walker(self.corners[0])
+        along, across = (d.to(walker.start.dtype) for d in (self.along, self.across))
+        rows = []
+        for beta in tqdm(betas.tolist(), desc="plane of the solutions", unit="row", leave=False):
+            row = walker.start + beta * across
+            for alpha in alphas.tolist():
+                net = walker.go(row, alpha, along)
+                mix_buffers(net, self.corners, self.shares(alpha, beta))
+                rows += [(alpha, beta, *term) for term in zip(TERMS, loss(net), strict=True)]
+        return pd.DataFrame(rows, columns=["alpha", "beta", "term", "value"]).assign(kind="plane")
+
+
+def trajectories(solutions: Solutions, folders: dict[str, Path], steps: dict[str, int]) -> pd.DataFrame:
+    """Where the trainings went on the plane, from their `snapshots/`: rows optimizer, step, alpha, beta, value.
+
+    value: the share of the distance from the start that lies beside the plane. Start and end are always there.
+    """
+    rows = []
+    for i, (optimizer, folder) in enumerate(folders.items(), start=1):
+        seen = {0: solutions.corners[0], steps[optimizer]: solutions.corners[i]}
+        for file in sorted(Path(folder).glob("snapshots/step*.pt")):
+            seen[int(file.stem.removeprefix("step"))] = torch.load(file, weights_only=True)
+        rows += [(optimizer, step, *solutions.place(seen[step])) for step in sorted(seen)]
+    return pd.DataFrame(rows, columns=["optimizer", "step", "alpha", "beta", "value"]).assign(kind="trajectory")
+
+
+def extent(places: pd.DataFrame, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of a grid that shows all places (rows alpha, beta) with a fifth of their extent round them."""
+    axes = []
+    for column in ("alpha", "beta"):
+        low, high = places[column].min(), places[column].max()
+        axes.append(np.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), points))
+    return axes[0], axes[1]
+
+
+def between(settings: Between) -> pd.DataFrame:
+    """The path and the plane of two runs on their training images and on every test domain, and the trajectories.
+
+    Raises ConfigError where the runs do not start from the same weights or differ in their loss; ValueError as
+    `Solutions`; RuntimeError should a network have changed.
+    """
+    folders = [Path(settings.baseline), Path(settings.treatment)]
+    runs = [trained_with(folder) for folder in folders]
+    alike = ("train_domain", "seed", "shape", "weights", "down", "levels", "last_step", "similarity", "sigma", "lmbda")
+    both = [(name, *(getattr(run, name) for run in runs)) for name in alike]
+    differing = [f"{name}: {a!r} and {b!r}" for name, a, b in both if a != b]
+    if differing:
+        raise ConfigError("expected two runs from one start with one loss, got\n- " + "\n- ".join(differing))
+    names = [folder.parent.name for folder in folders]  # a study's name for each optimizer
+    if names[0] == names[1] and folders[0] != folders[1]:
+        raise ConfigError(
+            f"expected runs in folders that tell them apart, <name>/seed<seed>, got {folders[0]} and {folders[1]}"
+        )
+    nets = [starting(runs[0]).eval(), *(load(folder / "weights.pt") for folder in folders)]
+    before = [fingerprint(net) for net in nets]
+    solutions = Solutions(*nets)
+    steps = {name: run.updates for name, run in zip(names, runs, strict=True)}
+    tracks = trajectories(solutions, dict(zip(names, folders, strict=True)), steps)
+    axes = extent(tracks, settings.plane_points)
+    batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
+    parts = [tracks.assign(test_domain="")]
+    for domain, batch in tqdm(batches.items(), desc="between the solutions", unit="domain"):
+        loss = loss_of(batch, **runs[0].loss())
+        parts.append(
+            path(*nets[1:], loss, points=settings.path_points, anew=[batches[TRAINING]]).assign(test_domain=domain)
+        )
+        parts.append(solutions.plane(loss, *axes).assign(test_domain=domain))
+    if [fingerprint(net) for net in nets] != before:
+        raise RuntimeError("measuring changed a network: please report this")
+    about = {"train_domain": runs[0].train_domain, "seed": runs[0].seed}
+    about |= dict(zip(("baseline", "treatment"), names, strict=True))
+    return pd.concat(parts, ignore_index=True).assign(**about)
+
+
+def write_between(table: pd.DataFrame, file: Path | str) -> None:
+    """`between.csv`, the columns in order."""
+    with written_whole(file) as partial:
+        table.reindex(columns=COLUMNS).to_csv(partial, index=False, lineterminator="\n")

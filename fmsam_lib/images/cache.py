@@ -1,0 +1,81 @@
+"""Images brought onto the grid, kept on disk."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import uuid
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fmsam_lib.images.files import Sample, decode
+
+CACHE_VERSION = 1  # raise it whenever `decode` returns something else than before
+
+
+# The disk cache
+
+
+def load(image_path, label_path=None, *, modality: str, shape, labels=None, cache=None) -> Sample:
+    """`decode`, remembered on disk: the second time the image files themselves are not opened.
+
+    cache: the folder, else the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or
+    time) and damaged cache entries are decoded anew; a folder that cannot be written means no cache.
+    """
+    shape, labels = tuple(shape), None if labels is None else sorted(labels)
+    options = {"modality": modality, "shape": shape, "labels": labels}
+    files = [os.path.abspath(path) for path in (image_path, label_path) if path is not None]
+    if not all(map(os.path.isfile, files)):
+        return decode(image_path, label_path, **options)  # has the words for what is missing
+    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((CACHE_VERSION, stamps, options)).encode()).hexdigest()
+    folder = cache or os.environ.get("FMSAM_CACHE") or Path.home() / ".cache" / "fmsam"
+    entry, layout = Path(folder) / f"{key[:32]}.sample", _layout(shape, len(files) == 2)
+    try:
+        stored = np.fromfile(entry, dtype=np.uint64)
+    except OSError:
+        stored = np.empty(0, np.uint64)
+    if stored.nbytes != layout.itemsize or stored[0] != _checksum(stored):
+        sample = decode(image_path, label_path, **options)
+        _store(entry, sample, layout)
+        return sample
+    record = stored.view(layout)[0]
+    label = torch.from_numpy(record["label"]) if len(files) == 2 else None
+    return Sample(torch.from_numpy(record["image"]), label, record["affine"], tuple(record["original_shape"].tolist()))
+
+
+@functools.cache
+def _layout(shape: tuple[int, ...], has_label: bool) -> np.dtype:
+    """One record of fixed layout, stored raw: parsing an .npy header would double the time of a read."""
+    fields = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("original_shape", "i8", (len(shape),))]
+    fields += [("image", "f4", (1, *shape))] + [("label", "u1", (1, *shape))] * has_label
+    return np.dtype([*fields, ("padding", "u1", (-np.dtype(fields).itemsize % 8,))])
+
+
+def _checksum(stored: np.ndarray) -> np.uint64:
+    """Finds any one damaged word in a tenth of a CRC's time; + 1 so that a file of zeros is not valid."""
+    return stored[1:].sum(dtype=np.uint64) + np.uint64(1)
+
+
+def _store(entry: Path, sample: Sample, layout: np.dtype) -> None:
+    record = np.zeros(1, layout)
+    for name in {"affine", "original_shape", "image", "label"}.intersection(layout.names):
+        record[name] = getattr(sample, name)
+    record["checksum"] = _checksum(record.view(np.uint64))
+    part = entry.with_suffix(f".{uuid.uuid4().hex}.part")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        record.tofile(part)
+        part.replace(entry)  # in one step: no reader ever meets half an entry
+    except OSError as error:
+        _warn_once(f"{entry.parent} keeps no cache: {error.strerror}. Set FMSAM_CACHE to a writable folder.")
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,255 @@
+"""Domains: the same access to pairs of images, whether made on the spot or read from files.
+
+Modules below this one see no file and no manifest: a domain gives training pairs and test pairs.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fmsam_lib.images.cache import load
+from fmsam_lib.images.files import Sample
+from fmsam_lib.images.manifest import Manifest, data_folder, read_manifest
+from fmsam_lib.pair import Pair
+from fmsam_lib.phantoms import pairs as synthetic
+from fmsam_lib.records import DataError, data_error
+
+SYNTHETIC_TRAINING_PAIRS = 200
+
+
+SYNTHETIC_TEST_PAIRS = 50
+
+
+FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
+
+
+FIRST_VALIDATION_INDEX = 2_000_000
+
+
+SYNTHETIC_VALIDATION_PAIRS = 10
+
+
+HELD_OUT = 20  # of the training subjects of a data set, one in so many is kept for validation, two at least
+
+
+def domain_names(data=None) -> list[str]:
+    """The synthetic domains, then the data sets found in the data folder."""
+    folders = sorted(path.parent.name for path in data_folder(data).glob("*/*_dataset.json"))
+    return [*synthetic.DOMAINS, *folders]
+
+
+def open_domain(name: str, *, shape, data=None, cache=None, seed: int = 0):
+    """A source of pairs on the grid `shape`: a synthetic domain, a data set's folder, or "a+b", a mixture.
+
+    All have `name`, `labels`, `modality`, `pairing`, `unit` ("mm", or "voxel" where the spacing is unknown),
+    `training_count` (images; pairs of a synthetic domain), `training_pair(i)`: the i-th of an endless
+    sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the same for every seed, `validation_count` and
+    `validation_pair(i)`: likewise, of subjects who are in neither training nor test, and
+    `check()`: the messages of everything wrong with its files.
+    Raises DataError for an unknown name, with the known ones.
+    """
+    shape = tuple(shape)
+    if "+" in name:
+        parts = [open_domain(part, shape=shape, data=data, cache=cache, seed=seed) for part in name.split("+")]
+        return Mixture(name, parts)
+    if name in synthetic.DOMAINS:
+        return SyntheticDomain(name, shape, seed)
+    known = domain_names(data)
+    if name not in known:
+        todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
+        raise data_error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
+    return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
+
+
+def readable_test_pairs(dataset, count: int) -> list[Pair]:
+    """The first `count` test pairs whose files can be read (evaluation names the others).
+
+    Raises DataError, with every reason, when there is none.
+    """
+    pairs, problems = [], []
+    for i in range(dataset.test_count):
+        try:
+            pairs.append(dataset.test_pair(i))
+        except DataError as error:
+            problems.append(str(error))
+        if len(pairs) == count:
+            break
+    if not pairs:
+        raise DataError(f"{dataset.name} has no test pair that can be read:\n- " + "\n- ".join(problems))
+    return pairs
+
+
+class SyntheticDomain:
+    """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
+
+    unit = "mm"
+    training_count = SYNTHETIC_TRAINING_PAIRS
+    validation_count = SYNTHETIC_VALIDATION_PAIRS
+
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int):
+        domain = synthetic.DOMAINS[name]
+        self.name, self.shape, self.seed = name, shape, seed
+        self.labels, self.modality, self.pairing = domain.labels, domain.modality, domain.pairing
+        self.made: dict[int, Pair] = {}
+
+    def training_pair(self, index: int) -> Pair:
+        number = int(np.random.default_rng([self.seed, index]).integers(SYNTHETIC_TRAINING_PAIRS))
+        if number not in self.made:
+            pair = synthetic.make_pair(self.name, seed=self.seed, index=number, shape=self.shape)
+            self.made[number] = dataclasses.replace(pair, true_map=None)  # the largest part, not needed to train
+        return self.made[number]
+
+    def validation_pair(self, index: int) -> Pair:
+        return synthetic.make_pair(self.name, seed=0, index=FIRST_VALIDATION_INDEX + index, shape=self.shape)
+
+    @property
+    def test_count(self) -> int:
+        return SYNTHETIC_TEST_PAIRS
+
+    def test_pair(self, index: int) -> Pair:
+        return synthetic.make_pair(self.name, seed=0, index=FIRST_TEST_INDEX + index, shape=self.shape)
+
+    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
+        return []
+
+
+class FileDomain:
+    """Pairs of a manifest's files; each file is read once and then kept in memory.
+
+    Of ten training subjects or more, the last in the manifest's order are held out for validation (see `held_out`).
+    """
+
+    def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
+        if len(shape) > manifest.dimensions:
+            raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
+        self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
+        self.name, self.labels, self.modality = manifest.name, manifest.labels, manifest.modality
+        self.training, self.training_pairs, self.validation_pairs = held_out(manifest)
+        self.pairing, self.training_count = manifest.pairing, len(self.training)
+        self.unit = "mm" if manifest.spacing_known else "voxel"
+        self.samples: dict[Path, Sample] = {}
+
+    def training_pair(self, index: int) -> Pair:
+        images, pairs = self.training, self.training_pairs
+        rng = np.random.default_rng([self.seed, index])
+        if pairs:
+            return self._pair(*pairs[rng.integers(len(pairs))])
+        if len(images) < 2 or pairs == []:
+            raise data_error(self.manifest.folder, "training pairs", "none", "Use this data set for testing only.")
+        return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
+
+    @property
+    def validation_count(self) -> int:
+        return len(self.validation_pairs)
+
+    def validation_pair(self, index: int) -> Pair:
+        return self._pair(*self.validation_pairs[index])
+
+    @property
+    def test_count(self) -> int:
+        return len(self.manifest.test_pairs)
+
+    def test_pair(self, index: int) -> Pair:
+        return self._pair(*self.manifest.test_pairs[index])
+
+    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
+        """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
+        manifest = self.manifest
+        pairs = [*(manifest.training_pairs or []) * training, *manifest.test_pairs * test]
+        images = {*manifest.training * training, *(image for pair in pairs for image in pair)}
+        problems = []
+        for image in sorted(images):
+            try:
+                self._sample(image)
+            except DataError as error:
+                problems.append(str(error))
+        return problems
+
+    def _sample(self, image: Path) -> Sample:
+        if image not in self.samples:
+            options = {"modality": self.modality, "shape": self.shape, "labels": self.labels, "cache": self.cache}
+            self.samples[image] = load(image, self.manifest.label_of[image], **options)
+        return self.samples[image]
+
+    def _pair(self, fixed_path: Path, moving_path: Path) -> Pair:
+        fixed, moving = self._sample(fixed_path), self._sample(moving_path)
+        fixed_stem, moving_stem = (re.sub(r"\.nii(\.gz)?$", "", path.name) for path in (fixed_path, moving_path))
+        return Pair(
+            name=f"{fixed_stem}<-{moving_stem}",
+            moving=moving.image,
+            fixed=fixed.image,
+            moving_label=moving.label,
+            fixed_label=fixed.label,
+            labels=self.labels,
+            spacing=tuple(np.linalg.norm(fixed.affine[:3, : len(self.shape)], axis=0).tolist()),
+            unit=self.unit,
+            affine=torch.from_numpy(fixed.affine),
+        )
+
+
+def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:
+    """Training images, training pairs (None: all ordered ones) and validation pairs, which share no subject.
+
+    One subject in twenty is held out, two at least, of ten training subjects or more; of fewer none, nor where no
+    listed pair would be left on either side. Without listed pairs, each held-out image is fixed once, the next one of
+    another subject moving.
+    """
+    listed = manifest.training_pairs
+    images = list(dict.fromkeys([*manifest.training, *(image for pair in listed or [] for image in pair)]))
+    subjects = list(dict.fromkeys(manifest.subject[image] for image in images))
+    kept_apart = set(subjects[-max(2, len(subjects) // HELD_OUT) :]) if len(subjects) >= 10 else set()
+    training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]
+    if listed is not None:
+        outside = [sum(manifest.subject[image] in kept_apart for image in pair) for pair in listed]
+        chosen = [[pair for pair, n in zip(listed, outside, strict=True) if n == wanted] for wanted in (0, 2)]
+        return (training, *chosen) if all(chosen) else (manifest.training, listed, [])
+    apart = [image for image in manifest.training if manifest.subject[image] in kept_apart]
+    pairs = []
+    for i, fixed in enumerate(apart):
+        others = [image for image in apart[i + 1 :] + apart[:i] if manifest.subject[image] != manifest.subject[fixed]]
+        pairs += [(fixed, moving) for moving in others[:1]]
+    return training, None, pairs
+
+
+class Mixture:
+    """Several domains in turn, so each as often as the others whatever its size; each pair carries its own labels.
+
+    uniGradICON balances its data sets likewise, by as many pairs of each in an epoch (Tian et al. 2024). Not for tests.
+    """
+
+    def __init__(self, name: str, domains: list):
+        self.name, self.domains = name, domains
+        self.labels, self.unit = {}, "mm" if all(domain.unit == "mm" for domain in domains) else "voxel"
+        self.modality = "+".join(dict.fromkeys(domain.modality for domain in domains))
+        self.pairing = "+".join(dict.fromkeys(domain.pairing for domain in domains))
+        self.training_count = sum(domain.training_count for domain in domains)
+
+    def training_pair(self, index: int) -> Pair:
+        turn, domain = divmod(index, len(self.domains))
+        return self.domains[domain].training_pair(turn)
+
+    @property
+    def validation_count(self) -> int:
+        counts = [domain.validation_count for domain in self._validated]
+        return min(counts, default=0) * len(counts)
+
+    def validation_pair(self, index: int) -> Pair:
+        turn, domain = divmod(index, len(self._validated))
+        return self._validated[domain].validation_pair(turn)
+
+    @property
+    def _validated(self) -> list:
+        return [domain for domain in self.domains if domain.validation_count]
+
+    @property
+    def test_count(self) -> int:
+        return 0
+
+    def test_pair(self, index: int) -> Pair:
+        raise data_error(self.name, "a single domain to test on", "a mixture", "Test its domains one by one.")
+
+    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
+        return [message for domain in self.domains for message in domain.check(training=training, test=test)]

@@ -1,0 +1,89 @@
+"""Data sets that can be fetched."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from fmsam_lib.images.manifest import data_folder, read_manifest
+from fmsam_lib.records import data_error
+
+# HippocampusMR
+
+
+def fetch_hippocampus(folder=None) -> Path:
+    """Make `<folder>/HippocampusMR` from the Medical Segmentation Decathlon's task 4 (CC-BY-SA 4.0, 27 MB).
+
+    The 260 images in order of number: 200 to train, the last 60 to test, each with its mirror image in the
+    list. Uses what was put there by hand: `HippocampusMR/{imagesTr,labelsTr}`, `Task04_Hippocampus/` or
+    `Task04_Hippocampus.tar`; else downloads through MONAI. Returns the data set's folder.
+    """
+    folder = data_folder(folder)
+    target, extracted = folder / "HippocampusMR", folder / "Task04_Hippocampus"
+    if (target / "HippocampusMR_dataset.json").is_file():
+        return read_manifest(target).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        # Everything is prepared aside, then moved in one step: what is half finished never looks complete.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
+            source = extracted if extracted.is_dir() else _download_hippocampus(folder, Path(work))
+            for part in ("imagesTr", "labelsTr"):
+                (Path(work) / "ready" / part).mkdir(parents=True)
+                for file in sorted(source.glob(f"{part}/hippocampus_*.nii.gz")):
+                    shutil.copyfile(file, Path(work) / "ready" / part / file.name)
+            _write_hippocampus_manifest(Path(work) / "ready", source)
+            os.replace(Path(work) / "ready", target)
+    else:
+        _write_hippocampus_manifest(target, target)
+    return read_manifest(target).folder
+
+
+def _download_hippocampus(folder: Path, work: Path) -> Path:
+    from monai.apps import DecathlonDataset, download_and_extract  # here: importing MONAI takes seconds
+
+    task = "Task04_Hippocampus"
+    by_hand = folder / f"{task}.tar"
+    tar = by_hand if by_hand.is_file() else work / by_hand.name
+    try:
+        url, md5 = DecathlonDataset.resource[task], DecathlonDataset.md5[task]
+        download_and_extract(url, filepath=tar, output_dir=work, hash_val=md5, hash_type="md5")
+    except Exception as error:  # without network MONAI raises no narrower one
+        expected = "task 4 (Hippocampus) of the Medical Segmentation Decathlon"
+        where = folder / "HippocampusMR"
+        todo = f"Without network, put {by_hand.name} into {folder}, or its imagesTr and labelsTr into {where}."
+        raise data_error(
+            tar if tar == by_hand else where, expected, f"{type(error).__name__}: {error}", todo
+        ) from error
+    return work / task
+
+
+def _write_hippocampus_manifest(target: Path, source: Path) -> None:
+    images = sorted(file.name for file in (target / "imagesTr").glob("hippocampus_*.nii.gz"))
+    labels = sorted(file.name for file in (target / "labelsTr").glob("hippocampus_*.nii.gz"))
+    if len(images) != 260 or images != labels:
+        expected, found = "260 imagesTr and their labelsTr", f"{len(images)} images and {len(labels)} labels"
+        raise data_error(source, expected, found, "Complete or remove the folder.")
+    train, test = images[:200], images[200:]
+    content = {
+        "name": "HippocampusMR",
+        "release": "1.0",
+        "description": "T1-weighted MR of the hippocampus, cropped; Medical Segmentation Decathlon task 4, "
+        "also Learn2Reg 2020 task 4. Inter-subject registration.",
+        "licence": "CC-BY-SA 4.0",
+        "reference": "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nature Communications 13:4128",
+        "dimensions": 3,
+        "modality": {"0": "MR"},
+        "labels": {"0": "background", "1": "anterior", "2": "posterior"},
+        "pairing": "inter-subject",
+        "numTraining": len(train),
+        "numRegistration_val": len(test),
+        "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in train],
+        "registration_val": [
+            {"fixed": f"./imagesTr/{fixed}", "moving": f"./imagesTr/{moving}"}
+            for fixed, moving in zip(test, reversed(test), strict=True)
+        ],
+    }
+    part = target / "manifest.part"
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, target / "HippocampusMR_dataset.json")

@@ -1,0 +1,205 @@
+"""Where images come from: manifests, files brought onto the study's grid, a disk cache, pairs.
+
+A data set is a folder `<Name>/` with Learn2Reg's manifest `<Name>_dataset.json`. Whatever its files
+look like, the rest of the library sees canonical (RAS) images in [0, 1] on one grid, in pairs.
+Every problem with data is a `DataError`: it names the file, what was expected, what was found, what to do.
+"""
+
+import contextlib
+import gzip
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor
+
+from fmsam_lib.records import data_error
+
+MODALITIES = ("CT", "MR")
+
+
+# Files
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on the study's grid; shared, so do not write into its tensors.
+
+    image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)` uint8 or None. affine: `(4, 4)` float64, index
+    to RAS mm; on a 2-D grid its first two columns belong to the grid's axes. original_shape: `(D,)`,
+    the canonical image before it was resampled.
+    """
+
+    image: Tensor
+    label: Tensor | None
+    affine: np.ndarray
+    original_shape: tuple[int, ...]
+
+
+def decode(image_path, label_path=None, *, modality: str, shape, labels=None) -> Sample:
+    """An image file, and its label file if there is one, on the study's grid `shape`.
+
+    Orientation: the closest canonical one (RAS). A 2-D `shape` takes a 2-D file however its single slice
+    is stored, and of a 3-D file the middle slice along the last canonical axis.
+    Intensity: CT from [-1000, 1000] HU, MR from its minimum to its 99th percentile, to [0, 1].
+    Grid: sample j of n sits at `j (m - 1) / (n - 1)` of the m samples of an axis; images linearly, after
+    a Gaussian of sigma `(step - 1) / 2` samples along axes with a step over 1 (scikit-image's rule); labels
+    by nearest neighbour. labels: the numbers allowed beside the background, None for any.
+    Raises DataError for whatever cannot be read or would not make a sensible sample.
+    """
+    dim, label = len(shape), None
+    if dim not in (2, 3) or min(shape) < 2 or modality not in MODALITIES:
+        expected = f"a 2-D or 3-D grid and {' or '.join(MODALITIES)}"
+        raise data_error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
+    volume, volume_affine = _read(Path(image_path), dim)
+    image, affine = _slice(volume, volume_affine, dim)
+    image = normalise(image_path, image, modality)
+    if label_path is not None:
+        label, label_affine = _read(Path(label_path), dim)
+        _check_label(label_path, label, labels)
+        check_same_grid(label_path, label.shape, label_affine, image_path, volume.shape, volume_affine)
+        label = _slice(label, label_affine, dim)[0]
+
+    steps = _steps(image.shape, shape)
+    if label is not None:
+        nearest = [np.floor(np.arange(n) * step + 0.5).astype(int) for n, step in zip(shape, steps, strict=True)]
+        label = torch.from_numpy(np.rint(label[np.ix_(*nearest)]).astype(np.uint8))[None]
+    grid_affine = affine @ np.diag([*steps, *[1.0] * (4 - dim)])
+    return Sample(resample(image, shape), label, grid_affine, image.shape)
+
+
+def resample(image: np.ndarray, shape) -> Tensor:
+    """An image `(*M)` in [0, 1] on the grid `shape` over the same field of view, `(1, *shape)`; see `decode`."""
+    for axis, step in enumerate(_steps(image.shape, shape)):
+        if step > 1:
+            image = gaussian_filter1d(image, (step - 1) / 2, axis=axis, mode="nearest")
+    image = torch.from_numpy(np.ascontiguousarray(image))
+    mode = "bilinear" if image.dim() == 2 else "trilinear"
+    return F.interpolate(image[None, None], tuple(shape), mode=mode, align_corners=True)[0].clamp_(0, 1)
+
+
+def _steps(samples: tuple[int, ...], shape) -> list[float]:
+    return [(m - 1) / (n - 1) for m, n in zip(samples, shape, strict=True)]
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Turn what nibabel, gzip and zlib say about a broken file into a DataError."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        found = f"{type(error).__name__}: {error}"
+        todo = "The file may be damaged: copy it again."
+        if ".nii" not in Path(path).name.lower():
+            todo = "Convert it to NIfTI: SimpleITK reads most formats and writes .nii.gz; dcm2niix converts DICOM."
+        raise data_error(path, "a readable image", found, todo) from error
+
+
+def open_file(path: Path):
+    """The nibabel image of a file that is there and whole; its values are not read yet."""
+    if not path.is_file():
+        if path.is_dir():
+            raise data_error(path, "an image file", "a folder", "Convert a folder of DICOM files with dcm2niix.")
+        raise data_error(path, "an image file", "no such file", "Check the path.")
+    with reading(path):
+        if path.suffix == ".gz":  # nibabel stops before the checksum at the end, so let gzip check it
+            with gzip.open(path) as stream:
+                while stream.read(1 << 20):
+                    pass
+        return nibabel.load(path)
+
+
+def spatial_shape(path, file, dim: int) -> tuple[int, int, int]:
+    """`(X, Y, Z)` of an image with one real number a voxel and `dim` or more sides above 1."""
+    kind, shape = file.get_data_dtype(), tuple(file.shape)
+    if kind.kind not in "biuf":
+        raise data_error(path, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 3 or sum(n > 1 for n in shape) < dim:
+        expected = f"a {dim}-D image with several samples along each axis"
+        todo = "Save one of its volumes" if len(shape) > 3 else f"Choose a {dim}-D file or another grid"
+        raise data_error(path, expected, f"shape {file.shape}", f"{todo}.")
+    return (*shape, 1)[:3]
+
+
+def check_affine(path, affine: np.ndarray) -> None:
+    if not np.isfinite(affine).all() or np.linalg.cond(affine[:3, :3]) > 1e6:
+        raise data_error(
+            path, "an invertible affine", str(affine.tolist()), "Set the header's spacing and orientation."
+        )
+
+
+def values_of(path, file, shape: tuple[int, int, int]) -> np.ndarray:
+    """All values of an opened file, `shape`, float32, finite, in the file's own order."""
+    with reading(path):
+        values = file.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
+    if not np.isfinite(values).all():
+        raise data_error(path, "finite values", f"{(~np.isfinite(values)).sum()} NaN or infinite", "Replace them.")
+    return values
+
+
+def _read(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """A file's values `(X, Y, Z)` float32 and affine in canonical orientation; 2-D ones have one side of 1."""
+    file = open_file(path)
+    shape, affine = spatial_shape(path, file, dim), np.asarray(file.affine, dtype=np.float64)
+    check_affine(path, affine)
+    orientation = nibabel.io_orientation(affine)
+    values = nibabel.apply_orientation(values_of(path, file, shape), orientation)
+    return values, affine @ nibabel.orientations.inv_ornt_aff(orientation, shape)
+
+
+def check_same_grid(label_path, label_shape, label_affine, image_path, shape, affine) -> None:
+    """A label belongs to its image: the same canonical shape, and grids less than 0.1 voxels apart."""
+    if label_shape != shape:
+        expected = f"the shape {shape} of {image_path}"
+        raise data_error(label_path, expected, f"{label_shape}", "Resample the label onto the image.")
+    # How far the label's grid strays from the image's, in voxels, at worst; at a single slice, nowhere.
+    apart = np.abs(np.linalg.inv(affine) @ label_affine - np.eye(4)) @ [*(n - 1 for n in shape), 1]
+    if apart.max() > 0.1:
+        expected, found = f"the affine of {image_path}", f"grids {apart.max():.3g} voxels apart"
+        raise data_error(label_path, expected, found, "Correct the wrong header or resample the label.")
+
+
+def _slice(volume: np.ndarray, affine: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """For a 2-D grid the one slice of a 2-D file or the middle slice of a volume; its affine's columns reordered."""
+    if dim == 3:
+        return volume, affine
+    axis = volume.shape.index(1) if 1 in volume.shape else 2
+    middle = volume.shape[axis] // 2
+    moved = affine.copy()
+    moved[:, 3] += affine[:, axis] * middle
+    order = [*(a for a in range(3) if a != axis), axis, 3]
+    return volume.take(middle, axis), moved[:, order]
+
+
+def normalise(path, image: np.ndarray, modality: str) -> np.ndarray:
+    """Intensities to [0, 1], float32: CT from [-1000, 1000] HU, MR from its minimum to its 99th percentile."""
+    low, high = (-1000.0, 1000.0) if modality == "CT" else (image.min(), np.percentile(image, 99))
+    image = np.clip(image, low, high)
+    if image.max() <= image.min():
+        where = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
+        raise data_error(path, f"an image that varies {where}", f"{image.min():g} throughout", "Leave the image out.")
+    return ((image - low) / (high - low)).astype(np.float32)
+
+
+def _check_label(path, label: np.ndarray, labels) -> None:
+    values = np.unique(label)
+    if np.abs(values - np.rint(values)).max() > 1e-3:
+        raise data_error(path, "whole numbers", f"{values[np.rint(values) != values][0]:g}", "Save labels as integers.")
+    found = {int(value) for value in np.rint(values)} - {0}
+    named = set(range(1, 256)) if labels is None else set(labels)
+    expected = "labels from 1 to 255" if labels is None else f"labels {sorted(named)}"
+    if not found <= named:
+        raise data_error(
+            path, expected, f"also {sorted(found - named)[:10]}", "Name them in the manifest or remove them."
+        )
+    if not found:
+        raise data_error(path, expected, "only background", "Leave the image out.")

@@ -1,0 +1,254 @@
+"""The multi-step GradICON network: coarse to fine, each step refines the map of those before it.
+
+Architecture of GradICON (Tian et al. 2023, arXiv 2206.05897) as uniGradICON uses it (Tian et al. 2024,
+arXiv 2403.05780), of any width, depth and number of levels, in 2-D and 3-D.
+"""
+
+import ctypes
+import itertools
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fmsam_lib.model.spatial import look_up
+from fmsam_lib.model.transform import LINEAR, Transform
+from fmsam_lib.records import written_whole
+
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+FUNCTIONAL_CONV = {2: F.conv2d, 3: F.conv3d}
+
+
+CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+AVG_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+SLAB = 8  # planes at half resolution: small enough to stay in a processor's cache, large enough to fill it
+
+
+class UNet(nn.Module):
+    """One step: from moving and fixed `(N, 1, *S)` to a displacement `(N, D, *S)` in unit coordinates.
+
+    Residuals pass by average pooling on the way down and by linear upsampling on the way up; the last
+    convolution starts at zero, so an untrained network is the identity.
+
+    down: channels after each halving. up: channels after each doubling, from the finest.
+    """
+
+    def __init__(self, dim: int, down: tuple[int, ...], up: tuple[int, ...]):
+        super().__init__()
+        self.dim = dim
+        channels = (2, *down)
+        above = (*up[1:], 0)  # what comes up from the next coarser depth, beside its skip
+        self.down = nn.ModuleList(
+            CONV[dim](i, o, kernel_size=3, padding=1, stride=2) for i, o in itertools.pairwise(channels)
+        )
+        self.up = nn.ModuleList(
+            CONV_TRANSPOSE[dim](skip + coarse, out, kernel_size=4, padding=1, stride=2)
+            for skip, coarse, out in zip(down, above, up, strict=True)
+        )
+        self.norm = nn.ModuleList(BATCH_NORM[dim](out) for out in up)
+        self.last = CONV[dim](2 + up[0], dim, kernel_size=3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        # In channels-last layout convolutions and upsampling are quickest, BatchNorm and concatenation too, but
+        # only where no slice breaks it.
+        x = torch.cat([moving, fixed], 1).contiguous(memory_format=CHANNELS_LAST[self.dim])
+        skips = []
+        for conv in self.down:
+            skips.append(x)
+            y = conv(F.leaky_relu(x))
+            x = y.add_(fit_channels(halve(x), y.shape[1]))
+        for depth in reversed(range(1, len(self.up))):
+            x = self.ascend(depth, x, skips[depth])
+        if self.training or torch.is_grad_enabled():
+            return self.finish(x, skips[0])
+        # The finest depth holds most of the memory. Without statistics to gather or gradients to keep it is made
+        # slab by slab along the first axis, one plane more on either side for the kernels' reach.
+        slabs = []
+        for start in range(0, x.shape[2], SLAB):
+            first, end = max(start - 1, 0), start + SLAB + 1
+            slab = self.finish(x[:, :, first:end], skips[0][:, :, 2 * first : 2 * end])
+            slabs.append(slab[:, :, 2 * (start - first) :][:, :, : 2 * SLAB])
+        return torch.cat(slabs, 2)
+
+    def ascend(self, depth: int, x: Tensor, skip: Tensor) -> Tensor:
+        """From `x` at `depth` to twice its resolution, beside its `skip`."""
+        layout = {"memory_format": CHANNELS_LAST[self.dim]}
+        y = self.up[depth](F.leaky_relu(x))
+        coarse = fit_channels(x, y.shape[1]).contiguous(**layout)
+        x = self.norm[depth](y.add_(F.interpolate(coarse, scale_factor=2, mode=LINEAR[self.dim])))
+        keep_layout(x, **layout)
+        x = x[(..., *[slice(0, n) for n in skip.shape[2:]])]  # odd sizes come back one too large
+        return torch.cat([x, skip], 1)
+
+    def finish(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The finest depth, and the displacement: `last` convolved in a way that is quicker for so few channels.
+
+        The kernel's three taps along the first axis become channels of one convolution that is flat along that
+        axis, and are added up afterwards, each from its neighbouring plane.
+        """
+        x = self.ascend(0, x, skip)
+        taps = self.last.weight.movedim(2, 0).flatten(0, 1).unsqueeze(2)
+        taps = FUNCTIONAL_CONV[self.dim](x, taps, padding=(0, *[1] * (self.dim - 1)))
+        before, here, after = keep_layout(taps, memory_format=CHANNELS_LAST[self.dim]).chunk(3, 1)
+        flat = [0, 0] * (self.dim - 1)
+        y = F.pad(before[:, :, :-1], [*flat, 1, 0]) + here + F.pad(after[:, :, 1:], [*flat, 0, 1])
+        return (y + self.last.bias.view(1, -1, *[1] * self.dim)) / 10
+
+
+def keep_layout(x: Tensor, **layout) -> Tensor:
+    """`x` itself, whose gradient will arrive in the same memory layout."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.contiguous(**layout))
+    return x
+
+
+def halve(x: Tensor) -> Tensor:
+    """Means of two samples along every axis; an odd one out, or a single one, stays itself."""
+    return AVG_POOL[x.dim() - 2](x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)
+
+
+def fit_channels(x: Tensor, channels: int) -> Tensor:
+    """Keep the first `channels` of `x`, or put empty ones before them."""
+    missing = channels - x.shape[1]
+    if missing <= 0:
+        return x[:, :channels]
+    return torch.cat([x.new_zeros(x.shape[0], missing, *x.shape[2:]), x], 1)
+
+
+class GradICON(nn.Module):
+    """`phi = net(moving, fixed)`: a `Transform` with `moving(phi(x)) ~ fixed(x)`.
+
+    The first step sees the images at `1 / 2^(levels - 1)` of their resolution, every following one at twice
+    the resolution of the one before and with the moving image already warped; `last_step` adds one
+    more at full resolution (uniGradICON's second stage).
+
+    dim: 2 or 3. down, up: channels of every step's `UNet`; `up` is `down` unless given.
+
+    With `net.save_memory = True` every step but the last computes its activations a second time on the way
+    back instead of keeping them: the same gradients for a sixth more time. With `net.precision` "bf16" or "fp16" the
+    steps' U-Nets compute in half precision (autocast); weights, maps and the loss stay in float32. With
+    `net.first_stage = True` the last step is left out, as in uniGradICON's first stage.
+    """
+
+    def __init__(
+        self,
+        dim: int = 3,
+        *,
+        down: tuple[int, ...],
+        up: tuple[int, ...] | None = None,
+        levels: int = 3,
+        last_step: bool = True,
+    ):
+        super().__init__()
+        up = down if up is None else up
+        if dim not in CONV:
+            raise ValueError(f"expected dim 2 or 3, got {dim}")
+        if len(up) != len(down) or min(*down, *up, levels) < 1:
+            raise ValueError(
+                f"expected levels >= 1 and as many `up` as `down` channels, all positive; "
+                f"got levels={levels}, down={tuple(down)}, up={tuple(up)}"
+            )
+        self.settings = {"dim": dim, "down": list(down), "up": list(up), "levels": levels, "last_step": last_step}
+        self.dim, self.levels = dim, levels
+        self.shape: tuple[int, ...] | None = None  # the grid that it was trained on
+        self.save_memory, self.precision, self.first_stage = False, "float32", False
+        self.scales = [*reversed(range(levels)), *([0] if last_step else [])]  # halvings before each step
+        self.steps = nn.ModuleList(UNet(dim, tuple(down), tuple(up)) for _ in self.scales)
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> Transform:
+        """moving, fixed: `(N, 1, *S)` in [0, 1], the same shape, 16 samples or more along each axis."""
+        self.check_shapes(moving, fixed)
+        pyramid = [(moving, fixed)]
+        for _ in range(self.levels - 1):
+            pyramid.append(tuple(map(halve, pyramid[-1])))
+        phi = Transform(fixed.shape[2:])
+        steps = len(self.steps) - self.first_stage
+        for i, (unet, scale) in enumerate(zip(self.steps[:steps], self.scales[:steps], strict=True)):
+            coarse_moving, coarse_fixed = pyramid[scale]
+            if phi.fields:
+                coarse_moving = look_up(coarse_moving, phi.grid(coarse_fixed.shape[2:]))
+            compute = partial(self._half, unet) if self.precision in HALF else unet
+            if self.save_memory and torch.is_grad_enabled() and i < steps - 1:
+                displacement = checkpoint(
+                    compute,
+                    coarse_moving,
+                    coarse_fixed,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    context_fn=lambda unet=unet: (nullcontext(), BuffersKept(unet)),
+                )
+            else:
+                displacement = compute(coarse_moving, coarse_fixed)
+            phi = phi.then(displacement)
+        return phi
+
+    def _half(self, unet: "UNet", moving: Tensor, fixed: Tensor) -> Tensor:
+        # a block for each U-Net: autocast keeps its copies of the weights to the end of it, and SAM changes the weights
+        with torch.autocast(moving.device.type, HALF[self.precision]):
+            return unet(moving, fixed).float()
+
+    def check_shapes(self, moving: Tensor, fixed: Tensor) -> None:
+        expected = f"expected moving and fixed images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]})"
+        if moving.shape != fixed.shape or fixed.dim() != self.dim + 2 or fixed.shape[1] != 1:
+            raise ValueError(f"{expected}, got {tuple(moving.shape)} and {tuple(fixed.shape)}")
+        if min(fixed.shape[2:]) < 16:
+            raise ValueError(
+                f"{expected} with at least 16 samples a side, got {tuple(fixed.shape[2:])}; resample or pad the images"
+            )
+
+    def save(self, path: Path | str) -> None:
+        """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it."""
+        saved = {"settings": self.settings, "weights": self.state_dict(), "shape": self.shape and list(self.shape)}
+        with written_whole(path) as partial:
+            torch.save(saved, partial)
+
+
+def give_back_memory() -> None:
+    """Have Linux' C library return freed blocks of 4 MB and more at once, for as long as the process lives.
+
+    It otherwise keeps those up to 32 MB, and a network's many sizes leave holes between them: 0.7 GB in a training step
+    of the full network at 96^3.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
+
+
+class BuffersKept:
+    """Puts the buffers back afterwards: a forward pass in training mode moves BatchNorm's running statistics.
+
+    A context manager that can be entered again, as going backward twice does.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.saved = [buffer.clone() for buffer in self.module.buffers()]
+
+    def __exit__(self, *_) -> None:
+        with torch.no_grad():
+            for buffer, value in zip(self.module.buffers(), self.saved, strict=True):
+                buffer.copy_(value)

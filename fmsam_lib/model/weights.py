@@ -1,0 +1,159 @@
+"""Networks from files: our own, and the official ones of uniGradICON and multiGradICON (`.trch`), both ways.
+
+icon-registration nests the steps, coarse to fine, where we have a list of them:
+
+    theirs                                             ours
+    netPhi.netPhi.net.netPhi.net.net.downConvs.0.bias  steps.0.down.0.bias   quarter resolution
+    netPhi.netPhi.net.netPsi.net.batchNorms.0.bias     steps.1.norm.0.bias   half
+    netPhi.netPsi.net.upConvs.0.weight                 steps.2.up.0.weight   full
+    netPsi.net.lastConv.weight                         steps.3.last.weight   full, the last step
+"""
+
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.records import written_whole
+
+UNIGRADICON = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64, 128, 256), "levels": 3}
+
+
+UNIGRADICON_SIDE = 175  # samples along each axis of the grid that it was trained on
+
+
+THEIR_NAMES = {"down": "downConvs", "up": "upConvs", "norm": "batchNorms", "last": "lastConv"}
+
+
+OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
+
+
+RELEASES = "https://github.com/uncbiag/uniGradICON/releases/download"
+
+
+OFFICIAL = {name: f"{RELEASES}/{name}_weights/Step_2_final.trch" for name in ("unigradicon", "multigradicon")}
+
+
+def unigradicon(weights: Path | str | None = None, *, dim: int = 3, last_step: bool = True) -> GradICON:
+    """uniGradICON's own network: 70.7 M parameters in 3-D with the last step (its second stage of training).
+
+    weights: as for `load`; None for an untrained network in training mode.
+    Raises: ValueError as `load`, and for weights of another architecture.
+    """
+    net = GradICON(dim, **UNIGRADICON, last_step=last_step)
+    if weights is None:
+        return net
+    loaded = load(weights)
+    if loaded.settings != net.settings:
+        raise ValueError(f"expected weights of {net.settings} in {weights}, got those of {loaded.settings}")
+    return loaded
+
+
+def load(weights: Path | str) -> GradICON:
+    """The network of a file, in eval mode, with its architecture read from the file.
+
+    weights: a file of `GradICON.save`; a state dict of icon-registration's (uniGradICON's `Step_2_final.trch`
+    or what its fine-tuning leaves); or "unigradicon" or "multigradicon" for the official files.
+    Raises: ValueError for a file that is missing, damaged or something else; OSError as `official`.
+    """
+    path = official(weights) if weights in OFFICIAL else Path(weights)
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(saved, dict) and "settings" in saved:
+            net = GradICON(**saved["settings"])
+            net.load_state_dict(saved["weights"])
+            net.shape = tuple(saved["shape"]) if saved.get("shape") else None
+        else:
+            net = from_icon(saved)
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"expected weights saved by fmsam or by icon-registration in {path}, got: {reason}; "
+            "check the path, copy the file again or train anew"
+        ) from error
+    return net.eval()
+
+
+def official(name: str) -> Path:
+    """The file of the official weights "unigradicon" or "multigradicon", downloaded at its first use (280 MB).
+
+    It is kept in the environment's FMSAM_CACHE, else in `~/.cache/fmsam`. Raises: OSError without network.
+    """
+    path = Path(os.environ.get("FMSAM_CACHE") or Path.home() / ".cache" / "fmsam") / "weights" / f"{name}.trch"
+    if not path.exists():
+        try:
+            with written_whole(path) as partial:
+                torch.hub.download_url_to_file(OFFICIAL[name], str(partial))
+                torch.load(partial, weights_only=True, mmap=True)  # a connection closed early passes for an end
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise OSError(
+                f"expected to download {OFFICIAL[name]}, got: {error}; download it by hand and put it at {path}"
+            ) from error
+    return path
+
+
+def from_icon(state: dict[str, Tensor]) -> GradICON:
+    """The network whose weights icon-registration has in `state`, the state dict of its `regis_net`.
+
+    Raises: ValueError where it is not of uniGradICON's kind (steps of `UNet2` at resolutions that double).
+    """
+    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+        raise ValueError("something other than a state dict")
+    state = {key.removeprefix("regis_net."): value for key, value in state.items()}
+    found = {key.split(f"{THEIR_NAMES['down']}.")[0] for key in state if f"{THEIR_NAMES['down']}." in key}
+    known = {frozenset(icon_prefixes(n, last)): (n, last) for n in range(1, 9) for last in (False, True)}
+    if frozenset(found) not in known:
+        raise ValueError(f"keys that no network of uniGradICON's kind has, such as {', '.join(sorted(state)[:2])}")
+    levels, last_step = known[frozenset(found)]
+    prefixes = icon_prefixes(levels, last_step)
+    weights = {_our_key(key, prefixes): value for key, value in state.items()}
+    depths = range(sum(key.startswith("steps.0.down.") for key in weights) // 2)  # a weight and a bias each
+    down = tuple(len(weights[f"steps.0.down.{depth}.weight"]) for depth in depths)
+    up = tuple(weights[f"steps.0.up.{depth}.weight"].shape[1] for depth in depths)
+    net = GradICON(weights["steps.0.last.weight"].dim() - 2, down=down, up=up, levels=levels, last_step=last_step)
+    net.load_state_dict(weights)
+    if (down, up, levels) == tuple(UNIGRADICON.values()):
+        net.shape = (UNIGRADICON_SIDE,) * net.dim
+    return net
+
+
+def _our_key(key: str, prefixes: list[str]) -> str:
+    for step, prefix in enumerate(prefixes):
+        part, _, rest = key.removeprefix(prefix).partition(".")
+        if key.startswith(prefix) and part in OUR_NAMES:
+            return f"steps.{step}.{OUR_NAMES[part]}.{rest}"
+    raise ValueError(f"the key {key}, which no network of uniGradICON's kind has")
+
+
+def to_icon(net: GradICON) -> dict[str, Tensor]:
+    """`from_icon`'s inverse: a state dict for icon-registration's `regis_net`."""
+    prefixes = icon_prefixes(net.levels, net.settings["last_step"])
+    state = {}
+    for key, value in net.state_dict().items():
+        _, step, part, rest = key.split(".", 3)
+        state[f"{prefixes[int(step)]}{THEIR_NAMES[part]}.{rest}"] = value
+    return state
+
+
+def icon_prefixes(levels: int, last_step: bool) -> list[str]:
+    """Where icon-registration keeps each step, coarse to fine.
+
+    >>> icon_prefixes(2, last_step=True)
+    ['netPhi.netPhi.net.net.', 'netPhi.netPsi.net.', 'netPsi.net.']
+    """
+    prefixes = ["net."]  # a FunctionFromVectorField's network
+    for _ in range(levels - 1):  # TwoStepRegistration(DownsampleRegistration(coarser steps), one more)
+        prefixes = [*(f"netPhi.net.{prefix}" for prefix in prefixes), "netPsi.net."]
+    return [*(f"netPhi.{prefix}" for prefix in prefixes), "netPsi.net."] if last_step else prefixes

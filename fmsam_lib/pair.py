@@ -1,0 +1,32 @@
+"""A pair of images: what every room passes to the next."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A moving and a fixed image of one grid, and what is known about them.
+
+    moving, fixed: `(1, *S)` float32 in [0, 1].
+    moving_label, fixed_label: `(1, *S)` uint8, 0 is background; None where there are no labels.
+    labels: the structures' names by number, without the background.
+    true_map: `(D, *S)`, where a point of the fixed grid lies in the moving image, unit coordinates.
+    moving_landmarks, fixed_landmarks: `(L, D)` corresponding points, unit coordinates.
+    affine: `(4, 4)` of the fixed grid, index to mm (RAS); spacing: mm per sample along each axis.
+    unit: of the spacing: "voxel" (of the file) where its millimetres are not known.
+    """
+
+    name: str
+    moving: Tensor
+    fixed: Tensor
+    moving_label: Tensor | None = None
+    fixed_label: Tensor | None = None
+    labels: dict[int, str] = field(default_factory=dict)
+    spacing: tuple[float, ...] = ()
+    affine: Tensor | None = None
+    true_map: Tensor | None = None
+    moving_landmarks: Tensor | None = None
+    fixed_landmarks: Tensor | None = None
+    unit: str = "mm"

@@ -1,0 +1,291 @@
+"""What each notebook takes: one pydantic model each, with default, limits and help beside every field.
+
+In: values. Out: `checking.read` makes a model of them. The notebooks' parameter cells repeat these defaults, and a test
+holds both equal.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from fmsam_lib.checking import (
+    ConfigError,
+    Count,
+    Folder,
+    Name,
+    Names,
+    Natural,
+    NotNegative,
+    OddPoints,
+    Parameters,
+    Points,
+    Positive,
+    Several,
+    Shape,
+    Side,
+    each_once,
+    read,
+)  # fmt: skip
+
+EQUAL_COMPUTE = "adam-2x"  # Adam with twice the steps: the baseline at SAM's cost
+Optimizer = Literal["adam", "adam-2x", "sam", "asam", "sam-every", "looksam", "random"]
+Similarity = Literal["lncc", "lncc2", "mind"]
+Method = Literal["none", "ants-syn", "io", "network", "network+io"]
+Corruption = Literal["noise", "bias_field", "gamma", "inversion", "blur", "slices", "misalignment"]
+Modality = Literal["mr", "ct"]
+
+
+DATA = "folder of data sets; empty: the environment's FMSAM_DATA, else the project's data"
+THREADS = "processor threads; another number may change the last bits of a result"
+MINE = "runs/mine/brain-mr"
+
+
+class Start(Parameters):
+    """Notebooks 00 and 04: a small network trained before your eyes."""
+
+    domain: Name = Field("brain-mr", description="brain-mr, lung-ct, knee-mr, abdomen-ct or heart-mr")
+    shape: Shape = Field([64, 64], description="samples along each axis; three numbers for volumes")
+    steps: Count = Field(150, description="training steps")
+    rho: NotNegative = Field(0.01, description="SAM's radius; 0 is ordinary training")
+    seed: Natural = Field(0, description="of the network's first weights")
+
+
+class Look(Parameters):
+    """Notebook 01: one domain's images."""
+
+    domain: Name = Field("brain-mr", description="a synthetic domain, or a data set's folder such as HippocampusMR")
+    shape: Shape = Field(
+        [64, 64, 64], description="samples along each axis of the grid that every image is brought onto"
+    )
+    data: str = Field("", description=DATA)
+    index: Natural = Field(0, description="which test pair to show")
+    pairs: Count = Field(10, description="how many test pairs to measure")
+
+
+class Train(Parameters):
+    """Notebook 10 and `train`: one training."""
+
+    out: Folder = Field(f"{MINE}/sam/seed0", description="folder of this run; counts from the project's folder")
+    train_domain: Name = Field("brain-mr", description="domain to train on; several joined with +")
+    optimizer: Optimizer = Field(
+        "sam", description="adam, adam-2x, sam, asam, sam-every, looksam or random (see below)"
+    )
+    seed: Natural = Field(0, description="of the first weights and the order of the pairs")
+    shape: Shape = Field([64, 64], description="samples along each axis")
+    data: str = Field("", description=DATA)
+    weights: str = Field("", description='file to fine-tune, or "unigradicon", "multigradicon"; empty: random weights')
+    down: Annotated[list[Count], Field(min_length=1)] = Field(
+        [16, 32, 64], description="channels after each halving in every step's U-Net; with weights, the file decides"
+    )
+    levels: Count = Field(3, description="resolutions: quarter, half, full; with weights, the file decides")
+    last_step: bool = Field(False, description="one more step at full resolution; with weights, the file decides")
+    first_stage: Natural = Field(0, description="optimizer steps before the last step is added (uniGradICON: 4 of 5)")
+    steps: Count = Field(400, description="optimizer steps")
+    batch: Count = Field(2, description="pairs a step")
+    accumulate: Count = Field(1, description="compute a batch in so many parts, one after the other, to save memory")
+    augment: bool = Field(False, description="uniGradICON's random axis permutations, flips and affine noise")
+    validation: Natural = Field(4, description="watch the Dice of so many pairs that are in neither training nor test")
+    lr: Positive = Field(0.001, description="learning rate at the start")
+    lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="to 0 along half a cosine, or constant")
+    clip: NotNegative = Field(0.0, description="longest gradient that may move the weights; 0: any")
+    rho: NotNegative = Field(0.01, description="radius of SAM's ball (adam does not use it)")
+    rho_schedule: Literal["constant", "lr"] = Field("constant", description="lr: rho falls with the learning rate")
+    every: Count = Field(5, description="sam-every and looksam climb in one step of so many")
+    alpha: NotNegative = Field(0.7, description="looksam: how much of the last climb's direction later steps add")
+    similarity: Similarity = Field("lncc", description="lncc, lncc2 (inverted contrasts) or mind (two modalities)")
+    sigma: Positive = Field(5.0, description="width of LNCC's window, in samples")
+    lmbda: NotNegative = Field(1.5, description="weight of GradICON's penalty")
+    joint: bool = Field(True, description="both directions in one batch and in BatchNorm; False: as uniGradICON")
+    device: Literal["auto", "cpu", "cuda"] = Field("cpu", description="cpu or cuda; auto: a GPU where there is one")
+    precision: Literal["float32", "bf16", "fp16"] = Field("float32", description="what the U-Nets compute in")
+    processes: Count = Field(1, description="share each batch among so many processes")
+    sync_climb: bool = Field(True, description="processes climb by the whole batch's gradient; False: each by its own")
+    save_memory: bool = Field(False, description="compute activations twice rather than keep them: a sixth slower")
+    snapshots: Natural = Field(0, description="keep the weights so many times on the way, evenly, for notebook 35")
+    threads: Count = Field(1, description=THREADS)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Train":
+        parts = self.processes * self.accumulate
+        if self.batch % parts:
+            raise ValueError(f"expected batch to be a multiple of processes x accumulate, {parts}, got {self.batch}")
+        if self.first_stage and not (self.first_stage < self.steps and (self.last_step or self.weights)):
+            raise ValueError(
+                f"expected first_stage to be below steps, and last_step, which is added after it; got "
+                f"first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
+            )
+        if self.optimizer == "looksam" and self.processes > 1 and not self.sync_climb:
+            raise ValueError(
+                "expected sync_climb with looksam in several processes: they must bend their gradients by one direction"
+            )
+        return self
+
+    def loss(self) -> dict:
+        """What `losses.objective` takes of it."""
+        return {"similarity": self.similarity, "sigma": self.sigma, "lmbda": self.lmbda}
+
+    @property
+    def stages(self) -> tuple[int, int]:
+        """Optimizer steps without the last step, and in all: twice as many of both for the baseline at SAM's cost."""
+        times = 2 if self.optimizer == EQUAL_COMPUTE else 1
+        return times * self.first_stage, times * self.steps
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps in all."""
+        return self.stages[1]
+
+
+class Evaluate(Parameters):
+    """Notebook 20: one trained network, or what it is compared with, on every test domain."""
+
+    run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train; empty for none and ants-syn")
+    out: Folder = Field(f"{MINE}/sam/seed0", description="folder for results.csv, costs.csv and robustness.csv")
+    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(each_once)] = Field(
+        ["network"],
+        description="network, network+io (instance optimisation), io (that alone, from zero), none, ants-syn",
+    )
+    test_domains: Names = Field(["brain-mr", "heart-mr"], description="synthetic domains or data sets")
+    shape: Shape = Field([64, 64], description="samples along each axis")
+    data: str = Field("", description=DATA)
+    pairs: Count = Field(10, description="measure at most this many test pairs of each domain")
+    io: Natural = Field(0, description="network+io: steps of Adam on each pair's own loss")
+    io_lr: Positive = Field(0.0003, description="network+io: learning rate of these steps")
+    alone_io: Natural = Field(200, description="io: as many steps, of a network that is the identity at first")
+    alone_lr: Positive = Field(0.001, description="io: learning rate")
+    corruptions: Annotated[list[Corruption], AfterValidator(each_once)] = Field(
+        ["noise", "bias_field", "gamma", "inversion", "blur", "slices", "misalignment"], description="[] for none"
+    )
+    corrupted_pairs: Count = Field(5, description="corrupt at most this many test pairs of each domain")
+    fields: bool = Field(False, description="keep every displacement field in Learn2Reg's form, in fields/")
+    threads: Count = Field(1, description=THREADS)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Evaluate":
+        of_a_run = [name for name in self.methods if name not in ("none", "ants-syn")]
+        if of_a_run and not self.run:
+            raise ValueError(f"expected run, the folder of a training, for the methods {', '.join(of_a_run)}; got none")
+        for method, name in (("network+io", "io"), ("io", "alone_io")):
+            if method in self.methods and getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1 step with the method {method}, got 0")
+        return self
+
+
+class Landscape(Parameters):
+    """Notebook 30: the loss around one trained network."""
+
+    run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train")
+    out: Folder = Field(f"{MINE}/sam/seed0", description="folder for landscape.csv and flatness.csv")
+    test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
+    data: str = Field("", description=DATA)
+    pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
+    radius: Positive = Field(0.5, description="how far to go; filter, layer: in units of the weights' own norms")
+    line_points: OddPoints = Field(21, description="points of a line; odd: the trained weights are one")
+    plane_points: OddPoints = Field(11, description="points of a plane's side; odd")
+    directions: Count = Field(3, description="lines")
+    normalisation: Literal["filter", "layer", "none"] = Field("filter", description="filter, layer or none")
+    direction_seed: Natural = Field(0, description="of the random directions: the same for networks to compare")
+    measured_on: Annotated[list[Name], AfterValidator(each_once)] = Field(
+        [], description="those of training and the test domains to measure flatness on; empty: all"
+    )
+    rhos: Annotated[list[Positive], Field(min_length=1), AfterValidator(each_once)] = Field(
+        [0.003, 0.01, 0.03], description="radii"
+    )
+    draws: Several = Field(8, description="pairs of random perturbations for the average rise")
+    ascent_steps: Natural = Field(5, description="of gradient ascent to the worst weights within rho; 0: none")
+    eigenvalues: Natural = Field(1, description="of the Hessian, the largest; 0: none")
+    probes: Natural = Field(4, description="random vectors for the Hessian's trace and spectrum; 0: none")
+    lanczos_steps: Several = Field(20, description="for the spectrum")
+    threads: Count = Field(1, description=THREADS)
+
+
+class Between(Parameters):
+    """Notebook 35: from one solution to the other, and the plane of both and their common start."""
+
+    baseline: Folder = Field(f"{MINE}/adam/seed0", description="folder of a run of 10_train")
+    treatment: Folder = Field(f"{MINE}/sam/seed0", description="folder of another one: same domain, seed and loss")
+    out: Folder = Field(f"{MINE}/between/seed0", description="folder for between.csv")
+    test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
+    data: str = Field("", description=DATA)
+    pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
+    path_points: Points = Field(21, description="from one solution to the other")
+    plane_points: OddPoints = Field(15, description="of the plane's sides; odd")
+    threads: Count = Field(1, description=THREADS)
+
+
+class Compare(Parameters):
+    """Notebook 40: all runs of a study, side by side."""
+
+    study: Folder = Field("studies/quick.yaml", description="the study's file")
+    folder: Folder = Field("runs/quick", description="where its runs are")
+    baseline: Name = Field("adam", description="optimizer to compare with")
+    treatment: Name = Field("sam", description="optimizer in question")
+
+
+class Registering(Parameters):
+    """How `register` works on a pair; `Register` adds the files."""
+
+    modality: Modality = Field("mr", description="mr or ct: of both images")
+    moving_modality: Literal["", "mr", "ct"] = Field("", description="of the moving image, if it is another")
+    shape: Annotated[list[Side], Field(max_length=3)] = Field(
+        [], description="grid to work on; empty: the network's own"
+    )
+    io: Natural = Field(0, description="steps of instance optimisation on this pair")
+    lr: Positive = Field(2.0e-5, description="learning rate of instance optimisation")
+    lmbda: NotNegative = Field(1.5, description="weight of the regulariser in it")
+    sigma: Positive = Field(5.0, description="window of the similarity, samples of the grid")
+    similarity: Similarity = Field("lncc", description="what instance optimisation maximises: lncc, lncc2 or mind")
+    seed: Natural = Field(0, description="of instance optimisation's random points")
+
+
+class Register(Registering):
+    """`fmsam-register`: one pair of files."""
+
+    fixed: str = Field("", description="image that stays, NIfTI")
+    moving: str = Field("", description="image to be warped onto it, NIfTI")
+    labels: str = Field("", description="label image of the moving image, to be warped too")
+    fixed_labels: str = Field("", description="label image of the fixed image, for Dice before and after")
+    weights: str = Field("unigradicon", description="unigradicon, multigradicon (downloaded once) or a file of weights")
+    out: str = Field("", description="folder for the results")
+    threads: Count = Field(1, description=THREADS)
+
+
+class RegisterYourOwn(Register):
+    """Notebook 50: the same with the defaults of a small network that learns this pair alone."""
+
+    fixed: str = Field("", description="image that stays, NIfTI; empty: a synthetic pair is made")
+    weights: str = Field(
+        "", description="unigradicon, multigradicon or a file; empty: a small network learns this pair"
+    )
+    shape: Shape = Field([40, 40, 40], description="grid that the network works on; 175 each for unigradicon")
+    io: Natural = Field(100, description="steps of instance optimisation; 0 or 50 for a trained network")
+    lr: Positive = Field(2.0e-3, description="its learning rate; 2.0e-5 for a trained network")
+    sigma: Positive = Field(3.0, description="window of the similarity, samples of the grid; 5 for unigradicon")
+    out: Folder = Field("runs/mine/registered", description="folder for the results")
+
+    @model_validator(mode="after")
+    def _both(self) -> "RegisterYourOwn":
+        if bool(self.fixed) != bool(self.moving):
+            raise ValueError("expected fixed and moving, or neither for a synthetic pair; got one of them")
+        return self
+
+
+def trained_with(folder: Path | str) -> Train:
+    """The parameters of the training in `folder`, from its `config.json`; ConfigError where it lacks one."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text())["parameters"]
+        absent = Train.model_fields.keys() - values.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"expected a run of notebook 10_train in {folder}, got {error!r}; train it first") from error
+    if absent:
+        raise ConfigError(f"expected every parameter in {path}, got none for {', '.join(sorted(absent))}; train anew")
+    return read(Train, values, source=str(path))
+
+
+def about_run(folder: Path | str) -> dict:
+    """`train_domain`, `optimizer` and `seed` of the training in `folder`."""
+    run = trained_with(folder)
+    return {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}

@@ -1,0 +1,180 @@
+"""Labelled image pairs of several "anatomies", made on the spot, with the true map known.
+
+An anatomy is a list of soft shapes in canonical RAS coordinates `q` in [-1, 1]^3 (x left to right, y
+posterior to anterior, z inferior to superior). A subject is a smooth invertible map `T` from its own
+grid into that space, so that `image(x) = anatomy(T(x))`, and between two of them
+
+    T_moving(phi(x)) = T_fixed(x)        phi: the true map, fixed to moving.
+
+Inter-subject pairs have two independent `T`; intra-subject ones `T_fixed = motion o T_moving`.
+A 2-D pair is one plane of the 3-D anatomy, deformed within itself, made by the same code.
+"""
+
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmsam_lib.pair import Pair
+from fmsam_lib.phantoms.anatomies import DOMAINS, INF, Domain
+from fmsam_lib.phantoms.images import _acquire, _look, _normalise, _paint, _refine
+
+
+def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> Pair:
+    """The pair number `index` of a domain, the same each time; another seed is another data set.
+
+    shape: `(X, Y)` or `(X, Y, Z)`, at least 16 each. In 2-D the axes are those of `DOMAINS[domain].plane`
+    that remain, in order: `(y, z)` for the sagittal knee.
+
+    >>> pair = make_pair("brain-mr", seed=0, index=3, shape=(32, 32, 32))
+    >>> pair.name, tuple(pair.fixed.shape), pair.labels[3]
+    ('brain-mr-0-3', (1, 32, 32, 32), 'ventricles')
+
+    Raises ValueError for an unknown domain, a shape that is too small or neither 2-D nor 3-D, or a
+    negative index or seed.
+    """
+    _check(domain, seed, index, shape)
+    # Hundreds of small operations: a second thread gains little, costs much on a busy machine, may change bits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _make_pair(DOMAINS[domain], seed, index, tuple(shape))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair:
+    rng = np.random.default_rng(np.random.SeedSequence([zlib.crc32(d.name.encode()), seed, index]))
+    across, level = d.plane if len(shape) == 2 else (None, 0.0)
+    axes = [axis for axis in range(3) if axis != across]
+    grid = list(shape)
+    if across is not None:
+        grid.insert(across, 1)  # from here on a plane is a volume of one slice
+
+    moving_subject, moving_look = _subject(rng, d.variation, axes), _look(rng)
+    if d.pairing == "inter-subject":
+        fixed_subject, fixed_look, motion = _subject(rng, d.variation, axes), _look(rng), torch.zeros_like
+    else:
+        fixed_subject, fixed_look, motion = moving_subject, moving_look, _motion(rng, d, axes)
+
+    # The maps are so smooth that it is enough to know them on a coarse lattice; cubic splines do the rest.
+    nodes = [torch.linspace(-1, 1, 24) if n > 1 else torch.tensor([float(level)]) for n in grid]
+    x = torch.stack(torch.meshgrid(*nodes, indexing="ij"))
+    q_moving = x + moving_subject(x)
+    q_fixed = x + fixed_subject(x)
+    q_fixed = q_fixed + motion(q_fixed)
+    phi = _solve(moving_subject, q_fixed)
+    q_moving, q_fixed, phi = _refine(q_moving, grid), _refine(q_fixed, grid), _refine(phi, grid)
+
+    landmarks = _landmarks(d, across, level)
+    moving_landmarks = _solve(moving_subject, landmarks, 30)
+    fixed_landmarks = _solve(fixed_subject, _solve(motion, landmarks, 30), 30)
+    seen = (torch.cat([moving_landmarks, fixed_landmarks]).abs() < 1).all(dim=0)
+
+    moving, moving_label = _paint(d, q_moving, moving_look, second=False)
+    fixed, fixed_label = _paint(d, q_fixed, fixed_look, second=d.pairing == "intra-subject")
+    moving, fixed = (_normalise(_acquire(image, d, rng), d.modality) for image in (moving, fixed))
+
+    spacing = tuple(d.field_of_view[axis] / (n - 1) for axis, n in zip(axes, shape, strict=True))
+    return Pair(
+        name=f"{d.name}-{seed}-{index}",
+        moving=moving.view(1, *shape),
+        fixed=fixed.view(1, *shape),
+        moving_label=moving_label.view(1, *shape),
+        fixed_label=fixed_label.view(1, *shape),
+        labels=dict(d.labels),
+        spacing=spacing,
+        affine=_affine(d, axes, spacing, across, level),
+        true_map=(phi[axes].view(len(axes), *shape) + 1) / 2,
+        moving_landmarks=(moving_landmarks[axes][:, seen].T + 1) / 2,
+        fixed_landmarks=(fixed_landmarks[axes][:, seen].T + 1) / 2,
+    )
+
+
+# --- maps: functions from points (3, ...) in [-1, 1] to displacements of the same shape
+
+
+def _subject(rng: np.random.Generator, variation: float, axes: list[int]) -> Callable[[Tensor], Tensor]:
+    """A random displacement `u(x) = (L x + shift) + sum_k a_k sin(w_k . x + p_k)`.
+
+    Its gradient is below `|L| + sum_k |a_k| |w_k| < 1` everywhere, so `x + u(x)` cannot fold.
+    """
+    linear = rng.uniform(-0.07, 0.07, (3, 3))
+    shift = rng.uniform(-0.06, 0.06, (3, 1))
+    direction = rng.standard_normal((5, 3))
+    w = direction / np.linalg.norm(direction, axis=1, keepdims=True) * rng.uniform(1.5, 4.0, (5, 1))
+    p = rng.uniform(0, 2 * np.pi, (5, 1))
+    a = rng.standard_normal((3, 5)) / np.linalg.norm(w, axis=1)
+    a *= variation / (np.linalg.norm(a, axis=0) * np.linalg.norm(w, axis=1)).sum()
+    linear, shift, w, p, a = (torch.tensor(m, dtype=torch.float32) for m in (linear, shift, w, p, a))
+
+    def displacement(x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return linear @ x + shift + a @ torch.sin(w @ x + p)
+
+    return _within(axes, displacement)
+
+
+def _motion(rng: np.random.Generator, d: Domain, axes: list[int]) -> Callable[[Tensor], Tensor]:
+    """One breath or beat of the domain's, weaker or stronger."""
+    strength = rng.uniform(0.8, 1.2)
+    return _within(axes, lambda q: strength * d.motion(q))
+
+
+def _within(axes: list[int], displacement: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A plane deforms within itself: no displacement across."""
+    keep = torch.tensor([float(axis in axes) for axis in range(3)])
+    return lambda x: displacement(x).view_as(x) * keep.view(3, *[1] * (x.dim() - 1))
+
+
+def _solve(displacement: Callable[[Tensor], Tensor], target: Tensor, iterations: int = 12) -> Tensor:
+    """The points `y` with `y + displacement(y) = target`, both `(3, ...)`, by fixed-point iteration."""
+    y = target
+    for _ in range(iterations):
+        y = target - displacement(y)
+    return y
+
+
+def _landmarks(d: Domain, across: int | None, level: float) -> Tensor:
+    """Centre and the ends of the axes of every labelled part, `(3, L)` canonical, well inside the grid."""
+    points = []
+    for part in d.parts:
+        if part.name not in d.labels.values() or part.keep:
+            continue
+        centre, radii = np.array(part.centre), np.array(part.radii)
+        radii[radii == INF] = 0
+        if across is not None:  # the plane cuts an ellipsoid in an ellipse
+            inside = 1 - ((level - centre[across]) / part.radii[across]) ** 2
+            if inside <= 0:
+                continue
+            centre[across], radii = level, radii * np.sqrt(inside)
+            radii[across] = 0
+        points += [centre, *(centre + np.diag(radii)[radii > 0]), *(centre - np.diag(radii)[radii > 0])]
+    points = np.array(points)
+    return torch.tensor(points[(np.abs(points) < 0.8).all(axis=1)].T, dtype=torch.float32)
+
+
+def _affine(d: Domain, axes: list[int], spacing: tuple[float, ...], across: int | None, level: float) -> Tensor:
+    """Index to mm, `(4, 4)`, the field of view's centre at the origin; a plane's third column is across it."""
+    affine = torch.zeros(4, 4, dtype=torch.float64)
+    affine[3, 3] = 1
+    for column, (axis, mm) in enumerate(zip(axes, spacing, strict=True)):
+        affine[axis, column] = mm
+        affine[axis, 3] = -d.field_of_view[axis] / 2
+    if across is not None:
+        affine[across, 2] = 1
+        affine[across, 3] = level * d.field_of_view[across] / 2
+    return affine
+
+
+def _check(domain: str, seed: int, index: int, shape: tuple[int, ...]) -> None:
+    if domain not in DOMAINS:
+        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {domain!r}: choose one of them")
+    if len(shape) not in (2, 3) or min(shape) < 16:
+        raise ValueError(
+            f"expected a shape of 2 or 3 sides of at least 16, got {tuple(shape)}: give (64, 64) or (64, 64, 64)"
+        )
+    if index < 0 or seed < 0:
+        raise ValueError(f"expected index and seed from 0 on, got index {index}, seed {seed}: count pairs from 0")

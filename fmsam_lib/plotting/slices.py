@@ -1,0 +1,296 @@
+"""One plane of an image pair as pictures: what `plots.registration` prints and `view.explore` moves through.
+
+Pictures stand as a reader of medical images expects them: the first axis to the right, up is superior or
+anterior, the patient's sides at the borders, true proportions.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps, colors
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from fmsam_lib.model.spatial import identity_map, jacobian_determinant, warp, warp_label
+from fmsam_lib.pair import Pair
+from fmsam_lib.records import written_whole
+
+WIDTH = 9.0  # inches; 900 pixels on a screen, the width of a README
+
+
+FIXED_LINE = {"colors": "#56B4E9", "linestyles": "solid", "linewidths": 1.3}
+
+
+WARPED_LINE = {"colors": "#E69F00", "linestyles": "dashed", "linewidths": 1.3}
+
+
+PLANES = ("sagittal", "coronal", "axial")  # across axis 0, 1, 2 of a canonical volume
+
+
+class Picture(Figure):
+    """A figure that a notebook can show although pyplot has never heard of it."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
+def png(figure: Figure, *, compression: int = 6) -> bytes:
+    """The figure as a PNG's bytes, 100 dpi; compression 1 is quick, 9 small."""
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format="png", dpi=100, metadata={"Software": None}, pil_kwargs={"compress_level": compression}
+    )
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path_without_suffix: str | Path) -> None:
+    """Write `<path>.png` (150 dpi) and `<path>.pdf` (vectors), whole or not at all; the same bytes every time."""
+    path = Path(path_without_suffix)
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
+        with written_whole(path.with_name(f"{path.name}.{suffix}")) as partial:
+            figure.savefig(partial, format=suffix, dpi=150, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One plane of a pair as pictures `(rows, columns)`, the first row at the bottom, for `origin="lower"`.
+
+    phi: `(2, rows, columns)`, where the plane's points lie in the moving image, horizontally and vertically, mm.
+    jacobian: `(rows - 1, columns - 1)`. size: millimetres between the first and the last sample's centres.
+    step: spacing, mm. ends: the patient's sides at the picture's left, right, bottom, top.
+    """
+
+    name: str
+    fixed: np.ndarray
+    moving: np.ndarray
+    warped: np.ndarray
+    fixed_label: np.ndarray | None
+    moving_label: np.ndarray | None
+    warped_label: np.ndarray | None
+    phi: np.ndarray
+    jacobian: np.ndarray
+    size: tuple[float, float]
+    step: tuple[float, float]
+    ends: str
+
+
+def check_map(pair: Pair, phi_map: Tensor) -> Tensor:
+    """`phi_map` on the CPU; ValueError unless it is `(1, D, *S)` on the pair's grid."""
+    phi_map, shape = torch.as_tensor(phi_map), tuple(pair.fixed.shape[1:])
+    if tuple(phi_map.shape) != (1, len(shape), *shape):
+        raise ValueError(
+            f"expected a map {(1, len(shape), *shape)} on the grid of pair {pair.name!r}, got {tuple(phi_map.shape)}; "
+            f"give one pair's phi.map, made from these images"
+        )
+    return phi_map.detach().to("cpu", torch.float32)
+
+
+def cut(
+    pair: Pair,
+    phi_map: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    index: int | None = None,
+    strength: float = 1.0,
+) -> Cut:
+    """The plane across `axis` (the last one unless given) at `index` (the middle); a 2-D pair is its own plane.
+
+    phi_map: `(1, D, *S)` in unit coordinates, the identity unless given. strength: how much of it is applied,
+    `id + strength (phi - id)`. Only the plane is warped, so this is quick enough for a slider.
+    """
+    shape = tuple(pair.fixed.shape[1:])
+    dim = len(shape)
+    if dim == 2 and (axis, index) != (None, None):
+        raise ValueError(f"expected no axis and no index for the 2-D pair {pair.name!r}, got {axis}, {index}")
+    axis = 2 if axis is None else axis
+    if axis not in (0, 1, 2):
+        raise ValueError(f"expected axis 0, 1 or 2, got {axis}; they are the {', '.join(PLANES)} planes")
+    if dim == 3:
+        index = shape[axis] // 2 if index is None else index
+        if not 0 <= index < shape[axis]:
+            raise ValueError(f"expected an index from 0 to {shape[axis] - 1} along axis {axis}, got {index}")
+    identity = identity_map(shape)
+    phi_map = identity if phi_map is None else check_map(pair, phi_map)
+
+    def slab(volume: Tensor, width: int = 1) -> Tensor:  # (..., *S), `width` samples thick
+        return volume if dim == 2 else volume.narrow(axis - 3, min(index, shape[axis] - width), width)
+
+    def picture(volume: Tensor) -> np.ndarray:  # of a slab: up is superior or anterior
+        return (volume if dim == 2 else volume.squeeze(axis - 3)).transpose(-1, -2).numpy()
+
+    points = torch.lerp(slab(identity), slab(phi_map), strength)
+    thick = torch.lerp(slab(identity, 2), slab(phi_map, 2), strength)
+    # jacobian_determinant takes the slab for the whole grid, so its unit along `axis` is too short
+    jacobian = jacobian_determinant(thick)[0] * (1 if dim == 2 else shape[axis] - 1)
+    across = [a for a in range(dim) if dim == 2 or a != axis]
+    spacing = [float(s) for s in pair.spacing] or [1.0] * dim
+    size = np.array([(shape[a] - 1) * spacing[a] for a in across])
+    label, moving_label = pair.fixed_label, pair.moving_label
+    return Cut(
+        name=pair.name if dim == 2 else f"{pair.name}, {PLANES[axis]} slice {index} (0 to {shape[axis] - 1})",
+        fixed=picture(slab(pair.fixed[0])),
+        moving=picture(slab(pair.moving[0])),
+        warped=picture(warp(pair.moving[None], points)[0, 0]),
+        fixed_label=None if label is None else picture(slab(label[0])),
+        moving_label=None if moving_label is None else picture(slab(moving_label[0])),
+        warped_label=None if moving_label is None else picture(warp_label(moving_label[None], points)[0, 0]),
+        phi=picture(points[0, across]) * size[:, None, None],
+        jacobian=picture(jacobian),
+        size=tuple(size.tolist()),
+        step=tuple(spacing[a] for a in across),
+        ends="".join(_ends(pair.affine, a) for a in across),
+    )
+
+
+def _ends(affine: Tensor | None, axis: int) -> str:
+    """Which side of the patient the first and the last sample of a grid's axis are: "LR", "PA" or "IS"."""
+    if affine is None:
+        return "  "
+    direction = np.asarray(affine)[:3, axis]
+    main = int(np.abs(direction).argmax())
+    return ("LR", "PA", "IS")[main][:: int(np.sign(direction[main]))]
+
+
+def show(axes: Axes, plane: Cut, picture: np.ndarray, **how):
+    """Draw a picture of the plane, grey from 0 to 1 unless told how, with the patient's sides at its borders."""
+    samples = (np.array(picture.shape[1::-1]) - 1) * plane.step
+    left, bottom = (np.array(plane.size) - samples) / 2 - np.array(plane.step) / 2  # cells lie between the samples
+    extent = (left, left + samples[0] + plane.step[0], bottom, bottom + samples[1] + plane.step[1])
+    if "norm" not in how:
+        how = {"cmap": "gray", "vmin": 0, "vmax": 1} | how
+    image = axes.imshow(picture, origin="lower", extent=extent, **how)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"))
+    places += ((0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
+    box = {"facecolor": "black", "alpha": 0.55, "pad": 1, "linewidth": 0}
+    for end, (x, y, ha, va) in zip(plane.ends.strip(), places, strict=False):
+        axes.text(x, y, end, transform=axes.transAxes, ha=ha, va=va, color="white", fontsize=8, bbox=box)
+    return image
+
+
+def outline(axes: Axes, plane: Cut, label: np.ndarray | None, line: dict) -> list:
+    """The contours of every structure in `label` (None: nothing), shared borders once; returns the artists."""
+    x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
+    numbers = [] if label is None else np.setdiff1d(label, [0])
+    lower = {number: (label > 0) & (label < number) for number in numbers}
+    return [axes.contour(x, y, np.ma.array(label == n, mask=lower[n]), [0.5], **line) for n in numbers]
+
+
+def deformed_grid(axes: Axes, plane: Cut) -> list:
+    """A square grid drawn on the moving image, seen through the map; returns the artists."""
+    x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
+    apart = max(plane.size) / 20
+    line = {"colors": "#F0E442", "linewidths": 0.9, "linestyles": "solid"}
+    return [
+        axes.contour(x, y, component, np.arange(-size, 2 * size, apart), **line)
+        for component, size in zip(plane.phi, plane.size, strict=True)
+    ]
+
+
+def checkerboard(first: np.ndarray, second: np.ndarray, squares: int = 8) -> np.ndarray:
+    """Both pictures in squares, `squares` of them along the longer side."""
+    side = max(1, math.ceil(max(first.shape) / squares))
+    rows, columns = np.indices(first.shape) // side
+    return np.where((rows + columns) % 2 == 0, first, second)
+
+
+def jacobian_look() -> dict:
+    """Orange grows, purple shrinks, on a log scale where 1/2 is as far from 1 as 2; black is folded."""
+    return {"cmap": colormaps["PuOr_r"].with_extremes(bad="black"), "norm": colors.LogNorm(1 / 3, 3)}
+
+
+def jacobian_bar(figure: Figure, image, axes: Axes) -> None:
+    bar = figure.colorbar(image, ax=axes, ticks=[1 / 3, 1 / 2, 1, 2, 3], extend="both", shrink=0.8, pad=0.02)
+    bar.ax.set_yticklabels(["⅓", "½", "1", "2", "3"])
+    bar.ax.minorticks_off()
+
+
+def contour_legend(figure: Figure, other: str) -> None:
+    """Below the panels: which contours are the fixed image's labels, which the `other` one's."""
+    lines = {"fixed labels": FIXED_LINE, f"{other} labels": WARPED_LINE}
+    handles = [
+        Line2D([], [], color=line["colors"], linestyle=line["linestyles"], linewidth=2, label=name)
+        for name, line in lines.items()
+    ]
+    figure.legend(handles=handles, frameon=False, ncols=2, fontsize=9, loc="outside lower center")
+
+
+def registration(
+    pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index: int | None = None
+) -> Figure:
+    """Fixed and moving image; with `phi_map` `(1, D, *S)` also what it does: warped, checkerboard, grid, Jacobian.
+
+    3-D: the plane across `axis` (0 sagittal, 1 coronal, 2 axial: the default) at `index` (the middle).
+    """
+    plane = cut(pair, phi_map, axis=axis, index=index)
+    columns, rows = (2, 1) if phi_map is None else (3, 2)
+    tall = (plane.size[1] + plane.step[1]) / (plane.size[0] + plane.step[0])
+    figure = Picture(
+        figsize=(WIDTH, rows * ((WIDTH - 0.5) / columns * min(tall, 1.4) + 0.3) + 0.5), layout="constrained"
+    )
+    figure.suptitle(plane.name, fontsize=11)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    titles = ["fixed", "moving", "warped", "checkerboard of fixed and warped", "deformation grid"]
+    pictures = [plane.fixed, plane.moving, plane.warped, checkerboard(plane.fixed, plane.warped), plane.warped]
+    for ax, title, picture in zip(axes, titles, pictures, strict=False):
+        show(ax, plane, picture)
+        ax.set_title(title, fontsize=10)
+    outline(axes[0], plane, plane.fixed_label, FIXED_LINE)
+    outline(axes[1], plane, plane.moving_label, WARPED_LINE)
+    _scale_bar(axes[0], plane, pair.unit if pair.spacing else "sample")
+    if phi_map is not None:
+        outline(axes[2], plane, plane.fixed_label, FIXED_LINE)
+        outline(axes[2], plane, plane.warped_label, WARPED_LINE)
+        deformed_grid(axes[4], plane)
+        image = show(axes[5], plane, plane.jacobian, **jacobian_look())
+        jacobian_bar(figure, image, axes[5])
+        axes[5].set_title(f"Jacobian determinant, {100 * (plane.jacobian <= 0).mean():.2g} % folded", fontsize=10)
+    if pair.fixed_label is not None or pair.moving_label is not None:
+        contour_legend(figure, "moving" if phi_map is None else "moving and warped")
+    return figure
+
+
+def overview(pair: Pair, phi_map: Tensor) -> Figure:
+    """A pair's mid planes, a row each: fixed, moving, warped, and both images as an overlay before and after.
+
+    phi_map: `(1, D, *S)`. In the overlays the fixed image alone is green, the other alone magenta, both together grey.
+    A plane less than a quarter as high as it is wide is stretched to that.
+    """
+    planes = [cut(pair, phi_map, axis=axis) for axis in ((None,) if pair.fixed.dim() == 3 else (2, 1, 0))]
+    tall = [(p.size[1] + p.step[1]) / (p.size[0] + p.step[0]) for p in planes]
+    rows = [max(t, 0.25) for t in tall]
+    figure = Picture(figsize=(WIDTH, sum(WIDTH / 5 * row + 0.15 for row in rows) + 0.7), layout="constrained")
+    figure.suptitle(pair.name, fontsize=11)
+    axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
+    for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):
+        ax.set_title(title, fontsize=10)
+    for line, p, stretch in zip(axes, planes, np.divide(rows, tall), strict=True):
+        overlays = [np.stack([other, p.fixed, other], -1).clip(0, 1) for other in (p.moving, p.warped)]
+        for ax, picture in zip(line, (p.fixed, p.moving, p.warped, *overlays), strict=True):
+            show(ax, p, picture, aspect=stretch)
+        thin = {"linewidths": 0.9}
+        outline(line[0], p, p.fixed_label, FIXED_LINE | thin)
+        outline(line[1], p, p.moving_label, WARPED_LINE | thin)
+        outline(line[2], p, p.fixed_label, FIXED_LINE | thin)
+        outline(line[2], p, p.warped_label, WARPED_LINE | thin)
+        plane = p.name.removeprefix(f"{pair.name}, ").partition(" (")[0]
+        line[0].set_ylabel("" if plane == pair.name else plane.replace(" ", "\n", 1), fontsize=9)
+    if pair.fixed_label is not None or pair.moving_label is not None:
+        contour_legend(figure, "moving and warped")
+    return figure
+
+
+def _scale_bar(axes: Axes, plane: Cut, unit: str) -> None:
+    longest = plane.size[0] / 3
+    length = max(m * 10.0**e for m in (1, 2, 5) for e in range(-3, 5) if m * 10.0**e <= longest)
+    x, y = plane.size[0] * 0.04, plane.size[1] * 0.05
+    axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
+    text = f"{length:g} {unit}" + ("" if unit == "mm" else "s")
+    axes.text(x, y + plane.size[1] * 0.015, text, color="white", fontsize=8, va="bottom")

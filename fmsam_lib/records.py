@@ -1,0 +1,111 @@
+"""Where numbers come from and how they are kept: provenance, files written whole or not at all, errors about files.
+
+In: values, tables, paths. Out: files in their final form, or the error that says what to do.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+PACKAGE = Path(__file__).resolve().parent
+# The checkout with notebooks and studies; of an installed package the folder that one works in.
+PROJECT = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
+PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-landscapes", "matplotlib")
+
+
+class DataError(ValueError):
+    """Something is wrong with a file, a manifest or a data set's name."""
+
+
+def data_error(where, expected: str, found: str, todo: str) -> DataError:
+    """The message in the one form that all have."""
+    return DataError(f"{where}: expected {expected}, found {found}. {todo}")
+
+
+def provenance() -> dict:
+    """Commit, hash of the library's sources, versions and hardware, for `config.json`."""
+    import torch  # here: reading parameters does not need it
+
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "sources": sources(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+@cache
+def sources() -> str:
+    """A hash of the package's Python files as they are on disk: two dirty commits look alike, these don't."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str:
+    """The project's git commit, "+" behind it where files differ from it; "unknown" outside a checkout.
+
+    Recorded benchmarks may differ: one script's record should not mark the next one's.
+    """
+    git = ["git", "-C", str(PROJECT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/*.csv"]
+        dirty = subprocess.run(status, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def written_whole(path: Path | str) -> Iterator[Path]:
+    """A path to write to that takes `path`'s place when the block ends well, and is removed when not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(table: pd.DataFrame, path: Path | str, columns: list[str] | None = None, **how: Any) -> None:
+    """A table as CSV, its `columns` in that order, numbers in full, so that the same run gives the same bytes.
+
+    how: further options of `DataFrame.to_csv`.
+    """
+    with written_whole(path) as partial:
+        (table if columns is None else table.reindex(columns=columns)).to_csv(
+            partial, index=False, lineterminator="\n", **how
+        )

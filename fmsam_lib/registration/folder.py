@@ -1,0 +1,73 @@
+"""The folder that a registration's results go to: all of them or none, and never over an input."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fmsam_lib.records import data_error
+
+SUMMARY = "summary.json"
+
+
+RESULTS = ("warped.nii.gz", "displacement.nii.gz", "labels.nii.gz", "overview.png", SUMMARY)  # and disp_….nii.gz
+
+
+ROLES = ("fixed", "moving", "labels", "fixed_labels")
+
+
+def spare(folder: str | Path, inputs: list[str]) -> None:
+    """Raises DataError where a result in `folder` would take the place of one of the input files."""
+    for path in map(Path, inputs):
+        if path.resolve().parent == Path(folder).resolve() and _is_result(path.name):
+            found = "a folder where a result of the same name would replace it"
+            raise data_error(path, "another folder for the results", found, "Choose another one.")
+
+
+def _is_result(name: str) -> bool:
+    return name in RESULTS or re.fullmatch(r"disp_[^/]*\.nii\.gz", name) is not None
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder in `folder` to write into; its files get there when the block ends well, `summary.json` last.
+
+    However the block ends, that summary only ever stands beside results that are complete, and earlier
+    results are replaced only at the very end. Raises DataError, before the block, when `folder` cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise data_error(folder, "a folder to write the results into", found, "Choose another one.") from error
+    try:
+        yield staging
+        new = sorted(os.listdir(staging), key=lambda name: name == SUMMARY)
+        old = _old_files(folder)
+        (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
+        for name in old.difference(new):
+            (folder / name).unlink(missing_ok=True)
+        for name in new:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        for path in made:
+            if any(path.iterdir()):
+                break
+            path.rmdir()
+
+
+def _old_files(folder: Path) -> set[str]:
+    """The results that an earlier summary in `folder` names: another pair's should not stay beside the new ones."""
+    try:
+        files = json.loads((folder / SUMMARY).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return {name for name in files if isinstance(name, str) and _is_result(name)}

@@ -1,0 +1,73 @@
+"""Instance optimisation: the network trained further on one pair."""
+
+import copy
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fmsam_lib.model.network import GradICON, give_back_memory
+from fmsam_lib.model.transform import Transform
+from fmsam_lib.training.losses import Batch, jittered_points, objective
+
+LARGE = 128**3  # samples; optimising on more computes activations twice rather than keep them
+
+
+@torch.enable_grad()
+def optimise(
+    net: GradICON,
+    moving: Tensor,
+    fixed: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    lmbda: float,
+    sigma: float,
+    similarity: str = "lncc",
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[Transform, list[float], int, Transform]:
+    """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
+
+    A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does). Returns the transform
+    of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came) to `steps`, which was
+    lowest, and the transform of the swapped pair at that step. A loss that is not finite ends it early. Raises
+    ValueError when the first one is not.
+    """
+    device = next(net.parameters()).device
+    net, moving, fixed = copy.deepcopy(net).eval(), moving.to(device), fixed.to(device)
+    if not steps:
+        with torch.no_grad():
+            return _kept(net(moving, fixed)), [], 0, _kept(net(fixed, moving))
+    if fixed.numel() > LARGE:
+        net.save_memory = True
+        give_back_memory()
+    optimizer = torch.optim.Adam(net.requires_grad_().parameters(), lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    # The loss runs the network itself, on both directions in one batch, moving to fixed first. This hook gets hold of
+    # the transform, so that keeping the best costs neither another run nor a copy of the weights.
+    found = []
+    net.register_forward_hook(lambda module, images, phi: found.append(phi))
+    best, losses, best_step = None, [], 0
+    bar = tqdm(range(steps + 1), desc="instance optimisation", unit="step", disable=not progress)
+    for step in bar:
+        found.clear()
+        batch = Batch(moving, fixed, jittered_points(tuple(fixed.shape[2:]), generator).to(device))
+        loss = objective(net, batch, lmbda=lmbda, sigma=sigma, similarity=similarity).total
+        if not loss.isfinite():
+            break
+        losses.append(loss.item())
+        if losses[-1] <= losses[best_step]:
+            best, best_step = _kept(found[0]), step
+        bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{losses[best_step]:.4f}", refresh=False)
+        if step < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    if best is None:
+        raise ValueError("expected a finite loss before instance optimisation, got NaN or infinity: damaged weights?")
+    return best[:1], losses, best_step, best[1:]
+
+
+def _kept(phi: Transform) -> Transform:
+    return Transform(phi.shape, tuple(u.detach().to("cpu", torch.float32, copy=True) for u in phi.displacements))

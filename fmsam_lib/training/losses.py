@@ -1,0 +1,249 @@
+"""What training minimises: image similarity both ways plus a penalty on the transforms."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import from_grid, identity_map, look_up
+from fmsam_lib.model.transform import Transform
+
+
+class Loss(NamedTuple):
+    """Scalars: `total = similarity + lmbda * regulariser`."""
+
+    total: Tensor
+    similarity: Tensor
+    regulariser: Tensor
+
+
+class Batch(NamedTuple):
+    """All that one evaluation of the loss depends on, so that evaluating it twice gives the same.
+
+    moving, fixed: `(N, 1, *S)`. points: `(1, D, *P)`, where inverses are compared. moving_mask, fixed_mask:
+    `(N, 1, *S)`, both or neither; where a target's mask is 0 its similarity does not count.
+    """
+
+    moving: Tensor
+    fixed: Tensor
+    points: Tensor
+    moving_mask: Tensor | None = None
+    fixed_mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
+
+
+def objective(
+    net: GradICON, batch: Batch, *, lmbda: float, sigma: float, similarity="lncc", regulariser="gradicon", joint=True
+) -> Loss:
+    """GradICON's loss (Tian et al. 2023, eq. 4): similarity both ways plus `lmbda` times a penalty.
+
+    `sim(A o phi_AB, B) + sim(B o phi_BA, A) + lmbda * regulariser(phi_AB, phi_BA)`, A moving and B fixed.
+
+    sigma: LNCC's window in samples. similarity: "lncc", "lncc2" or "mind". regulariser: "gradicon", "icon" or
+    "diffusion" (of both maps). joint: the network sees both directions as one batch, BatchNorm in training mode the
+    statistics of both; False runs one after the other, as icon-registration does.
+
+    Raises: ValueError for an unknown name, or for one mask without the other.
+    """
+    measures = {
+        "lncc": functools.partial(lncc_loss, sigma=sigma),
+        "lncc2": functools.partial(lncc2_loss, sigma=sigma),
+        "mind": mind_loss,
+    }
+    penalties = {
+        "gradicon": lambda: gradicon_penalty(phi_ab, phi_ba, batch.points),
+        "icon": lambda: icon_penalty(phi_ab, phi_ba, batch.points),
+        "diffusion": lambda: 2 * diffusion(from_grid(grid)),
+    }
+    for kind, name, known in (("similarity", similarity, measures), ("regulariser", regulariser, penalties)):
+        if name not in known:
+            raise ValueError(f"expected {kind} to be one of {', '.join(known)}, got {name!r}")
+    if (batch.moving_mask is None) != (batch.fixed_mask is None):
+        raise ValueError("expected a mask for both images or for neither, got one: give the other too")
+
+    moving = torch.cat([batch.moving, batch.fixed])
+    fixed = torch.cat([batch.fixed, batch.moving])
+    mask = None if batch.fixed_mask is None else torch.cat([batch.fixed_mask, batch.moving_mask])
+    if joint:
+        phi, pairs = net(moving, fixed), len(batch.moving)
+        phi_ab, phi_ba, grid = phi[:pairs], phi[pairs:], phi.grid(phi.shape)
+    else:
+        phi_ab, phi_ba = net(batch.moving, batch.fixed), net(batch.fixed, batch.moving)
+        grid = torch.cat([phi.grid(phi.shape) for phi in (phi_ab, phi_ba)])
+
+    parts = 2 if similarity == "mind" else 1  # MIND's variance has bounds of its own in each direction
+    masks = [None] * parts if mask is None else mask.chunk(parts)
+    directions = zip(look_up(moving, grid, padding="zeros").chunk(parts), fixed.chunk(parts), masks, strict=True)
+    dissimilarity = 2 / parts * sum(measures[similarity](*images, mask=m) for *images, m in directions)
+    penalty = penalties[regulariser]()
+    return Loss(dissimilarity + lmbda * penalty, dissimilarity, penalty)
+
+
+def lncc_loss(warped: Tensor, fixed: Tensor, *, sigma: float = 5.0, mask: Tensor | None = None) -> Tensor:
+    """`1 - mean LNCC`, uniGradICON's own similarity: 0 for alike images, 2 for opposite ones; a scalar."""
+    return 1 - lncc(warped, fixed, sigma=sigma, mask=mask)
+
+
+def lncc2_loss(warped: Tensor, fixed: Tensor, *, sigma: float = 5.0, mask: Tensor | None = None) -> Tensor:
+    """`1 - mean LNCC^2`, for contrasts that may be inverted (MONAI's LNCC is a squared one too); a scalar."""
+    return 1 - masked_mean(lncc_map(warped, fixed, sigma=sigma) ** 2, mask)
+
+
+def mind_loss(warped: Tensor, fixed: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference of the images' MIND-SSC descriptors, for images of two modalities; a scalar."""
+    _check_shapes(warped, fixed)
+    return masked_mean(((mind_ssc(warped) - mind_ssc(fixed)) ** 2).mean(0), mask)
+
+
+def lncc(a: Tensor, b: Tensor, *, sigma: float = 5.0, eps: float = 1e-5, mask: Tensor | None = None) -> Tensor:
+    """Mean local normalised cross-correlation of images `(N, C, *S)`, between -1 and 1; a scalar."""
+    return masked_mean(lncc_map(a, b, sigma=sigma, eps=eps), mask)
+
+
+def lncc_map(a: Tensor, b: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Tensor:
+    """The local correlation of two images at every sample, all `(N, C, *S)`.
+
+    `cov(a, b) / sqrt(var(a) var(b))` in a Gaussian window of `sigma` samples, cut at 2 sigma and
+    zero outside the image, as in uniGradICON.
+    """
+    _check_shapes(a, b)
+    mean_a, mean_aa, mean_ab = gaussian_blur(torch.stack([a, a * a, a * b]), sigma)
+    mean_b, mean_bb = gaussian_blur(torch.stack([b, b * b]), sigma)  # apart: the fixed image needs no gradient
+    variance_a = torch.relu(mean_aa - mean_a**2) + eps
+    variance_b = torch.relu(mean_bb - mean_b**2) + eps
+    return (mean_ab - mean_a * mean_b) / torch.sqrt(variance_a * variance_b)
+
+
+def mind_ssc(image: Tensor, *, radius: int = 2, dilation: int = 2) -> Tensor:
+    """Self-similarity context of an image `(N, C, *S)` (Heinrich et al. 2013, MICCAI): `(K, N, C, *S)`.
+
+    `exp(-(SSD - min SSD) / V)`. Each SSD compares the patches, `2 radius + 1` wide, around two neighbours of a sample,
+    `dilation` away along different axes: K = 12 pairs in 3-D, 4 in 2-D. V is the mean of `SSD - min SSD` over them,
+    kept between 0.001 and 1000 times its mean over the batch, as in icon-registration. The border repeats.
+    """
+
+    def neighbour(axis: int, offset: int) -> Tensor:
+        n = image.shape[axis]
+        return image.index_select(axis, (torch.arange(n, device=image.device) + offset).clamp(0, n - 1))
+
+    neighbours = [(neighbour(axis, -dilation), neighbour(axis, dilation)) for axis in range(2, image.dim())]
+    pairs = [pair for axes in itertools.combinations(neighbours, 2) for pair in itertools.product(*axes)]
+    ssd = separable(torch.stack([p - q for p, q in pairs]) ** 2, functools.partial(box_band, radius=radius))
+    distance = ssd - ssd.min(0, keepdim=True).values
+    variance = distance.mean(0, keepdim=True)
+    typical = variance.detach().mean().clamp_min(torch.finfo(image.dtype).eps ** 2)  # constant images have none
+    return torch.exp(-distance / variance.clamp(0.001 * typical, 1000 * typical))
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of `values` `(N, C, *S)` where `mask` `(N, 1, *S)` is not 0: over each sample's own, then over samples.
+
+    Raises: ValueError for a mask of another shape or, on the CPU, one that is empty in a sample. (Looking would make a
+    GPU wait; there the mean is NaN.)
+    """
+    if mask is None:
+        return values.mean()
+    if mask.shape != (len(values), 1, *values.shape[2:]):
+        raise ValueError(f"expected a mask {(len(values), 1, *values.shape[2:])}, got {tuple(mask.shape)}")
+    included = (mask != 0).expand_as(values).flatten(1)
+    counts = included.sum(1)
+    if counts.device.type == "cpu" and not counts.all():
+        empty = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(f"expected masks that hold something, got empty ones for samples {empty} of the batch")
+    return (torch.where(included, values.flatten(1), 0).sum(1) / counts).mean()
+
+
+def _check_shapes(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"expected two images of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def gaussian_blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian mean over the spatial axes of `(K, N, C, *S)`."""
+    return separable(x, functools.partial(gaussian_band, sigma=float(sigma)))
+
+
+def separable(x: Tensor, band) -> Tensor:
+    """A window over the spatial axes of `(K, N, C, *S)`: a product with a banded matrix along each.
+
+    On images of a few hundred samples a side this is many times faster than convolving.
+    """
+    for axis in range(3, x.dim()):
+        window = band(x.shape[axis], dtype=x.dtype, device=x.device)
+        x = x @ window.mT if axis == x.dim() - 1 else (window @ x.flatten(axis + 1)).view(x.shape)
+    return x
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a band made under inference mode could not take part in training later
+def gaussian_band(n: int, *, sigma: float, dtype, device) -> Tensor:
+    """`(n, n)` symmetric matrix whose product is the Gaussian mean along an axis of n samples, zero outside."""
+    radius = int(2 * sigma)
+    distance = torch.arange(n, dtype=torch.float64).view(-1, 1) - torch.arange(n, dtype=torch.float64)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= radius)
+    return (weights / torch.exp(-0.5 * (offsets / sigma) ** 2).sum()).to(dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def box_band(n: int, *, radius: int, dtype, device) -> Tensor:
+    """`(n, n)` matrix whose product is the mean over `2 radius + 1` samples along an axis of n, the border repeated."""
+    window = torch.arange(n).view(-1, 1) + torch.arange(-radius, radius + 1)
+    return F.one_hot(window.clamp(0, n - 1), n).double().mean(1).to(dtype=dtype, device=device)
+
+
+def gradicon_penalty(phi_ab: Transform, phi_ba: Transform, points: Tensor, *, delta: float = 1e-3) -> Tensor:
+    """GradICON's penalty (Tian et al. 2023, eq. 3): `mean |d(phi_ab o phi_ba - id)/dx|_F^2`; a scalar.
+
+    The derivative is a forward difference of `delta` along each axis, at `points` `(1, D, *P)`. The
+    points and their neighbours are looked up together: one beside the other along the first axis, or, of a single
+    pair, as a batch, which the processor's cores share out among themselves.
+    """
+    dim = points.shape[1]
+    steps = delta * torch.eye(dim, dtype=points.dtype, device=points.device).view(dim, 1, dim, *[1] * dim)
+    neighbours = [points, *(points + steps)]
+    alone = len(phi_ab) == 1
+    if alone:
+        x, phi_ab, phi_ba = torch.cat(neighbours), phi_ab.expand(dim + 1), phi_ba.expand(dim + 1)
+    else:
+        x = torch.cat(neighbours, 2).expand(len(phi_ab), *[-1] * (dim + 1))
+    # phi_ab(phi_ba(x)) - x, without the rounding of that subtraction, which dividing by delta would magnify
+    error = phi_ba.displacement(x)
+    error = error + phi_ab.displacement(x + error)
+    centre, *shifted = error.split(1) if alone else error.split(points.shape[2], 2)
+    return sum((((centre - other) / delta) ** 2).mean() for other in shifted)
+
+
+def icon_penalty(phi_ab: Transform, phi_ba: Transform, points: Tensor) -> Tensor:
+    """ICON's penalty (Greer et al. 2021): the mean of `(phi_ab o phi_ba - id)^2` plus that of the other way round.
+
+    A mean over `points` `(1, D, *P)` and the D components, in squared unit coordinates; a scalar.
+    """
+    x = points.expand(len(phi_ab), *[-1] * (points.dim() - 1))
+    return ((phi_ab(phi_ba(x)) - x) ** 2).mean() + ((phi_ba(phi_ab(x)) - x) ** 2).mean()
+
+
+def diffusion(phi_map: Tensor) -> Tensor:
+    """Mean squared gradient of a map's displacement u, as in VoxelMorph (Balakrishnan et al. 2019); a scalar.
+
+    phi_map: `(N, D, *S)`. The gradient is taken in unit coordinates, so it has no dimension, by forward differences:
+    `du_d / dx_k = (u_d(x + e_k) - u_d(x)) (S_k - 1)`. Its square is averaged over samples, d and k: the affine map
+    `A x + t` costs `|A - 1|_F^2 / D^2`.
+    """
+    shape = tuple(phi_map.shape[2:])
+    displacement = phi_map - identity_map(shape, phi_map.dtype, phi_map.device)
+    return sum(((displacement.diff(dim=k + 2) * (n - 1)) ** 2).mean() for k, n in enumerate(shape)) / len(shape)
+
+
+def jittered_points(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Every second grid point, moved by Gaussian noise of `2 / S[-1]`, `(1, D, *ceil(S / 2))` (as uniGradICON)."""
+    dim = len(shape)
+    every_second = identity_map(tuple(shape))[(..., *[slice(None, None, 2)] * dim)]
+    return every_second + torch.randn(every_second.shape, generator=generator) * 2 / shape[-1]

@@ -1,0 +1,176 @@
+import numpy as np
+import pandas as pd
+import pytest
+from statsmodels.stats.multitest import multipletests
+
+from fmsam_lib.evaluation.evaluate import COLUMNS
+from fmsam_lib.evaluation.statistics import difference
+from fmsam_lib.evaluation.tables import comparison, gaps, methods, readable, robust, summary
+
+
+def made_up(gain=0.1, *, tests=("T",), train="T+U", optimizers=("adam", "sam"), seeds=(0, 1), spread=0.0):
+    """Dice of two labels on eight pairs, where every further optimizer is better by `gain` than the one before."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for test in tests:
+        for pair in "abcdefgh":
+            for label in ("x", "y"):
+                base = rng.uniform(0.4, 0.6)
+                rows.append(["", test, "none", None, pair, label, "dice", base - 0.2, "1"])
+                for seed in seeds:
+                    for i, optimizer in enumerate(optimizers):
+                        value = base + i * gain + rng.normal(0, spread) * bool(spread)
+                        rows.append([train, test, optimizer, seed, pair, label, "dice", value, "1"])
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_the_summary_finds_a_constant_gain_exactly():
+    line = summary(made_up()).iloc[0]
+    assert line["sam - adam"] == pytest.approx(0.1)
+    assert line["sam - adam low"] == pytest.approx(0.1)
+    assert line["sam"] - line["before"] == pytest.approx(0.3)
+    assert (line["seen"], line["pairs"], line["seeds"]) == ("yes", 8, 2)
+
+
+def test_methods_without_training_stand_beside_the_networks():
+    rows = made_up()
+    others = [
+        rows[rows.optimizer == "none"].assign(optimizer=name, value=v) for name, v in (("io", 0.7), ("ants-syn", 0.8))
+    ]
+    line = summary(pd.concat([rows, *others])).iloc[0]
+    assert (line["io"], line["ants-syn"]) == pytest.approx((0.7, 0.8))
+
+
+def test_without_the_treatment_there_is_no_difference_but_a_summary():
+    table = summary(made_up().query("optimizer != 'sam'"))
+    assert "adam" in table.columns
+    assert "sam - adam" not in table.columns
+    assert "adam" in readable(table).columns
+
+
+def test_the_readable_table_says_what_the_numbers_say():
+    table = summary(made_up())
+    line = readable(table).iloc[0]
+    assert line["sam - adam [95 %]"] == "0.100 [0.100, 0.100]"
+    assert line["before"] == f"{table.before.item():.3f}"
+    assert (line["tested on"], line["pairs"]) == ("T", "8")
+
+
+def test_a_domain_without_labels_stays_in_the_summary():
+    rows = made_up()
+    folding = rows.query("label == 'x' and optimizer != 'none'").assign(
+        test_domain="Unlabelled", metric="folding_percent", label="", value=0.5
+    )
+    line = summary(pd.concat([rows, folding])).set_index("test_domain").loc["Unlabelled"]
+    assert line["folding sam %"] == 0.5
+    assert np.isnan(line["sam"])
+
+
+def test_equal_steps_and_equal_compute_have_lines_of_their_own():
+    table = comparison(made_up(optimizers=("adam", "adam-2x", "sam")), [("adam", "sam"), ("adam-2x", "sam")])
+    assert table.equal.tolist() == ["steps", "compute"]
+    assert table["mean"].tolist() == pytest.approx([0.2, 0.1])
+    assert (table.mean_treatment - table.mean_baseline).tolist() == pytest.approx([0.2, 0.1])
+    assert table.seeds.tolist() == [2, 2]
+
+
+def test_holm_corrects_over_the_test_domains():
+    rows = made_up(0.02, tests=("T", "U", "V"), spread=0.05)
+    table = comparison(rows, [("adam", "sam")])
+    single = table[table.test_domain.isin(["T", "U", "V"])]
+    assert single.p_holm.tolist() == pytest.approx(multipletests(single.p, method="holm")[1].tolist())
+    assert (single.p_holm >= single.p).all()
+    assert single.p.nunique() == 3
+
+
+def test_seen_domains_are_averaged_and_a_single_unseen_one_is_its_own_line():
+    rows = made_up(0.02, tests=("T", "U", "V"), spread=0.05)
+    table = comparison(rows, [("adam", "sam")]).set_index("test_domain")
+    assert table.loc["seen", "mean"] == pytest.approx(table.loc[["T", "U"], "mean"].mean())
+    assert "unseen" not in table.index  # V alone
+    assert table.loc["seen", ["p", "p_holm", "d_z", "rank_biserial"]].isna().all()
+
+
+def test_leave_one_out_is_averaged_over_its_trainings():
+    parts = [made_up(0.02, tests=("A", "B", "C"), train=t, spread=0.05) for t in ("B+C", "A+C", "A+B")]
+    table = comparison(pd.concat(parts), [("adam", "sam")])
+    each = table[table.train_domain == "each"].set_index("test_domain")
+    unseen = table[[(t, d) in {("B+C", "A"), ("A+C", "B"), ("A+B", "C")} for t, d in
+                    zip(table.train_domain, table.test_domain, strict=True)]]  # fmt: skip
+    assert each.loc["unseen", "mean"] == pytest.approx(unseen["mean"].mean())
+    assert each.loc["unseen", "low"] < each.loc["unseen", "mean"] < each.loc["unseen", "high"]
+
+
+def test_a_hole_of_the_grid_is_a_line_with_its_count_and_nan():
+    rows = made_up(tests=("T", "U"))
+    rows = rows[~((rows.test_domain == "U") & (rows.optimizer == "sam"))]
+    line = comparison(rows, [("adam", "sam")]).set_index("test_domain").loc["U"]
+    assert np.isnan(line["mean"])
+    assert (line.units, line.left_out) == (0, 16)  # eight pairs of two seeds
+
+
+def test_a_comparison_is_differences_of_the_pairs_means():
+    rows = made_up(0.02, spread=0.05)
+    dice = rows.groupby(["pair", "seed", "optimizer"], as_index=False).value.mean()
+    line = comparison(rows, [("adam", "sam")]).iloc[0]
+    expected = difference(dice, "adam", "sam")
+    assert (line["mean"], line.low, line.p, line.d_z) == pytest.approx(
+        (expected.mean, expected.low, expected.p, expected.d_z)
+    )
+
+
+def test_every_metric_has_lines_with_its_unit_and_units_are_not_averaged():
+    rows = made_up(0.02, tests=("T", "U"), spread=0.05)
+    distances = rows.assign(metric="hd95", unit=rows.test_domain.map({"T": "mm", "U": "voxel"}))
+    table = comparison(pd.concat([rows, distances]), [("adam", "sam")], metrics=("dice", "hd95", "tre"))
+    assert table.groupby("metric").test_domain.agg(list).to_dict() == {"dice": ["T", "U", "seen"], "hd95": ["T", "U"]}
+    assert table[table.metric == "hd95"].unit.tolist() == ["mm", "voxel"]
+    lines = methods(pd.concat([rows, distances]), rows.head(0), metrics=("dice", "hd95"))
+    assert set(lines[(lines.metric == "hd95") & (lines.test_domain == "U")].unit) == {"voxel"}
+
+
+def test_robustness_is_compared_at_every_step():
+    steps = [made_up(gain).assign(corruption="noise", severity=s) for s, gain in ((0.0, 0.0), (0.5, 0.1))]
+    table = robust(pd.concat(steps).query("label == 'x'"), [("adam", "sam"), ("adam-2x", "sam")])
+    assert table[["corruption", "severity", "baseline"]].values.tolist() == [
+        ["noise", 0.0, "adam"],
+        ["noise", 0.5, "adam"],
+    ]
+    assert table["mean"].tolist() == pytest.approx([0.0, 0.1])
+    assert table.seeds.tolist() == [2, 2]
+
+
+def test_methods_have_means_intervals_and_costs():
+    rows = made_up()
+    costs = rows[(rows.label == "x")].assign(label="", metric="seconds", value=0.25, unit="s")
+    table = methods(rows, costs).set_index("optimizer")
+    assert set(table.index) == {"none", "adam", "sam"}
+    assert table.seconds.tolist() == [0.25] * 3
+    assert table.peak_memory.isna().all()
+    assert (table.low <= table["mean"]).all()
+    assert table.loc["sam", "seeds"] == 2
+
+
+def note(found, *words):
+    return [line for line in found if all(word in line for word in words)]
+
+
+def test_gaps_says_what_is_missing_twice_or_nan():
+    rows = made_up(tests=("T", "U"))
+    assert gaps(rows) == []
+    assert note(gaps(pd.concat([rows, rows.head(1)])), "1 values are there twice", "mixed?")
+    broken = rows.copy()
+    broken.loc[broken.optimizer == "sam", "value"] = np.nan
+    assert note(gaps(broken), "dice of sam: 64 values are NaN")
+    hole = rows[~((rows.test_domain == "U") & (rows.optimizer == "sam") & (rows.seed == 1))]
+    assert gaps(hole) == ["no result of sam, seed 1, trained on T+U, tested on U"]
+    assert note(gaps(rows[rows.seed != 1]), "one seed only")
+    unlabelled = rows.assign(metric=rows.metric.where(rows.test_domain == "T", "tre"))
+    assert gaps(unlabelled) == ["U has no labels: no Dice, no distances"]
+
+
+def test_gaps_counts_missing_structures_by_where_they_are_missing():
+    rows = made_up()
+    for where, words in (("fixed", "is not in the fixed label of 1 pairs"), ("warped", "Dice 0, no distance")):
+        more = rows.head(1).assign(metric=f"missing_in_{where}", value=1.0)
+        assert note(gaps(pd.concat([rows, more])), "T: x", words)

@@ -1,0 +1,562 @@
+"""Lines and planes on bowls, whose every value is known, beside loss-landscapes, and on networks that must stay."""
+
+import copy
+import hashlib
+import json
+
+import loss_landscapes
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from loss_landscapes.model_interface.model_parameters import ModelParameters
+from torch import nn
+
+from fmsam_lib.flatness import landscape as module
+from fmsam_lib.flatness.landscape import (
+    COLUMNS,
+    TRAINING,
+    Walker,
+    batches_of,
+    cosine,
+    digest,
+    fixed_batch,
+    landscape,
+    line,
+    loss_of,
+    moved,
+    places,
+    plane,
+    random_direction,
+    training_batch,
+    vector,
+    write_landscape,
+)
+from fmsam_lib.flatness.sharpness import TERMS, fingerprint
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.parameters import Landscape, Train
+from fmsam_lib.records import DataError
+from fmsam_lib.training.loop import starting
+
+RUN = {"validation": 0} | {
+    "out": "", "train_domain": "brain-mr", "optimizer": "adam", "seed": 0, "shape": [24, 24], "data": "",
+    "down": [4, 4], "levels": 2, "last_step": False, "steps": 1, "batch": 1, "lr": 1e-3, "rho": 0.0,
+    "lmbda": 1.5, "sigma": 3.0, "threads": 1,
+}  # fmt: skip
+SETTINGS = {
+    "run": "", "out": "", "test_domains": [], "data": "", "pairs": 2, "radius": 0.4, "line_points": 5,
+    "plane_points": 3, "directions": 3, "normalisation": "filter", "direction_seed": 0, "measured_on": [],
+    "rhos": [0.01], "draws": 2, "ascent_steps": 1, "eigenvalues": 0, "probes": 0, "lanczos_steps": 2, "threads": 1,
+}  # fmt: skip
+SHAPES = {"2-D": (24, 24), "3-D": (16, 16, 16)}
+
+
+class Bowl(nn.Module):
+    """Weights (3, 1, 1, -1) as a matrix, so that a slice of `(w - 1)^T C (w - 1) / 2` is a parabola known before."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([[3.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+
+
+CURVATURES = {"total": [1.0, 2.0, 3.0, 4.0], "similarity": [5.0, 0.5, 0.25, 2.0], "regulariser": [0.0, 1.0, 0.0, -1.0]}
+ALONG, ACROSS = np.array([1.0, -0.5, 0.25, 2.0]), np.array([0.3, 1.0, -2.0, 0.7])
+
+
+def bowls(net):
+    w = net.w.detach().flatten().numpy() - 1
+    return np.array([0.5 * (np.array(c) * w**2).sum() for c in CURVATURES.values()])
+
+
+def parabola(term, alpha, beta=0.0):
+    w = Bowl().w.detach().flatten().numpy() + alpha * ALONG + beta * ACROSS
+    return 0.5 * (np.array(CURVATURES[term]) * (w - 1) ** 2).sum()
+
+
+def as_direction(values):
+    return [torch.tensor(values).reshape(2, 2)]
+
+
+def of(table, term="total"):
+    return table[table.term == term]
+
+
+# --- bowls ---
+
+
+@pytest.mark.parametrize("radius", [0.1, 1 / 3, 2.3])
+@pytest.mark.parametrize("points", [3, 5, 23, 39])  # np.linspace(-0.1, 0.1, 23) has no 0
+def test_places_are_symmetric_about_an_exact_zero(radius, points):
+    found = places(radius, points)
+    assert found[points // 2] == 0
+    assert (found == -found[::-1]).all()
+    assert found[-1] == radius
+    np.testing.assert_allclose(found, np.linspace(-radius, radius, points), atol=1e-15)
+
+
+@pytest.mark.parametrize("points", [1, 2, 4])
+def test_a_slice_without_the_weights_in_its_middle_is_refused(points):
+    along, across = as_direction(ALONG), as_direction(ACROSS)
+    with pytest.raises(ValueError, match=f"odd number of points, 3 or more.*got {points}"):
+        line(Bowl(), bowls, along, radius=0.5, points=points)
+    with pytest.raises(ValueError, match="odd number of points"):
+        plane(Bowl(), bowls, along, across, radius=0.5, points=points)
+
+
+@pytest.mark.parametrize("points", [3, 5, 23])
+@pytest.mark.parametrize("term", TERMS)
+def test_a_line_has_the_parabolas_values_at_absolute_places(points, term):
+    table = of(line(Bowl(), bowls, as_direction(ALONG), radius=0.1, points=points), term)
+    assert table.alpha.tolist() == places(0.1, points).tolist()
+    np.testing.assert_allclose(table.value, [parabola(term, alpha) for alpha in table.alpha], rtol=1e-12, atol=1e-13)
+    assert table.value[table.alpha == 0].tolist() == [parabola(term, 0.0)]  # to the bit
+
+
+@pytest.mark.parametrize("points", [3, 5, 23])
+@pytest.mark.parametrize("term", TERMS)
+def test_every_value_of_a_plane_is_in_its_place(points, term):
+    table = of(plane(Bowl(), bowls, as_direction(ALONG), as_direction(ACROSS), radius=0.1, points=points), term)
+    assert table.beta.tolist() == [b for b in places(0.1, points) for _ in range(points)]
+    assert table.alpha.tolist() == places(0.1, points).tolist() * points
+    expected = [parabola(term, a, b) for a, b in zip(table.alpha, table.beta, strict=True)]
+    np.testing.assert_allclose(table.value, expected, rtol=1e-12, atol=1e-13)
+    assert table.value[(table.alpha == 0) & (table.beta == 0)].tolist() == [parabola(term, 0.0)]
+
+
+def test_round_the_minimum_of_a_bowl_opposite_places_are_equal():
+    net = Bowl()
+    with torch.no_grad():
+        net.w.fill_(1.0)
+    for points in (3, 7):
+        table = of(plane(net, bowls, as_direction(ALONG), as_direction(ACROSS), radius=1.0, points=points))
+        values = table.value.to_numpy().reshape(points, points)
+        assert values.min() == values[points // 2, points // 2] == 0
+        np.testing.assert_allclose(values, values[::-1, ::-1], rtol=1e-12)
+
+
+# --- beside loss-landscapes ---
+
+
+def theirs(*networks, steps, call=loss_landscapes.planar_interpolation):
+    return call(*networks, lambda w: bowls(w.modules[0])[0], steps=steps, deepcopy_model=True)
+
+
+def test_loss_landscapes_line_is_ours_but_for_its_start():
+    net, end = Bowl(), moved(Bowl(), 0.5, as_direction(ALONG))
+    found = theirs(net, end, steps=4, call=loss_landscapes.linear_interpolation)
+    ours = of(line(net, bowls, as_direction(ALONG), radius=0.5, points=9)).value.to_numpy()
+    np.testing.assert_allclose(found, ours[5:], rtol=1e-12)
+    assert len(found) == 4  # of five places
+    assert abs(found - bowls(net)[0]).min() > 1e-3
+
+
+def test_loss_landscapes_planes_shift_every_second_row_and_leave_out_the_start():
+    """Row i is at `i` steps along the first direction, column j at `j` along the second one, as it says."""
+    net, steps = Bowl(), 4
+    ends = [moved(net, 1.0, as_direction(d)) for d in (ALONG, ACROSS)]
+    found = theirs(net, *ends, steps=steps)
+    at = np.array([[parabola("total", i / steps, j / steps) for j in range(steps + 1)] for i in range(steps)])
+    assert not np.isclose(found, at[0, 0]).any()  # the start is nowhere
+    np.testing.assert_allclose(found[::2], at[::2, 1:], rtol=1e-12)
+    np.testing.assert_allclose(found[1::2], at[1::2, :-1], rtol=1e-12)  # a step off those above and below
+    ours = of(plane(net, bowls, as_direction(ACROSS), as_direction(ALONG), radius=1.0, points=2 * steps + 1))
+    values = ours.value.to_numpy().reshape(2 * steps + 1, -1)[steps:, steps:]
+    np.testing.assert_allclose(values[:steps], at, rtol=1e-12)
+
+
+def test_loss_landscapes_moves_the_network_that_it_was_given():
+    net = network()
+    before = fingerprint(net)
+    loss_landscapes.random_plane(net, lambda w: 0.0, steps=3, normalization=None)
+    assert fingerprint(net) != before
+    assert not any(p.requires_grad for p in net.parameters())
+    net, loss = network(), lambda net: np.zeros(3)
+    directions = [random_direction(net, seed=seed) for seed in range(2)]
+    plane(net, loss, *directions, radius=1.0, points=3)
+    line(net, loss, directions[0], radius=1.0, points=3)
+    assert fingerprint(net) == before
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("call", [loss_landscapes.random_line, loss_landscapes.random_plane])
+def test_loss_landscapes_fails_on_biases_of_zero(call):
+    net = network()
+    assert any(p.dim() == 1 and not p.any() for p in net.parameters())
+    with pytest.raises(ZeroDivisionError):
+        call(net, lambda w: 0.0, steps=3, normalization="filter", deepcopy_model=True)
+    assert all(torch.isfinite(d).all() for d in random_direction(net, seed=0))
+
+
+def test_loss_landscapes_draws_directions_that_are_far_from_orthogonal():
+    net = network()
+    start = ModelParameters(list(net.parameters()))
+    a, b = (list(module.loss_landscapes.main.rand_u_like(start).parameters) for _ in range(2))
+    assert cosine(a, b) > 0.7
+    assert abs(cosine(random_direction(net, seed=0), random_direction(net, seed=1))) < 0.15
+
+
+# --- directions ---
+
+
+def network(shape=(24, 24), **changes):
+    net = starting(Train(**(RUN | {"shape": list(shape)} | changes)))
+    for unet in net.steps:
+        nn.init.normal_(unet.last.weight, std=0.05)
+    return net.eval()
+
+
+def uneven(dim=2):
+    """No two channel counts alike."""
+    net = GradICON(dim, down=(4, 6), levels=1, last_step=False)
+    nn.init.normal_(net.steps[0].last.weight)
+    return net
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_directions_have_the_filters_norms_and_leave_vectors_alone(dim):
+    net = uneven(dim)
+    for (name, p), d in zip(net.named_parameters(), random_direction(net, seed=3), strict=True):
+        if p.dim() > 1:
+            output = 1 if ".up." in name else 0
+            filters, own = (t.detach().movedim(output, 0).flatten(1).norm(dim=1) for t in (d, p))
+            torch.testing.assert_close(filters, own)
+        else:
+            assert not d.any()
+
+
+def test_directions_by_layer_have_the_tensors_norms_and_keep_the_draws_direction():
+    net = uneven()
+    by_layer, plain = (random_direction(net, seed=3, normalisation=n) for n in ("layer", "none"))
+    for p, d, drawn in zip(net.parameters(), by_layer, plain, strict=True):
+        if p.dim() > 1:
+            torch.testing.assert_close(d.norm(), p.detach().norm())
+            assert torch.cosine_similarity(d.flatten(), drawn.flatten(), dim=0) == pytest.approx(1, abs=1e-6)
+        else:
+            assert not d.any()
+    filters = random_direction(net, seed=3, normalisation="filter")
+    assert not torch.allclose(filters[0], by_layer[0])
+
+
+def test_a_direction_without_normalisation_has_length_one_and_moves_what_is_zero():
+    net = GradICON(2, down=(4, 4), levels=1, last_step=False)  # its last convolution is zero
+    direction = random_direction(net, seed=0, normalisation="none")
+    assert vector(direction).norm() == pytest.approx(1, rel=1e-6)
+    assert direction[-2].any()
+    assert not any(d.any() for p, d in zip(net.parameters(), direction, strict=True) if p.dim() == 1)
+
+
+@pytest.mark.parametrize("normalisation", ["filter", "layer"])
+def test_zero_filters_and_tensors_do_not_move(normalisation):
+    net = GradICON(2, down=(4, 4), levels=1, last_step=False)  # its last convolution is zero
+    with torch.no_grad():
+        net.steps[0].down[0].weight[1] = 0
+        net.steps[0].up[0].weight[:, 2] = 0  # transposed: a filter is a slice of the second axis
+    direction = random_direction(net, seed=0, normalisation=normalisation)
+    named = dict(zip(dict(net.named_parameters()), direction, strict=True))
+    assert all(torch.isfinite(d).all() for d in direction)
+    assert not named["steps.0.last.weight"].any()
+    down, up = named["steps.0.down.0.weight"], named["steps.0.up.0.weight"]
+    assert (not down[1].any(), not up[:, 2].any()) == ((normalisation == "filter"),) * 2
+    assert down[0].any()
+    assert up[:, 0].any()
+    assert up[2].any()
+
+
+def test_directions_are_seeded_and_leave_the_random_state_alone():
+    net, state = uneven(), torch.get_rng_state()
+    a, again, b = (vector(random_direction(net, seed=s)) for s in (0, 0, 1))
+    assert torch.equal(a, again)
+    assert not torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_cosine_is_that_of_all_parameters_as_one_vector():
+    a, b = ([torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])] for _ in range(2))
+    b[1] = torch.tensor([-4.0])
+    assert cosine(a, a) == pytest.approx(1)
+    assert cosine(a, b) == pytest.approx((9 - 16) / 25)
+
+
+# --- networks ---
+
+
+def own_hash(net):
+    return hashlib.sha256(b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()
+
+
+def measured(shape=(24, 24), net=None, keep=None, **changes):
+    run, dataset = Train(**(RUN | {"shape": list(shape)})), open_domain("heart-mr", shape=shape)
+    net = network(shape) if net is None else net
+    batch = fixed_batch(dataset, pairs=2)
+    return landscape(net, batch, "heart-mr", run, Landscape(**(SETTINGS | changes)), keep=keep), batch
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_landscape_is_centred_on_the_loss_at_the_weights(shape):
+    net = network(shape)
+    table, batch = measured(shape, net)
+    centre = loss_of(batch, lmbda=1.5, sigma=3.0)(net).tolist()
+    lines, planes = (table[table.kind == kind] for kind in ("line", "plane"))
+    assert len(lines) == 3 * 5 * len(TERMS)
+    assert len(planes) == 9 * len(TERMS)
+    for direction in range(3):
+        assert lines[(lines.alpha == 0) & (lines.direction == direction)].value.tolist() == centre  # to the bit
+    assert planes[(planes.alpha == 0) & (planes.beta == 0)].value.tolist() == centre
+    assert set(table.test_domain) == {"heart-mr"}
+    assert lines[lines.term == "total"].value.std() > 1e-4
+    totals = [lines[lines.term == term].value.to_numpy() for term in TERMS]
+    np.testing.assert_allclose(totals[0], totals[1] + 1.5 * totals[2], rtol=1e-5)
+
+
+def test_lines_lie_in_the_plane_and_both_are_where_the_weights_say():
+    net = network()
+    table, batch = measured(net=net, line_points=3, direction_seed=7)
+    loss = loss_of(batch, lmbda=1.5, sigma=3.0)
+    along, across = (random_direction(net, seed=seed) for seed in (7, 8))
+    lines, planes = (of(table[table.kind == kind]) for kind in ("line", "plane"))
+    for i, (direction, other) in enumerate([(along, "beta"), (across, "alpha")]):
+        on_axis = planes[planes[other] == 0].value
+        np.testing.assert_allclose(lines[lines.direction == i].value, on_axis, rtol=1e-5)
+        assert on_axis.iloc[-1] == pytest.approx(loss(moved(net, 0.4, direction))[0], rel=1e-5)
+    far = moved(moved(net, -0.4, across), 0.4, along)
+    corner = planes[(planes.alpha == 0.4) & (planes.beta == -0.4)].value.item()
+    assert corner == pytest.approx(loss(far)[0], rel=1e-5)
+
+
+def test_the_cosines_of_all_directions_are_told():
+    net = network()
+    table, _ = measured(net=net, direction_seed=5)
+    cosines = table[table.kind == "cosine"].astype({"direction": int, "alpha": int})
+    drawn = [vector(random_direction(net, seed=seed)).double() for seed in (5, 6, 7)]
+    pairs = list(zip(cosines.direction, cosines.alpha, strict=True))
+    assert sorted(pairs) == [(0, 1), (0, 2), (1, 2)]
+    expected = [torch.cosine_similarity(drawn[i], drawn[j], dim=0).item() for i, j in pairs]
+    np.testing.assert_allclose(cosines.value, expected, rtol=1e-6)
+    assert all(0 < abs(value) < 0.15 for value in expected)
+
+
+def test_a_plane_needs_two_directions_though_one_line_is_asked_for():
+    table, _ = measured(directions=1)
+    assert set(table[table.kind == "line"].direction) == {0}
+    assert len(table[table.kind == "plane"]) == 9 * len(TERMS)
+    assert len(table[table.kind == "cosine"]) == 1
+
+
+def test_measuring_leaves_the_network_as_it_was():
+    net = network()
+    net.steps[0].last.bias.requires_grad_(False)
+    for i, p in enumerate(net.parameters()):
+        p.grad = torch.full_like(p, float(i))
+    grads, flags = [p.grad.clone() for p in net.parameters()], [p.requires_grad for p in net.parameters()]
+    before, states = (fingerprint(net), own_hash(net)), torch.get_rng_state()
+    measured(net=net)
+    assert (fingerprint(net), own_hash(net)) == before
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), grads, strict=True))
+    assert not any(m.training for m in net.modules())
+    assert torch.equal(torch.get_rng_state(), states)
+
+
+@pytest.mark.parametrize("part", ["parameters", "buffers"])
+def test_a_network_that_measuring_changes_is_an_error(monkeypatch, part):
+    net = network()
+
+    def careless(there, *args, **settings):
+        with torch.no_grad():
+            next(t for t in getattr(net, part)() if t.is_floating_point()).add_(1e-3)
+        return tuple(torch.zeros(3))
+
+    monkeypatch.setattr(module, "objective", careless)
+    with pytest.raises(RuntimeError, match="measuring changed the network"):
+        measured(net=net)
+
+
+def test_the_same_measurement_twice_is_the_same():
+    assert measured()[0].equals(measured()[0])
+
+
+def test_a_network_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match=r"eval mode.*call net\.eval\(\)"):
+        measured(net=network().train())
+
+
+def test_a_walker_goes_anywhere_and_back_to_the_bit():
+    net = network()
+    walker, direction = Walker(net), vector(random_direction(net, seed=0))
+    there = walker.go(walker.start, 0.5, direction)
+    expected = vector(net) + 0.5 * direction
+    torch.testing.assert_close(vector(there), expected, rtol=1e-6, atol=1e-7)
+    back = walker.go(walker.start, 0.0, direction)
+    assert fingerprint(back) == fingerprint(net)
+
+
+# --- batches ---
+
+
+def test_the_training_batch_is_the_same_for_every_seed_and_optimizer():
+    runs = [Train(**(RUN | changes)) for changes in ({}, {"seed": 3, "optimizer": "sam"})]
+    batches = [training_batch(run, pairs=2) for run in runs]
+    assert digest(batches[0]) == digest(batches[1])
+    assert batches[0].moving.shape == (2, 1, 24, 24)
+    mixture = training_batch(Train(**(RUN | {"train_domain": "brain-mr+heart-mr"})), pairs=2)
+    assert torch.equal(mixture.fixed[0], batches[0].fixed[0])
+    heart = open_domain("heart-mr", shape=(24, 24))
+    assert torch.equal(mixture.fixed[1], heart.training_pair(0).fixed)
+
+
+def test_a_network_is_measured_on_its_training_images_and_every_test_domain():
+    batches = batches_of(Train(**RUN), ["brain-mr", "heart-mr"], pairs=1)
+    assert list(batches) == [TRAINING, "brain-mr", "heart-mr"]
+    assert torch.equal(batches["heart-mr"].moving[0], open_domain("heart-mr", shape=(24, 24)).test_pair(0).moving)
+    assert len({digest(batch) for batch in batches.values()}) == 3
+    assert all(torch.equal(batch.points, batches[TRAINING].points) for batch in batches.values())
+
+
+class Damaged:
+    """Three test pairs, of which the first cannot be read."""
+
+    name, test_count = "damaged", 3
+
+    def test_pair(self, index):
+        if index == 0:
+            raise DataError("a.nii.gz: cut short")
+        return open_domain("heart-mr", shape=(24, 24)).test_pair(index)
+
+
+def test_a_pair_that_cannot_be_read_is_passed_over(monkeypatch):
+    assert torch.equal(fixed_batch(Damaged(), pairs=2).fixed[0], Damaged().test_pair(1).fixed)
+    monkeypatch.setattr(Damaged, "test_count", 1)
+    with pytest.raises(DataError, match=r"(?s)no test pair that can be read.*a\.nii\.gz"):
+        fixed_batch(Damaged(), pairs=2)
+
+
+# --- planes that were interrupted ---
+
+
+class Counted:
+    """The bowls' loss; raises at one of the calls, if told to."""
+
+    def __init__(self, until=None):
+        self.calls, self.until = 0, until
+
+    def __call__(self, net):
+        if self.calls == self.until:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return bowls(net) / 3  # a value that needs all its digits
+
+
+def square(loss, keep=None, key="a"):
+    return plane(Bowl(), loss, as_direction(ALONG), as_direction(ACROSS), radius=0.1, points=5, keep=keep, key=key)
+
+
+@pytest.mark.parametrize("until", [0, 4, 5, 13, 24])
+def test_an_interrupted_plane_goes_on_to_the_same_bits(tmp_path, until):
+    keep, again = tmp_path / "rows.jsonl", Counted()
+    with pytest.raises(KeyboardInterrupt):
+        square(Counted(until), keep)
+    pd.testing.assert_frame_equal(square(again, keep), square(Counted()), check_exact=True)
+    assert again.calls == 25 - until // 5 * 5  # whole rows are kept
+    once_more = Counted()
+    pd.testing.assert_frame_equal(square(once_more, keep), square(Counted()), check_exact=True)
+    assert once_more.calls == 0
+
+
+@pytest.mark.parametrize("cut", [0, 1, 60])
+def test_a_line_that_the_kill_cut_short_is_done_again(tmp_path, cut):
+    keep, again = tmp_path / "rows.jsonl", Counted()
+    with pytest.raises(KeyboardInterrupt):
+        square(Counted(16), keep)
+    text = keep.read_text()
+    keep.write_text(text[: -cut - 1])  # without its newline at least
+    expected = square(Counted())
+    with pytest.raises(KeyboardInterrupt):
+        square(Counted(5 if cut else 0), keep)  # what is appended must not be glued to the torn line
+    pd.testing.assert_frame_equal(square(again, keep), expected, check_exact=True)
+    assert again.calls == 10
+    assert [json.loads(text).get("row") for text in keep.read_text().splitlines()] == [None, 0, 1, 2, 3, 4]
+
+
+def test_nothing_is_kept_of_a_file_whose_first_line_is_torn(tmp_path):
+    keep, again = tmp_path / "rows.jsonl", Counted()
+    keep.write_text('{"key": "')
+    pd.testing.assert_frame_equal(square(again, keep), square(Counted()), check_exact=True)
+    assert again.calls == 25
+
+
+def test_rows_of_another_key_do_not_count(tmp_path):
+    keep, again = tmp_path / "rows.jsonl", Counted()
+    square(Counted(), keep, key="a")
+    square(again, keep, key="b")
+    assert again.calls == 25
+    assert json.loads(keep.read_text().splitlines()[0]) == {"key": "b"}
+
+
+def test_losses_that_are_not_finite_are_kept_too(tmp_path):
+    def cliff(net):
+        return np.array([np.nan, np.inf, -np.inf])
+
+    first = square(cliff, tmp_path / "rows.jsonl")
+    again = Counted()
+    pd.testing.assert_frame_equal(square(again, tmp_path / "rows.jsonl"), first, check_exact=True)
+    assert again.calls == 0
+    assert of(first, "similarity").value.eq(np.inf).all()
+
+
+def evaluations(monkeypatch, table, *args, **kwargs):
+    """How often the loss was computed, and the landscape."""
+    seen, objective = [], module.objective
+
+    def spy(*where, **settings):
+        seen.append(0)
+        return objective(*where, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "objective", spy)
+        found = table(*args, **kwargs)
+    return len(seen), found
+
+
+def test_an_interrupted_landscape_goes_on_only_for_the_same_measurement(tmp_path, monkeypatch):
+    net, run = network(), Train(**RUN)
+    batch = fixed_batch(open_domain("heart-mr", shape=(24, 24)), pairs=1)
+    settings = Landscape(**(SETTINGS | {"directions": 1, "line_points": 3}))
+
+    def table(net=net, batch=batch, run=run, **changes):
+        there = settings.model_copy(update=dict(**changes))
+        return landscape(net, batch, "heart-mr", run, there, keep=tmp_path)
+
+    count, whole = evaluations(monkeypatch, table)
+    assert count == 3 + 9
+    count, again = evaluations(monkeypatch, table)
+    assert count == 3
+    pd.testing.assert_frame_equal(again, whole, check_exact=True)
+    other_net, other_buffers = copy.deepcopy(net), copy.deepcopy(net)
+    with torch.no_grad():
+        other_net.steps[0].last.bias.add_(1e-6)
+        next(other_buffers.buffers()).add_(1e-6)
+    others = [
+        {"net": other_net},
+        {"net": other_buffers},
+        {"batch": batch._replace(fixed=batch.moving)},
+        {"batch": batch._replace(points=batch.points + 1e-6)},
+        {"run": run.model_copy(update=dict(lmbda=2.0))},
+        {"radius": 0.5},
+        {"direction_seed": 1},
+        {"normalisation": "layer"},
+    ]
+    for changes in others:
+        evaluations(monkeypatch, table)
+        assert evaluations(monkeypatch, table, **changes)[0] == 3 + 9, changes
+    assert evaluations(monkeypatch, table, plane_points=5)[0] == 3 + 25
+
+
+def test_a_written_landscape_has_all_columns_and_its_kept_rows_are_gone(tmp_path):
+    table, _ = measured(keep=tmp_path)
+    assert (tmp_path / ".plane-heart-mr.jsonl").exists()
+    write_landscape(table.assign(train_domain="brain-mr", optimizer="adam", seed=0), tmp_path / "landscape.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["landscape.csv"]
+    read = pd.read_csv(tmp_path / "landscape.csv")
+    assert list(read.columns) == COLUMNS
+    np.testing.assert_array_equal(read.value, table.value)

@@ -1,0 +1,362 @@
+"""Domains, real images, and the fetching of HippocampusMR."""
+
+import json
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fmsam_lib.images.domains import held_out, open_domain
+from fmsam_lib.images.download import fetch_hippocampus
+from fmsam_lib.images.manifest import data_folder, read_manifest, subject_of
+from fmsam_lib.phantoms import pairs as synthetic
+from fmsam_lib.records import PROJECT, DataError
+from tests.images.test_files import GRID, REAL, REAL_SETS, count_reads, dataset, image, label, own_cache, save, says  # noqa: F401
+
+# Domains
+
+
+def pairs_equal(a, b):
+    assert a.name == b.name
+    assert torch.equal(a.moving, b.moving)
+    assert torch.equal(a.fixed, b.fixed)
+
+
+def test_pairs_of_files(tmp_path):
+    dataset(tmp_path / "Own")
+    domain = open_domain("Own", shape=(11, 7, 8), data=tmp_path)
+    assert (domain.name, domain.modality, domain.pairing, domain.unit) == ("Own", "MR", "inter-subject", "mm")
+    assert (domain.labels, domain.training_count, domain.test_count) == ({1: "left", 2: "right"}, 3, 1)
+    pair = domain.test_pair(0)
+    assert pair.name == "p8<-p9"
+    assert pair.fixed.shape == pair.moving.shape == pair.fixed_label.shape == (1, 11, 7, 8)
+    assert pair.spacing == pytest.approx((0.5, 2, 3))
+    np.testing.assert_allclose(pair.affine, np.diag([0.5, 2, 3, 1]))
+    drawn = [domain.training_pair(i).name for i in range(60)]
+    assert len(set(drawn)) == 6  # all ordered pairs of three images, and never p8 or p9
+    again = open_domain("Own", shape=(11, 7, 8), data=tmp_path)
+    assert [again.training_pair(i).name for i in reversed(range(60))] == drawn[::-1]
+    other = open_domain("Own", shape=(11, 7, 8), data=tmp_path, seed=1)
+    assert [other.training_pair(i).name for i in range(60)] != drawn
+    pairs_equal(other.test_pair(0), pair)
+
+
+def test_files_are_decoded_once_a_session(tmp_path, monkeypatch):
+    dataset(tmp_path / "Own")
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    reads = count_reads(monkeypatch)
+    for i in range(30):
+        domain.training_pair(i)
+    assert len(reads) == 6
+
+
+def test_lost_spacing_makes_voxels_the_unit(tmp_path):
+    for changes, unit in (
+        ({"description": "voxel Spacing was lost upstream"}, "voxel"),
+        ({"description": "no spacing upstream"}, "voxel"),
+        ({"description": "no spacing upstream", "spacing_known": True}, "mm"),
+        ({"spacing_known": False}, "voxel"),
+        ({"description": "1 mm"}, "mm"),
+    ):
+        dataset(tmp_path / "Own", **changes)
+        domain = open_domain("Own", shape=GRID, data=tmp_path)
+        assert domain.unit == domain.test_pair(0).unit == unit
+
+
+def test_unknown_names_list_the_known_ones(tmp_path, monkeypatch):
+    dataset(tmp_path / "Own")
+    monkeypatch.setenv("FMSAM_DATA", str(tmp_path))
+    for name in ("Other", "Own+Other", "Own+"):
+        with pytest.raises(DataError, match=says("one of", next(iter(synthetic.DOMAINS)), "Own", "FMSAM_DATA")):
+            open_domain(name, shape=GRID)
+    assert open_domain("Own", shape=GRID).name == "Own"
+
+
+def test_2d_data_has_no_3d_grid_and_test_sets_no_training(tmp_path):
+    dataset(tmp_path / "Flat", dimensions=2, shape=(6, 7))
+    with pytest.raises(DataError, match=says("Flat", "a 2-D grid", "(6, 7, 8)")):
+        open_domain("Flat", shape=GRID, data=tmp_path)
+    assert open_domain("Flat", shape=(6, 7), data=tmp_path).test_pair(0).fixed.shape == (1, 6, 7)
+    dataset(tmp_path / "TestOnly", training=[])
+    with pytest.raises(DataError, match=says("TestOnly", "training pairs", "testing only")):
+        open_domain("TestOnly", shape=GRID, data=tmp_path).training_pair(0)
+
+
+def test_check_lists_all_problems(tmp_path):
+    folder = dataset(tmp_path / "Own")
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    assert domain.check() == []
+    (folder / "imagesTr/p1_ED.nii.gz").write_bytes(b"")
+    save(folder / "labelsTr/p3_ED.nii.gz", np.zeros(GRID))
+    save(folder / "imagesTr/p9.nii.gz", np.ones(GRID))
+    for options, bad in (
+        ({}, ["imagesTr/p1_ED", "labelsTr/p3_ED", "imagesTr/p9"]),
+        ({"training": False}, ["imagesTr/p9"]),
+        ({"test": False}, ["imagesTr/p1_ED", "labelsTr/p3_ED"]),
+    ):
+        problems = open_domain("Own", shape=GRID, data=tmp_path).check(**options)
+        assert len(problems) == len(bad)
+        assert all(name in problem for name, problem in zip(bad, problems, strict=True))
+
+
+@pytest.fixture
+def fake_synthetic(monkeypatch):
+    domain = types.SimpleNamespace(labels={1: "blob"}, pairing="intra-subject", modality="CT", held_out=False)
+    monkeypatch.setitem(synthetic.DOMAINS, "fake-ct", domain)
+
+    def make_pair(name, *, seed, index, shape):
+        return synthetic.Pair(
+            f"{name} {seed} {index}", torch.zeros(1, *shape), torch.zeros(1, *shape), labels=domain.labels
+        )
+
+    monkeypatch.setattr(synthetic, "make_pair", make_pair)
+
+
+@pytest.mark.usefixtures("fake_synthetic")
+def test_synthetic_test_pairs_are_never_training_pairs(tmp_path):
+    domain = open_domain("fake-ct", shape=GRID, data=tmp_path, seed=3)
+    assert (domain.labels, domain.modality, domain.unit) == ({1: "blob"}, "CT", "mm")
+    drawn = [domain.training_pair(i).name for i in range(3 * domain.training_count)]
+    assert {name.rsplit(" ", 1)[0] for name in drawn} == {"fake-ct 3"}
+    assert max(int(name.rsplit(" ", 1)[1]) for name in drawn) < domain.training_count
+    assert len(set(drawn)) > 0.9 * domain.training_count
+    assert domain.training_pair(7) is domain.training_pair(7)  # made once
+    tested = {domain.test_pair(i).name for i in range(domain.test_count)}
+    assert len(tested) == domain.test_count > 0
+    assert not tested & set(drawn)
+    assert domain.check() == []
+
+
+def manifest_of(subjects, pairs=None):
+    """A manifest of two images a subject."""
+    images = [Path(f"s{subject:02}_{part}") for subject in range(subjects) for part in "ab"]
+    return types.SimpleNamespace(
+        training=images, training_pairs=pairs, subject={image: image.name[:3] for image in images}
+    )
+
+
+@pytest.mark.parametrize(("subjects", "apart"), [(9, 0), (10, 2), (39, 2), (60, 3), (100, 5)])
+def test_a_twentieth_of_the_subjects_is_held_out(subjects, apart):
+    manifest = manifest_of(subjects)
+    training, listed, validation = held_out(manifest)
+    assert listed is None
+    kept = {manifest.subject[image] for image in training}
+    outside = {manifest.subject[image] for pair in validation for image in pair}
+    assert (len(kept), len(outside)) == (subjects - apart, apart)
+    assert not kept & outside
+    assert all(manifest.subject[fixed] != manifest.subject[moving] for fixed, moving in validation)
+    assert len({fixed for fixed, _ in validation}) == len(validation) == 2 * apart
+
+
+def test_listed_pairs_are_held_out_whole():
+    images = manifest_of(12).training
+    within = list(zip(images[::2], images[1::2], strict=True))
+    across = (images[0], images[-1])  # a training and a held-out subject: nobody's
+    training, listed, validation = held_out(manifest_of(12, [*within, across]))
+    assert listed == within[:10]
+    assert validation == within[10:]
+    assert len(training) == 20
+    star = [(images[-1], image) for image in images[:10]]
+    assert held_out(manifest_of(12, star)) == (images, star, [])
+
+
+@pytest.mark.usefixtures("fake_synthetic")
+def test_validation_pairs_are_in_neither_training_nor_test():
+    domain = open_domain("brain-mr", shape=(16, 16))
+    seen = {domain.training_pair(i).name for i in range(500)} | {domain.test_pair(i).name for i in range(50)}
+    names = [domain.validation_pair(i).name for i in range(domain.validation_count)]
+    assert len(set(names)) == domain.validation_count == 10
+    assert not seen & set(names)
+    assert open_domain("brain-mr", shape=(16, 16), seed=3).validation_pair(0).name == names[0]
+
+
+@pytest.mark.usefixtures("fake_synthetic")
+def test_a_mixture_validates_on_its_domains_in_turn(tmp_path):
+    dataset(tmp_path / "Own")  # too few subjects to hold any out
+    mixture = open_domain("brain-mr+Own+heart-mr", shape=(16, 16), data=tmp_path)
+    assert mixture.validation_count == 20
+    brain, heart = (open_domain(name, shape=(16, 16)) for name in ("brain-mr", "heart-mr"))
+    expected = [brain.validation_pair(0), heart.validation_pair(0), brain.validation_pair(1)]
+    for i, pair in enumerate(expected):
+        pairs_equal(mixture.validation_pair(i), pair)
+
+
+@pytest.mark.usefixtures("fake_synthetic")
+def test_a_mixture_takes_its_domains_in_turn(tmp_path):
+    dataset(tmp_path / "Own")
+    mixture = open_domain("fake-ct+Own", shape=GRID, data=tmp_path)
+    own = open_domain("Own", shape=GRID, data=tmp_path)
+    pairs_equal(mixture.training_pair(8), open_domain("fake-ct", shape=GRID).training_pair(4))
+    pairs_equal(mixture.training_pair(9), own.training_pair(4))
+    assert mixture.training_pair(8).labels != mixture.training_pair(9).labels
+    assert (mixture.modality, mixture.pairing) == ("CT+MR", "intra-subject+inter-subject")
+    assert mixture.check() == []
+    assert mixture.test_count == 0
+    with pytest.raises(DataError, match=says("fake-ct+Own", "one by one")):
+        mixture.test_pair(0)
+
+
+def test_real_synthetic_pairs_come_through():
+    if not hasattr(synthetic, "make_pair") or not synthetic.DOMAINS:
+        pytest.skip("no synthetic domains yet")
+    name, shape = next(iter(synthetic.DOMAINS)), (20, 24)
+    domain = open_domain(name, shape=shape)
+    pair = domain.training_pair(2)
+    assert pair.fixed.shape == (1, *shape)
+    assert pair.labels == domain.labels
+    pairs_equal(pair, open_domain(name, shape=shape).training_pair(2))
+    assert not torch.equal(pair.fixed, domain.test_pair(2).fixed)
+    assert open_domain(name, shape=(16, 17, 18)).training_pair(0).fixed.shape == (1, 16, 17, 18)
+
+
+# Real data, where they are
+
+
+@pytest.mark.parametrize(("name", "dim"), REAL_SETS.items())
+def test_real_data_sets_open(name, dim):
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no {name} in {REAL}: set FMSAM_DATA")
+    shape = (48, 64, 48)[:dim]
+    domain = open_domain(name, shape=shape, data=REAL)
+    assert domain.unit == ("voxel" if name.startswith("Cardiac") else "mm")
+    for pair in (domain.test_pair(0), domain.training_pair(0)):
+        for values in (pair.moving, pair.fixed):
+            assert values.shape == (1, *shape)
+            assert 0 <= values.min() < 0.2 < values.max() <= 1
+        assert set(pair.fixed_label.unique().tolist()) <= {0, *domain.labels}
+        if domain.pairing == "intra-subject":
+            fixed, moving = (subject_of(stem) for stem in pair.name.split("<-"))
+            assert fixed == moving
+
+
+def test_real_hippocampus_overlap_before_registration():
+    if not (REAL / "HippocampusMR").is_dir():
+        pytest.skip(f"no HippocampusMR in {REAL}: set FMSAM_DATA")
+    domain = open_domain("HippocampusMR", shape=(48, 64, 48), data=REAL)
+    dice = []
+    for pair in map(domain.test_pair, range(domain.test_count)):
+        for value in domain.labels:
+            a, b = pair.moving_label.numpy() == value, pair.fixed_label.numpy() == value
+            dice.append(2 * (a & b).sum() / (a.sum() + b.sum()))
+    assert len(dice) == 120
+    assert np.mean(dice) == pytest.approx(0.627, abs=0.005)  # whole fields of view laid over each other
+
+
+# HippocampusMR
+
+
+@pytest.fixture
+def decathlon(monkeypatch, tmp_path):
+    """A stand-in for MONAI's downloader: it writes the Decathlon's folder with tiny files."""
+    state = types.SimpleNamespace(images=260, fail=None, calls=[])
+    tiny = save(tmp_path / "tiny.nii", image(shape=(2, 2, 2))).read_bytes()
+    state.write = lambda folder: _decathlon_folder(folder, state.images, tiny)
+
+    def download_and_extract(url, filepath, output_dir, hash_val, hash_type):
+        state.calls.append((url, Path(filepath).is_file()))
+        if Path(filepath).is_file():
+            with tarfile.open(filepath) as tar:
+                tar.extractall(output_dir, filter="data")
+            return
+        if state.fail:
+            state.images = 20
+            state.write(Path(output_dir))  # what was there when the connection broke
+            raise state.fail
+        state.write(Path(output_dir))
+
+    table = types.SimpleNamespace(resource={"Task04_Hippocampus": "url"}, md5={"Task04_Hippocampus": "md5"})
+    apps = types.SimpleNamespace(DecathlonDataset=table, download_and_extract=download_and_extract)
+    monkeypatch.setitem(sys.modules, "monai", types.ModuleType("monai"))
+    monkeypatch.setitem(sys.modules, "monai.apps", apps)
+    return state
+
+
+def _decathlon_folder(folder, number, tiny):
+    for part in ("imagesTr", "labelsTr"):
+        (folder / "Task04_Hippocampus" / part).mkdir(parents=True, exist_ok=True)
+        for i in range(number):
+            (folder / "Task04_Hippocampus" / part / f"hippocampus_{i:03d}.nii.gz").write_bytes(tiny)
+            (folder / "Task04_Hippocampus" / part / f"._hippocampus_{i:03d}.nii.gz").write_bytes(b"")
+
+
+def check_hippocampus(folder):
+    manifest = read_manifest(folder / "HippocampusMR")
+    assert (len(manifest.training), len(manifest.test_pairs)) == (200, 60)
+    names = [tuple(path.name[12:15] for path in pair) for pair in manifest.test_pairs]
+    assert names == [(f"{200 + i}", f"{259 - i}") for i in range(60)]
+    assert not list((folder / "HippocampusMR" / "imagesTr").glob("._*"))
+    assert not list(folder.glob(".fetch-*"))
+
+
+def test_fetch_downloads_once(tmp_path, decathlon):
+    target = fetch_hippocampus(tmp_path / "data")
+    assert target == tmp_path / "data" / "HippocampusMR"
+    check_hippocampus(tmp_path / "data")
+    assert fetch_hippocampus(tmp_path / "data") == target
+    assert len(decathlon.calls) == 1
+
+
+def test_fetch_uses_what_was_put_there_by_hand(tmp_path, decathlon):
+    decathlon.write(tmp_path / "folder")
+    fetch_hippocampus(tmp_path / "folder")
+    check_hippocampus(tmp_path / "folder")
+
+    (tmp_path / "tar").mkdir()
+    with tarfile.open(tmp_path / "tar" / "Task04_Hippocampus.tar", "w") as tar:
+        tar.add(tmp_path / "folder" / "Task04_Hippocampus", "Task04_Hippocampus")
+    fetch_hippocampus(tmp_path / "tar")
+    check_hippocampus(tmp_path / "tar")
+    assert decathlon.calls == [("url", True)]
+
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "folder" / "Task04_Hippocampus").rename(tmp_path / "parts" / "HippocampusMR")
+    for junk in (tmp_path / "parts").rglob("._*"):
+        junk.unlink()
+    fetch_hippocampus(tmp_path / "parts")
+    check_hippocampus(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no route"), RuntimeError("denied"), Exception("no network: MONAI raises this")]
+)
+def test_fetch_without_network_says_where_to_put_the_files(tmp_path, decathlon, error):
+    decathlon.fail = error
+    with pytest.raises(
+        DataError, match=says("task 4", "Medical Segmentation Decathlon", error, "imagesTr", "labelsTr")
+    ):
+        fetch_hippocampus(tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_fetch_takes_no_half_finished_set(tmp_path, decathlon):
+    decathlon.images = 259
+    with pytest.raises(DataError, match=says("260", "259 images and 259 labels")):
+        fetch_hippocampus(tmp_path / "download")
+    assert list((tmp_path / "download").iterdir()) == []
+    (tmp_path / "hand" / "HippocampusMR" / "imagesTr").mkdir(parents=True)
+    with pytest.raises(DataError, match=says("HippocampusMR", "260", "0 images and 0 labels", "Complete or remove")):
+        fetch_hippocampus(tmp_path / "hand")
+
+
+def test_fetch_makes_the_published_split(tmp_path, monkeypatch):
+    if not (REAL / "HippocampusMR").is_dir():
+        pytest.skip(f"no HippocampusMR in {REAL}: set FMSAM_DATA")
+    target = tmp_path / "HippocampusMR"
+    for part in ("imagesTr", "labelsTr"):
+        (target / part).mkdir(parents=True)
+        for file in (REAL / "HippocampusMR" / part).iterdir():
+            (target / part / file.name).touch()
+    fetch_hippocampus(tmp_path)
+    made, original = (folder / "HippocampusMR_dataset.json" for folder in (target, REAL / "HippocampusMR"))
+    assert json.loads(made.read_text()) == json.loads(original.read_text())
+
+
+def test_data_folder(monkeypatch):
+    assert data_folder() == PROJECT / "data"
+    monkeypatch.setenv("FMSAM_DATA", "/somewhere")
+    assert data_folder() == Path("/somewhere")
+    assert data_folder("here") == Path("here")

@@ -1,0 +1,112 @@
+import pytest
+import torch
+
+from fmsam_lib.model import weights
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.weights import from_icon, load, to_icon, unigradicon
+from tests.model.test_network import images, small
+
+
+def test_unigradicon_has_its_papers_size():
+    assert sum(p.numel() for p in unigradicon().parameters()) == pytest.approx(70.7e6, rel=2e-3)
+
+
+def test_saved_and_loaded_weights_give_the_same_map(tmp_path):
+    net, pair = small(2, up=(5, 6)), images(24, 24)
+    net.save(tmp_path / "weights.pt")
+    assert torch.equal(load(tmp_path / "weights.pt")(*pair).map, net(*pair).map)
+
+
+def test_unigradicon_refuses_weights_of_another_architecture(tmp_path):
+    small(2).save(tmp_path / "small.pt")
+    with pytest.raises(ValueError, match=r"expected weights of .*'down': \[16, 32, 64, 256, 512\].*got those of"):
+        unigradicon(tmp_path / "small.pt", dim=2)
+
+
+def test_damaged_and_missing_weights_are_named(tmp_path):
+    path = tmp_path / "weights.pt"
+    with pytest.raises(ValueError, match=r"weights\.pt.*No such file"):
+        load(path)
+    small(2).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"weights\.pt"):
+        load(path)
+
+
+def test_the_training_grid_is_kept(tmp_path):
+    net = small(2)
+    net.shape = (64, 48)
+    net.save(tmp_path / "weights.pt")
+    assert load(tmp_path / "weights.pt").shape == (64, 48)
+
+
+@pytest.mark.parametrize("settings", [{}, {"levels": 1}, {"levels": 3, "last_step": True}, {"up": (5, 3)}])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_icon_registrations_keys_both_ways(dim, settings):
+    net = small(dim, **settings)
+    again = from_icon({f"regis_net.{key}": value for key, value in to_icon(net).items()})
+    assert again.settings == net.settings
+    assert all(map(torch.equal, again.state_dict().values(), net.state_dict().values()))
+
+
+def something(**change):
+    """A state dict of icon-registration's with something wrong in it."""
+    state = to_icon(GradICON(2, down=(4, 8), levels=2))
+    return {key: value for key, value in (state | change).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "something other than a state dict"),
+        ({"encoder.weight": torch.zeros(3)}, "keys that no network of uniGradICON's kind has, such as encoder.weight"),
+        (something(**{"netPsi.net.dense.weight": torch.zeros(2)}), "the key netPsi.net.dense.weight"),
+        (something(**{"netPsi.net.lastConv.bias": None}), "Error.* in loading state_dict"),
+        (something(**{"netPsi.net.lastConv.bias": torch.zeros(7)}), "Error.* in loading state_dict"),
+        ({"settings": {"dim": 5}, "weights": {}}, "down"),
+    ],
+)
+def test_other_files_are_refused_with_the_reason(content, message, tmp_path):
+    torch.save(content, tmp_path / "other.trch")
+    with pytest.raises(ValueError, match=rf"weights saved by fmsam or by icon-registration in .*other.trch.*{message}"):
+        load(tmp_path / "other.trch")
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    torch.save(Evil(), tmp_path / "evil.trch")
+    with pytest.raises(ValueError, match=r"evil\.trch"):
+        load(tmp_path / "evil.trch")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_official_weights_are_downloaded_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path / "cache"))
+    torch.save(to_icon(small(2)), tmp_path / "published.trch")
+    monkeypatch.setitem(weights.OFFICIAL, "unigradicon", (tmp_path / "published.trch").as_uri())
+    assert load("unigradicon").settings == small(2).settings
+    (tmp_path / "published.trch").unlink()
+    assert load("unigradicon").settings == small(2).settings
+
+
+def test_a_download_that_was_cut_short_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path / "cache"))
+    torch.save(to_icon(small(2)), tmp_path / "published.trch")
+    short = tmp_path / "short.trch"
+    short.write_bytes((tmp_path / "published.trch").read_bytes()[:5000])
+    monkeypatch.setitem(weights.OFFICIAL, "unigradicon", short.as_uri())
+    with pytest.raises(OSError, match="expected to download"):
+        load("unigradicon")
+    monkeypatch.setitem(weights.OFFICIAL, "unigradicon", (tmp_path / "published.trch").as_uri())
+    assert load("unigradicon").settings == small(2).settings
+
+
+def test_without_network_the_message_says_where_to_put_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(weights.OFFICIAL, "multigradicon", (tmp_path / "nowhere.trch").as_uri())
+    with pytest.raises(OSError, match=r"download it by hand and put it at .*cache/weights/multigradicon.trch"):
+        load("multigradicon")
+    assert not list((tmp_path / "cache" / "weights").iterdir())

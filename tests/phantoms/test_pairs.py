@@ -1,0 +1,154 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fmsam_lib.model.spatial import jacobian_determinant, sample, warp_label
+from fmsam_lib.phantoms.anatomies import DOMAINS
+from fmsam_lib.phantoms.pairs import make_pair
+
+SHAPES = [(64, 64), (32, 32, 32)]
+NAMES = sorted(DOMAINS)
+
+
+def dice(a, b, labels):
+    """Mean over the labels."""
+    return np.mean([(2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum())).item() for k in labels])
+
+
+def tensors(pair):
+    return {k: v for k, v in vars(pair).items() if isinstance(v, torch.Tensor)}
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 24), (24, 32, 16)])
+@pytest.mark.parametrize("domain", NAMES)
+def test_a_pair_keeps_its_promises(domain, shape):
+    pair = make_pair(domain, seed=1, index=2, shape=shape)
+    assert pair.name == f"{domain}-1-2"
+    for image in (pair.moving, pair.fixed):
+        assert image.shape == (1, *shape)
+        assert image.dtype == torch.float32
+        assert 0 <= image.min() < 0.05  # a NaN fails too
+        assert 0.5 < image.max() <= 1
+    for label in (pair.moving_label, pair.fixed_label):
+        assert label.shape == (1, *shape)
+        assert label.dtype == torch.uint8
+        assert set(label.unique().tolist()) <= {0, *pair.labels}
+    assert pair.true_map.shape == (len(shape), *shape)
+    assert all(value.isfinite().all() for value in tensors(pair).values())
+    assert len(pair.spacing) == len(shape)
+    assert torch.allclose(pair.affine[:3, : len(shape)].norm(dim=0), torch.tensor(pair.spacing, dtype=torch.float64))
+    assert pair.fixed_landmarks.shape == pair.moving_landmarks.shape
+    assert len(pair.fixed_landmarks) >= 8
+    for landmarks in (pair.fixed_landmarks, pair.moving_landmarks):
+        assert ((landmarks > 0) & (landmarks < 1)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_same_call_gives_the_same_bits_and_leaves_random_state_and_threads_alone(shape):
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = make_pair("lung-ct", seed=3, index=4, shape=shape)
+    here = torch.rand(1).item(), np.random.rand(), torch.get_num_threads()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    assert here == (torch.rand(1).item(), np.random.rand(), torch.get_num_threads())
+    make_pair("knee-mr", seed=3, index=4, shape=shape)  # nothing carries over from another call
+    second = make_pair("lung-ct", seed=3, index=4, shape=shape)
+    assert all(torch.equal(value, tensors(second)[key]) for key, value in tensors(first).items())
+
+
+def test_domain_seed_and_index_each_make_another_pair():
+    pairs = [make_pair(d, seed=s, index=i, shape=(32, 32)) for d, s, i in
+             [("brain-mr", 0, 0), ("brain-mr", 0, 1), ("brain-mr", 1, 0), ("knee-mr", 0, 0)]]  # fmt: skip
+    for k, a in enumerate(pairs):
+        assert not torch.equal(a.moving, a.fixed)
+        assert not any(torch.equal(a.fixed, b.fixed) or torch.equal(a.true_map, b.true_map) for b in pairs[:k])
+
+
+def test_the_same_subject_at_another_resolution():
+    coarse, fine = (make_pair("abdomen-ct", seed=0, index=0, shape=(n, n, n)) for n in (17, 33))
+    assert torch.allclose(coarse.true_map, fine.true_map[:, ::2, ::2, ::2], atol=1e-4)
+    assert torch.allclose(coarse.fixed_landmarks, fine.fixed_landmarks)
+    assert (coarse.fixed_label != fine.fixed_label[:, ::2, ::2, ::2]).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("domain", NAMES)
+def test_the_true_map_is_what_registration_should_find(domain, shape):
+    before, after = [], []
+    for index in range(12):
+        pair = make_pair(domain, seed=0, index=index, shape=shape)
+        for label in (pair.moving_label, pair.fixed_label):
+            assert set(label.unique().tolist()) == {0, *pair.labels}
+        phi = pair.true_map[None]
+        assert jacobian_determinant(phi).min() > 0.05
+        points = pair.fixed_landmarks.T.reshape(1, len(shape), -1, *[1] * (len(shape) - 1))
+        found = sample(phi, points).flatten(2)[0].T
+        assert (found - pair.moving_landmarks).abs().max() < 0.1 / (shape[0] - 1)  # a tenth of a sample: look-up error
+        before.append(dice(pair.moving_label, pair.fixed_label, pair.labels))
+        after.append(dice(warp_label(pair.moving_label[None], phi)[0], pair.fixed_label, pair.labels))
+    low, high = (0.47, 0.67) if DOMAINS[domain].pairing == "inter-subject" else (0.6, 0.77)
+    assert low < np.mean(before) < high
+    assert np.mean(after) > (0.92 if len(shape) == 2 else 0.83)
+    assert np.min(np.array(after) - before) > 0.1
+
+
+def test_in_the_heart_only_the_heart_moves():
+    pair = make_pair("heart-mr", seed=0, index=0, shape=(64, 64))
+    still = (pair.true_map - torch.stack(torch.meshgrid(*[torch.linspace(0, 1, 64)] * 2, indexing="ij"))).abs().amax(0)
+    assert still[:5].max() < 1e-3
+    assert still[-5:].max() < 1e-3
+    assert still.max() > 0.03
+    assert (pair.moving - pair.fixed)[0, :8].abs().mean() < 0.1  # and the two images show the same chest
+
+
+def test_lungs_are_denser_after_breathing_out():
+    pair = make_pair("lung-ct", seed=0, index=0, shape=(64, 64))
+    air = [image[label == 1].mean() for image, label in
+           ((pair.moving, pair.moving_label), (pair.fixed, pair.fixed_label))]  # fmt: skip
+    assert air[1] > air[0] + 0.03
+    assert (pair.fixed_label == 1).sum() < (pair.moving_label == 1).sum()
+
+
+def test_a_plane_has_its_own_axes():
+    sagittal = make_pair("knee-mr", seed=0, index=0, shape=(32, 48))
+    x, (y, z) = 0, (1, 2)
+    assert sagittal.affine[[y, z], [0, 1]].tolist() == pytest.approx(list(sagittal.spacing))
+    assert sagittal.affine[x, :2].tolist() == [0, 0]
+
+
+def test_the_liver_is_on_the_right_and_the_spleen_on_the_left():
+    pair = make_pair("abdomen-ct", seed=0, index=0, shape=(32, 32, 32))
+    x = [(pair.fixed_label[0] == k).nonzero()[:, 0].float().mean() for k in (1, 2)]  # x grows towards the right
+    assert x[0] > 18
+    assert x[1] < 13
+
+
+def test_domains():
+    assert [d.name for d in DOMAINS.values() if d.held_out] == ["heart-mr"]
+    assert {name: (d.modality, d.pairing) for name, d in DOMAINS.items()} == {
+        "brain-mr": ("MR", "inter-subject"),
+        "lung-ct": ("CT", "intra-subject"),
+        "knee-mr": ("MR", "inter-subject"),
+        "abdomen-ct": ("CT", "inter-subject"),
+        "heart-mr": ("MR", "intra-subject"),
+    }
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DOMAINS["heart-mr"].held_out = False
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domain": "foot-mr"}, "brain-mr, lung-ct, knee-mr, abdomen-ct, heart-mr, got 'foot-mr'"),
+        ({"shape": (32,)}, r"2 or 3 sides .* got \(32,\)"),
+        ({"shape": (32, 15)}, r"at least 16, got \(32, 15\)"),
+        ({"index": -1}, "got index -1"),
+        ({"seed": -1}, "seed -1"),
+    ],
+)
+def test_errors_say_what_to_do(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_pair(**{"domain": "brain-mr", "seed": 0, "index": 0, "shape": (32, 32), **change})

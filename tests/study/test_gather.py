@@ -1,0 +1,334 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, read_results, write_results
+from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
+from fmsam_lib.flatness.landscape import RUN
+from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
+from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
+from fmsam_lib.records import DataError
+from fmsam_lib.study import gather as report
+from fmsam_lib.study.file import read_study
+from fmsam_lib.study.gather import Found, gather, radii
+from fmsam_lib.study.grid import between_folder, grid, twins
+from fmsam_lib.study.notebooks import parameters
+
+STUDY = {
+    "description": "made up",
+    "train_domains": ["a"],
+    "test_domains": ["a", "b"],
+    "optimizers": ["adam", "sam"],
+    "seeds": [0, 1],
+    "shape": [32, 32],
+    "train": {"steps": 7, "rho": 0.01},
+    "evaluate": {},
+    "landscape": {},
+}
+
+
+def result(test, metric, value, *, unit="1", label="", pair="p"):
+    return {"test_domain": test, "pair": pair, "label": label, "metric": metric, "value": value, "unit": unit}
+
+
+def rows_of(tests=("a", "b"), dice=0.5):
+    labelled = [result(test, "dice", dice, label="x") for test in tests]
+    return [*labelled, *(result(test, "folding_percent", 0.0, unit="%") for test in tests)]
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes a study, `STUDY` with changes, and all that its notebooks would leave; returns study and folder."""
+
+    def write(**changes):
+        path, root = tmp_path / "made_up.yaml", tmp_path / "runs"
+        path.write_text(yaml.safe_dump(STUDY | changes))
+        study = read_study(path)
+        for name in ("none", *(["io"] if "io" in study.baselines else [])):
+            save(root / name, rows_of(), train_domain="", optimizer=name, seed=None)
+        for run in grid(study):
+            folder = root / run.folder
+            values = parameters(study, run, root, "", path)[f"{run.folder}/10_train"] | {"threads": 1, "lr": 0.001}
+            about = {"train_domain": run.train_domain, "optimizer": values["optimizer"], "seed": run.seed}
+            save(folder, rows_of(), **about)
+            made = {"commit": "abc", "cpu": "one", "cores": 2, "packages": {"torch": "2"}, "time": "now"}
+            (folder / "config.json").write_text(json.dumps({"parameters": values, "provenance": made}))
+            (folder / "weights.pt").touch()
+            history = {"step": 7, "total": 0.4, "seconds": 0.1}
+            (folder / "history.jsonl").write_text(json.dumps(history) + "\n")
+            common = about | {"test_domain": "training", "term": "total", "value": 1.0}
+            table(folder / "landscape.csv", LANDSCAPE, common | {"kind": "line", "direction": 0, "alpha": 0.0})
+            table(folder / "flatness.csv", RUN + FLATNESS, common | {"measure": "sam_rise", "rho": 0.01})
+        for a, b in twins(study):
+            about = {"train_domain": a.train_domain, "seed": a.seed, "baseline": a.optimizer, "treatment": b.optimizer}
+            line = about | {"test_domain": "b", "kind": "path", "alpha": 0.5, "term": "total", "value": 1.0}
+            table(root / between_folder(a) / "between.csv", BETWEEN, line)
+        return study, root
+
+    return write
+
+
+def table(path, columns, line):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame([line], columns=columns).to_csv(path, index=False)
+
+
+def save(folder, rows, **about):
+    results = pd.DataFrame(rows).assign(**about)
+    write_results(results, folder / "results.csv")
+    costs = [result("a", "seconds", 0.1, unit="s")]
+    write_results(pd.DataFrame(costs).assign(**about), folder / "costs.csv")
+    write_results(pd.DataFrame([], columns=CURVES), folder / "robustness.csv", CURVES)
+
+
+def test_of_a_whole_study_nothing_is_missing(make):
+    study, root = make(baselines=["io"])
+    found = gather(study, root)
+    assert found.problems == []
+    assert found.notes == []
+    assert set(found.results.optimizer) == {"none", "io", "adam", "sam"}
+    assert found.configs.keys() == {run.folder for run in grid(study)}
+    for name, lines in {"costs": 6, "landscape": 4, "flatness": 4, "between": 2, "history": 4, "robustness": 0}.items():
+        assert len(getattr(found, name)) == lines, name
+    assert found.results.value.dtype == float
+    assert found.history.optimizer.tolist() == ["adam", "adam", "sam", "sam"]
+    assert report.provenance_table(found).count("| abc |") == 4
+
+
+TABLES = [
+    *("none/results.csv", "io/costs.csv", "a/between/seed1/between.csv", "a/sam/seed1/history.jsonl"),
+    *(f"a/sam/seed1/{name}.csv" for name in ("results", "costs", "robustness", "landscape", "flatness")),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, "missing") for name in TABLES),
+        *((name, "another table") for name in TABLES[2:5]),
+        *((name, damage) for name in TABLES[3:5] for damage in ("empty", "not a table")),
+    ],
+)
+def test_a_table_that_is_missing_or_damaged_is_named_and_the_rest_is_there(make, name, damage):
+    study, root = make(baselines=["io"])
+    whole = gather(study, root)
+    path = root / name
+    path.unlink()
+    content = {"empty": b"", "another table": b"x,y\n1,2\n", "not a table": b"\x89PNG\xff\xfe\x00 {"}
+    if damage != "missing":
+        path.write_bytes(content[damage])
+    found = gather(study, root)
+    assert len(found.problems) == 1, found.problems
+    says = "this was not computed" if damage == "missing" else "this cannot be read"
+    assert found.problems[0].startswith(f"{name}: {says}")
+    kind = path.stem
+    for other in whole._fields[:7]:
+        same = len(getattr(found, other)) == len(getattr(whole, other))
+        assert same is (other != kind or kind == "robustness"), other
+
+
+def test_text_where_a_number_should_be_is_damage(make):
+    study, root = make()
+    path = root / "a/sam/seed0/results.csv"
+    path.write_text(path.read_text().replace("0.5", "O.5"))
+    (problem,) = gather(study, root).problems
+    assert problem.startswith("a/sam/seed0/results.csv: this cannot be read (")
+
+
+def test_a_run_that_was_not_trained_to_its_end_is_named_whatever_it_left(make):
+    study, root = make()
+    (root / "a/sam/seed1/weights.pt").unlink()
+    found = gather(study, root)
+    assert found.problems == ["a/sam/seed1: this run was not trained to its end"]
+    assert len(found.results) == len(rows_of()) * 4  # none and three runs
+    assert "no result of sam, seed 1, trained on a, tested on b" in found.notes
+    assert len(found.between) == 1  # what lies between that run and its twin is not of this study either
+
+
+def test_a_run_with_other_parameters_than_the_studys_is_left_out_and_named(make):
+    study, root = make()
+    path = root / "a/adam/seed0/config.json"
+    config = json.loads(path.read_text())
+    config["parameters"] |= {"steps": 9, "threads": 8, "data": "/elsewhere", "snapshots": 4}  # the others may differ
+    path.write_text(json.dumps(config))
+    found = gather(study, root)
+    assert found.problems == ["a/adam/seed0: a run of another study, left out (steps: 9 there, 7 in the study)"]
+    assert "a/adam/seed0" not in found.configs
+    assert len(found.results.query("optimizer == 'adam'")) == len(rows_of())
+
+
+def test_runs_that_differ_in_what_the_study_leaves_open_are_named(make):
+    study, root = make()
+    path = root / "a/sam/seed1/config.json"
+    config = json.loads(path.read_text())
+    config["parameters"]["lr"] = 0.1
+    path.write_text(json.dumps(config))
+    assert gather(study, root).problems == [
+        "the runs differ in lr (0.001 in 3, first a/adam/seed0; 0.1 in 1, first a/sam/seed1): are several "
+        "studies mixed?"
+    ]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_run_whose_record_cannot_be_read_is_left_out_and_named(make, content):
+    study, root = make()
+    path = root / "a/adam/seed0/config.json"
+    path.unlink() if content is None else path.write_text(content)
+    found = gather(study, root)
+    (problem,) = found.problems
+    assert problem.startswith("a/adam/seed0/config.json: this cannot be read, so the run is left out")
+    assert len(found.results.query("optimizer == 'adam'")) == len(rows_of())
+    report.provenance_table(found)
+
+
+def test_results_of_a_test_domain_that_the_study_does_not_have_are_left_out_and_named(make):
+    study, root = make()
+    save(root / "a/sam/seed0", rows_of(("a", "b", "c", "d")), train_domain="a", optimizer="sam", seed=0)
+    found = gather(study, root)
+    assert found.problems == ["results of c, d, which the study does not test on, are left out"]
+    assert set(found.results.test_domain) == {"a", "b"}
+    assert set(found.landscape.test_domain) == {"training"}
+    assert found.notes == []
+
+
+def test_a_domain_left_out_of_the_tests_is_told_of_first(make):
+    study, root = make()
+    (root / "left_out.json").write_text(json.dumps(["b is left out of the tests: no such folder"]))
+    (root / "none/problems.json").write_text(json.dumps(["ants is not there", "p is cut short"]))
+    (root / "a/sam/seed0/problems.json").write_text(json.dumps(["p is cut short"]))
+    expected = ["b is left out of the tests: no such folder", "ants is not there", "p is cut short"]
+    assert gather(study, root).problems == expected  # each once
+    (root / "a/sam/seed0/problems.json").write_text("[")
+    assert "a/sam/seed0/problems.json: this cannot be read" in gather(study, root).problems[-1]
+
+
+def test_values_that_are_nan_are_named_in_the_notes(make):
+    study, root = make()
+    rows = [*rows_of(), result("a", "hd95", np.nan, unit="mm", label="x")]
+    save(root / "a/sam/seed0", rows, train_domain="a", optimizer="sam", seed=0)
+    found = gather(study, root)
+    assert found.problems == []
+    assert found.notes == ["hd95 of sam: 1 values are NaN; they are left out of means"]
+
+
+def test_one_seed_is_a_note_not_a_problem(make):
+    found = gather(*make(seeds=[3]))
+    assert found.problems == []
+    assert [note for note in found.notes if note.startswith("one seed only")] == found.notes != []
+
+
+def test_a_domain_without_labels_is_told_of(make):
+    study, root = make()
+    for folder in (root / "none", *(root / run.folder for run in grid(study))):
+        path = folder / "results.csv"
+        rows = read_results(path)
+        write_results(rows[(rows.test_domain != "b") | (rows.metric != "dice")], path)
+    assert gather(study, root).notes == ["b has no labels: no Dice, no distances"]
+
+
+def test_a_study_without_any_result_is_an_error(make, tmp_path):
+    study, root = make()
+    shutil.rmtree(root)
+    with pytest.raises(DataError, match=r"no results under .*run the study first"):
+        gather(study, root)
+
+
+def test_variants_keep_their_names_with_instance_optimisation_too(make):
+    study, root = make(optimizers=["adam", "sam-1"], variants={"sam-1": {"optimizer": "sam", "rho": 1.0}})
+    path = root / "a/sam-1/seed0/results.csv"
+    rows = read_results(path)
+    assert set(rows.optimizer) == {"sam"}  # the run does not know the study's name for it
+    write_results(pd.concat([rows, rows.assign(optimizer="sam+io")]), path)
+    found = gather(study, root)
+    assert found.problems == []
+    assert set(found.results.optimizer) == {"none", "adam", "sam-1", "sam-1+io"}
+    for name in ("costs", "landscape", "flatness", "history"):
+        assert set(getattr(found, name).optimizer.dropna()) >= {"adam", "sam-1"}, name
+        assert "sam" not in set(getattr(found, name).optimizer), name
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "there", "expected"),
+    [
+        (["adam"], [], []),
+        (["adam", "sam"], [], [("adam", "sam")]),
+        (["adam", "adam-2x"], [], [("adam", "adam-2x")]),
+        (["sam", "adam-2x", "adam"], [], [("adam", "sam"), ("adam-2x", "sam")]),
+        (["adam", "sam", "asam"], [], [("adam", "sam"), ("adam", "asam")]),
+        (["adam", "sam"], ["adam+io"], [("adam", "sam")]),
+        (["adam", "sam"], ["adam+io", "sam+io"], [("adam", "sam"), ("adam+io", "sam+io")]),
+    ],
+)
+def test_what_is_compared_with_what(make, optimizers, there, expected):
+    study, root = make(optimizers=optimizers)
+    found = gather(study, root)
+    more = [found.results.query("optimizer == 'adam'").assign(optimizer=name) for name in there]
+    found = found._replace(results=pd.concat([found.results, *more]))
+    assert report.against(study, found) == expected
+
+
+def test_a_caption_says_data_pairs_and_seeds_and_stands_beside_its_figure(make, tmp_path):
+    study, root = make()
+    found = gather(study, root)
+    text = report.keep_caption(tmp_path, "matrix", "Mean Dice.", found.results, study)
+    kept = (tmp_path / "figures/matrix.txt").read_text()
+    assert text == f"*{kept.strip()}*"
+    assert kept == "Mean Dice. Trained on a; grid of 32 x 32 samples; test pairs: a 1, b 1; 2 seeds (0, 1).\n"
+    only = found.flatness[found.flatness.seed == 1]
+    assert report.keep_caption(tmp_path, "x", "Rises.", only, study).endswith("samples; 1 seed (1).*")
+    whole = report.caption(study, found)
+    assert "tested on a (1 pairs), b (1 pairs); optimizers adam, sam; 2 seeds (0, 1); grid of 32 x 32 samples." in whole
+
+
+def test_the_tables_of_all_runs_are_written_together(make, tmp_path):
+    study, root = make(seeds=[0])
+    found = gather(study, root)
+    report.write_tables(found, tmp_path / "out")
+    back = read_results(tmp_path / "out/results.csv")
+    pd.testing.assert_frame_equal(back, found.results[COLUMNS])
+    assert len(pd.read_csv(tmp_path / "out/flatness.csv")) == 2
+    assert json.loads((tmp_path / "out/problems.json").read_text()) == []
+
+
+# --- radii ---
+
+
+def found_of(results, history, configs):
+    none = pd.DataFrame()
+    return Found(results, none, none, none, none, none, history, configs, [], [])
+
+
+def test_radii_have_a_line_for_seen_and_for_unseen_domains():
+    rows = [
+        {"train_domain": "a+b", "optimizer": name, "seed": 0, "test_domain": test, "metric": "dice", "value": value}
+        | {"pair": pair, "label": "x", "unit": "1"}
+        for name, shift in (("sam-0.1", 0.0), ("sam-0.2", 0.1))
+        for test, value in (("a", 0.5 + shift), ("b", 0.7 + shift), ("c", 0.3 + shift))
+        for pair in ("p", "q")
+    ]
+    history = [
+        {"train_domain": "a+b", "optimizer": name, "seed": 0, "step": step, "total": float(step)}
+        for name in ("sam-0.1", "sam-0.2")
+        for step in range(20)
+    ]
+    configs = {
+        f"a+b/sam-{rho}/seed0": {"parameters": {"train_domain": "a+b", "optimizer": "sam", "rho": rho, "lr": 1e-3}}
+        for rho in (0.1, 0.2)
+    }
+    table = radii(found_of(pd.DataFrame(rows)[COLUMNS], pd.DataFrame(history), configs))
+    assert table.optimizer.tolist() == ["sam"] * 4
+    assert table.rho.tolist() == [0.1, 0.1, 0.2, 0.2]
+    assert table.domains.tolist() == ["seen", "unseen"] * 2
+    assert table.dice.tolist() == pytest.approx([0.6, 0.3, 0.7, 0.4])
+    assert table.loss.tolist() == [18.5] * 4  # of steps 18 and 19
+
+
+def test_without_runs_there_are_no_radii():
+    none = pd.DataFrame([{name: "x" for name in COLUMNS} | {"value": 0.5, "metric": "dice"}])
+    for configs in ({}, {"a/sam/seed0": {}}):
+        table = radii(found_of(none, pd.DataFrame(), configs))
+        assert not table.groupby("optimizer").rho.nunique().max() > 1

@@ -1,0 +1,392 @@
+"""The workflow: study files, and a whole tiny study by the command that `make study` calls."""
+
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.parameters import Evaluate
+from fmsam_lib.study.file import read_study
+from fmsam_lib.study.grid import grid, twins
+from fmsam_lib.study.notebooks import outputs, parameters, plan
+from fmsam_lib.study.run import main, preflight
+from tests.conftest import PROJECT
+
+HAS_ANTS = importlib.util.find_spec("ants") is not None
+TINY = {
+    "description": "tiny",
+    "train_domains": ["brain-mr"],
+    "test_domains": ["brain-mr", "Real"],
+    "optimizers": ["adam", "adam-2x", "sam"],
+    "seeds": [0],
+    "shape": [32, 32],
+    "train": {"down": [4, 8], "levels": 2, "steps": 10, "batch": 1, "snapshots": 2},
+    "evaluate": {"pairs": 2, "io": 2, "alone_io": 2, "corruptions": ["noise"], "corrupted_pairs": 2},
+    "landscape": {
+        **{"pairs": 1, "line_points": 3, "plane_points": 3, "directions": 1, "rhos": [0.01], "draws": 2},
+        **{"measured_on": ["training"], "ascent_steps": 1, "eigenvalues": 1, "probes": 2, "lanczos_steps": 3},
+    },
+    "between": {"pairs": 1, "path_points": 3, "plane_points": 3},
+    "baselines": ["ants-syn", "io"] if HAS_ANTS else ["io"],
+}
+
+
+def study_of(folder, **changes):
+    """`TINY` with changes, written and read; None removes a key."""
+    values = {key: value for key, value in (TINY | changes).items() if value is not None}
+    (folder / "s.yaml").write_text(yaml.safe_dump(values))
+    return read_study(folder / "s.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_the_project_are_valid(path):
+    assert grid(read_study(path))
+
+
+def test_the_grid_is_every_combination(tmp_path):
+    runs = grid(study_of(tmp_path, seeds=[0, 1], train_domains=["a", "b"]))
+    assert len({run.folder for run in runs}) == 2 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("left_out", "given", "expected"),
+    [
+        (["a", "b", "c", "d"], None, ["b+c+d", "a+c+d", "a+b+d", "a+b+c"]),
+        (["a", "b"], None, ["b", "a"]),
+        (["a", "b", "c"], ["a", "a+b"], ["a", "a+b", "b+c", "a+c"]),  # one of them twice: trained once
+    ],
+)
+def test_each_domain_is_left_out_in_turn(tmp_path, left_out, given, expected):
+    study = study_of(tmp_path, leave_one_out=left_out, train_domains=given, optimizers=["adam", "sam"])
+    assert study.train_domains == expected
+    assert len(grid(study)) == 2 * len(expected)
+
+
+def test_a_variant_is_an_optimizer_with_parameters_of_its_own(tmp_path):
+    variants = {"sam-1": {"optimizer": "sam", "rho": 1.0}}
+    study = study_of(tmp_path, optimizers=["adam", "sam-1"], variants=variants)
+    adam, variant = grid(study)
+    assert variant.folder == "brain-mr/sam-1/seed0"
+    values = [parameters(study, run, tmp_path, "", tmp_path)[f"{run.folder}/10_train"] for run in (adam, variant)]
+    assert [(v["optimizer"], v.get("rho")) for v in values] == [("adam", None), ("sam", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "treatment"),
+    [
+        (["adam", "sam"], "sam"),
+        (["adam", "adam-2x", "asam"], "asam"),
+        (["adam", "adam-2x"], "adam-2x"),
+        (["adam"], "adam"),
+    ],
+)
+def test_what_the_baseline_is_compared_with(tmp_path, optimizers, treatment):
+    study = study_of(tmp_path, optimizers=optimizers)
+    assert parameters(study, None, tmp_path, "", tmp_path)["40_compare"]["treatment"] == treatment
+
+
+def test_twins_begin_alike_and_differ_in_the_optimizer(tmp_path):
+    study = study_of(tmp_path, seeds=[0, 1], train_domains=["a", "b"])
+    found = [(a.folder, b.folder) for a, b in twins(study)]
+    assert found == [(f"{d}/adam/seed{s}", f"{d}/sam/seed{s}") for d in "ab" for s in (0, 1)]
+    assert twins(study_of(tmp_path, optimizers=["adam"])) == []
+
+
+def names_and_parameters(study, root):
+    """Of all notebooks."""
+    return {k: v for run in (None, *grid(study)) for k, v in parameters(study, run, root, "D", root / "s.yaml").items()}
+
+
+def test_every_notebook_gets_what_it_needs(tmp_path):
+    study = study_of(tmp_path, baselines=["ants-syn", "io"], optimizers=["adam", "sam"])
+    given, root = names_and_parameters(study, tmp_path), str(tmp_path)
+    runs = [
+        f"brain-mr/{o}/seed0/{n}" for o in ("adam", "sam") for n in ("10_train", "20_evaluate", "30_loss_landscape")
+    ]
+    alone = ["none/20_evaluate", "io/20_evaluate", "brain-mr/between/seed0/35_between_minima", "40_compare"]
+    assert sorted(given) == sorted([*runs, *alone])
+    assert {name: of["methods"] for name, of in given.items() if name.endswith("20_evaluate")} == {
+        "none/20_evaluate": ["none", "ants-syn"],
+        "io/20_evaluate": ["io"],
+        "brain-mr/adam/seed0/20_evaluate": ["network", "network+io"],
+        "brain-mr/sam/seed0/20_evaluate": ["network", "network+io"],
+    }
+    assert given["none/20_evaluate"]["run"] == ""
+    assert given["io/20_evaluate"]["run"] == f"{root}/brain-mr/adam/seed0"  # for the network's form
+    assert given["io/20_evaluate"]["out"] == f"{root}/io"
+    between = given["brain-mr/between/seed0/35_between_minima"]
+    assert (between["baseline"], between["treatment"], between["out"], between["path_points"]) == (
+        f"{root}/brain-mr/adam/seed0",
+        f"{root}/brain-mr/sam/seed0",
+        f"{root}/brain-mr/between/seed0",
+        3,
+    )
+    defaults = {"alone_lr": 0.003, "io_lr": 0.001, "fields": False, "threads": 1}
+    for name, values in given.items():
+        if name.endswith("20_evaluate"):
+            assert read(Evaluate, defaults | values).pairs == 2
+
+
+def test_what_a_study_does_not_ask_for_is_not_computed(tmp_path):
+    study = study_of(tmp_path, baselines=None, optimizers=["adam"], evaluate={})
+    given = names_and_parameters(study, tmp_path)
+    assert given["none/20_evaluate"]["methods"] == ["none"]
+    assert given["brain-mr/adam/seed0/20_evaluate"]["methods"] == ["network"]
+    assert not [name for name in given if name.startswith("io/") or "between" in name]
+    assert outputs(study) == [
+        "none/results.csv",
+        "brain-mr/adam/seed0/results.csv",
+        "brain-mr/adam/seed0/landscape.csv",
+    ]
+
+
+def test_the_report_waits_for_every_notebook(tmp_path):
+    study = study_of(tmp_path, optimizers=["adam", "sam"])
+    parents = {file.rpartition("/")[0] for file in outputs(study)}
+    assert parents == {name.rpartition("/")[0] for name in names_and_parameters(study, tmp_path)} - {""}
+    assert "brain-mr/between/seed0/between.csv" in outputs(study)
+
+
+def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("fmsam_lib.study.run.fetch_hippocampus", fetched.append)
+    monkeypatch.setattr("fmsam_lib.study.run.open_domain", lambda *given, **how: None)
+    study = study_of(tmp_path, leave_one_out=["HippocampusMR", "knee-mr", "brain-mr"], test_domains=["brain-mr"])
+    preflight(study, str(tmp_path))
+    assert fetched == [str(tmp_path)] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seedz": [0]}, r"seedz: unknown; known are .*did you mean seeds\?"),
+        ({"train": {"step": 3}}, r"(?s)section train.*step: unknown; known are .*did you mean steps\?"),
+        ({"train": {"steps": 0}}, r"(?s)section train.*steps: expected at least 1, got 0"),
+        ({"train": {"seed": 0}}, r"(?s)section train.*seed: unknown"),
+        ({"optimizers": ["samm"]}, r"(?s)optimizers: expected some of adam, .*samm: unknown \(did you mean sam\?\)"),
+        ({"variants": {"sam-1": {"rho": 1.0}}}, "variant sam-1: expected a mapping with an optimizer"),
+        ({"variants": {"sam-1": {"optimizer": "sam", "roh": 1.0}}}, r"variant sam-1.*\n.*did you mean rho\?"),
+        ({"variants": {"adam": {"optimizer": "sam"}}}, "variant 'adam': expected a name .* that is no optimizer's"),
+        ({"variants": {"a/b": {"optimizer": "sam"}}}, "variant 'a/b': expected a name of letters"),
+        ({"variants": {0.03: {"optimizer": "sam"}}}, "variant 0.03: expected a name"),
+        ({"variants": {"sam-1": {"optimizer": "sam-1"}}}, r"variant sam-1.*\n.*expected one of adam"),
+        ({"variants": {"ants-syn": {"optimizer": "sam"}}}, "variant 'ants-syn': expected .* none of adam, .*ants-syn"),
+        ({"variants": {"between": {"optimizer": "sam"}}}, "variant 'between': expected a name"),
+        ({"leave_one_out": ["brain-mr"]}, "leave_one_out: expected two domains or more, got brain-mr alone"),
+        ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
+        ({"train_domains": []}, "expected train_domains or leave_one_out, got neither"),
+        ({"baselines": ["syn"]}, "baselines: expected a list of some of ants-syn, io, got"),
+        ({"evaluate": {"methods": ["io"]}}, r"(?s)section evaluate.*methods: unknown"),
+        (
+            {"evaluate": {"corruptions": ["fog"]}},
+            r"(?s)section evaluate.*corruptions: expected a list of some of noise",
+        ),
+        ({"between": {"baseline": "x"}}, r"(?s)section between.*baseline: unknown; known are pairs, path_points"),
+        ({"between": {"plane_points": 4}}, r"(?s)section between.*plane_points: expected an odd number, got 4"),
+        ({"landscape": {"rhos": []}}, r"(?s)section landscape.*rhos: expected at least one"),
+        ({"seeds": [0, 0]}, "seeds: expected each once"),
+        ({"seeds": []}, "seeds: expected at least one"),
+    ],
+)
+def test_a_wrong_study_says_what_is_right(tmp_path, change, message):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | change))
+    with pytest.raises(ConfigError, match=message):
+        read_study(tmp_path / "s.yaml")
+
+
+def test_an_unknown_study_lists_the_known_ones(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study", "quikc"])
+    assert main() == 2
+    known = sorted(path.stem for path in (PROJECT / "studies").glob("*.yaml"))
+    assert f"known studies: {', '.join(known)}" in capsys.readouterr().err
+
+
+def test_parameter_files_are_rewritten_only_when_they_change(tmp_path):
+    study = study_of(tmp_path)
+    plan(study, tmp_path, "", tmp_path / "s.yaml")
+    path = tmp_path / "brain-mr/sam/seed0/10_train.yaml"
+    assert yaml.safe_load(path.read_text())["optimizer"] == "sam"
+    before = path.stat().st_mtime_ns
+    plan(study, tmp_path, "", tmp_path / "s.yaml")
+    assert path.stat().st_mtime_ns == before
+
+
+def real_images(folder):
+    """A data set of five 2-D images with two test pairs."""
+    rng = np.random.default_rng(0)
+    for kind in ("imagesTr", "labelsTr"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(5):
+        label = np.zeros((40, 36, 1), np.uint8)
+        label[10 + i : 28, 8 : 24 + i] = 1
+        image = (label * 100 + rng.integers(0, 30, label.shape)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), folder / f"imagesTr/p{i}.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / f"labelsTr/p{i}.nii.gz")
+    entry = "./imagesTr/p{}.nii.gz".format
+    manifest = {
+        "name": folder.name, "dimensions": 2, "modality": {"0": "MR"}, "labels": {"0": "background", "1": "box"},
+        "pairing": "inter-subject",
+        "training": [{"image": entry(i), "label": f"./labelsTr/p{i}.nii.gz"} for i in (0, 1)],
+        "registration_val": [{"fixed": entry(3), "moving": entry(4)}, {"fixed": entry(2), "moving": entry(3)}],
+    }  # fmt: skip
+    (folder / f"{folder.name}_dataset.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with a tiny study, beside a data set."""
+    copy = tmp_path_factory.mktemp("study") / "project"
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", ".snakemake", "data", "__pycache__")
+    shutil.copytree(PROJECT, copy, ignore=ignored)
+    (copy / "studies/tiny.yaml").write_text(yaml.safe_dump(TINY))
+    real_images(copy / "data/Real")
+    return copy
+
+
+def compute(project, *arguments, study="tiny"):
+    """`python -m fmsam_lib.study` of the copy."""
+    command = [sys.executable, "-m", "fmsam_lib.study", study, *arguments]
+    own = {"PYTHONPATH": str(project), "FMSAM_CACHE": str(project / "cache"), "FMSAM_DATA": ""}
+    return subprocess.run(command, cwd=project, env=os.environ | own, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def computed(project):
+    return compute(project)
+
+
+METHODS = {"none", *TINY["baselines"], *(o + after for o in TINY["optimizers"] for after in ("", "+io"))}
+PICTURES = (
+    "matrix paired_difference robustness training loss_lines loss_planes surfaces sharpness spectrum paths "
+    "solutions_plane correlation flatness_against_dice"
+)
+
+
+def test_a_whole_study_ends_in_its_tables_and_one_seed_is_no_failure(project, computed):
+    root = project / "runs/tiny"
+    assert computed.returncode == 0, computed.stderr
+    assert computed.stderr == ""
+    assert json.loads((root / "problems.json").read_text()) == []
+    results = pd.read_csv(root / "results.csv")
+    assert set(results.optimizer) == METHODS
+    assert set(results.groupby("optimizer").pair.nunique()) == {4}
+    dice = results[results.metric == "dice"].value
+    assert dice.between(0, 1).all()
+    comparison = pd.read_csv(root / "comparison.csv").query("metric == 'dice'")
+    cells = comparison[["baseline", "treatment", "equal", "test_domain"]].drop_duplicates()
+    of = {(b, t, e) for b, t, e, _ in cells.itertuples(index=False)}
+    assert of == {
+        (f"{b}{io}", f"sam{io}", e) for io in ("", "+io") for b, e in (("adam", "steps"), ("adam-2x", "compute"))
+    }
+    assert len(cells) == len(of) * 2  # on either test domain
+    mean = results[(results.metric == "dice") & (results.test_domain == "brain-mr")].groupby("optimizer").value.mean()
+    line = comparison.query("baseline == 'adam-2x' and treatment == 'sam' and test_domain == 'brain-mr'")
+    assert line["mean"].item() == pytest.approx(mean["sam"] - mean["adam-2x"], abs=1e-9)
+    costs = pd.read_csv(root / "costs.csv")
+    assert set(costs.optimizer) == METHODS - {"none"}
+    assert set(pd.read_csv(root / "robustness.csv").optimizer) == {"none", *TINY["optimizers"]}
+    assert set(pd.read_csv(root / "methods.csv").optimizer) == METHODS
+    assert {"sam_rise", "ascent_rise", "eigenvalue_1", "trace"} <= set(pd.read_csv(root / "flatness.csv").measure)
+    assert set(pd.read_csv(root / "between.csv").kind) == {"path", "plane", "trajectory"}
+
+
+def test_the_report_shows_every_picture_with_its_caption(project, computed):
+    root = project / "runs/tiny"
+    assert "sam - adam" in computed.stdout
+    assert f"report: {root / 'report.html'}" in computed.stdout
+    report = (root / "report.html").read_text()
+    assert "No figure" not in report
+    assert "Nothing is missing" in report
+    assert "one seed only" in report
+    names = PICTURES.split()
+    assert report.count('src="data:image/png') == len(names) + 2  # an example of each domain
+    for name in names:
+        for kind in ("png", "pdf", "txt"):
+            assert (root / f"figures/{name}.{kind}").stat().st_size > 30, name
+        caption = (root / f"figures/{name}.txt").read_text()
+        assert "Trained on brain-mr; grid of 32 x 32 samples" in caption
+        assert (
+            caption.split(" Trained on")[0].replace("'", "&#39;") in report or caption.split(" Trained on")[0] in report
+        )
+
+
+def test_the_same_study_again_computes_nothing(project, computed):
+    trained = project / "runs/tiny/brain-mr/sam/seed0/weights.pt"
+    report = project / "runs/tiny/report.html"
+    before = trained.stat().st_mtime_ns, report.stat().st_mtime_ns
+    assert compute(project).returncode == 0
+    assert (trained.stat().st_mtime_ns, report.stat().st_mtime_ns) == before
+
+
+def test_what_was_removed_is_computed_again_to_the_byte(project, computed):
+    root = project / "runs/tiny"
+    names = ("results", "robustness", "landscape", "flatness", "between", "comparison", "summary")
+    before = {name: (root / f"{name}.csv").read_bytes() for name in names}
+    adam = (root / "brain-mr/adam/seed0/results.csv").stat().st_mtime_ns
+    for folder in ("none", "brain-mr/sam"):
+        shutil.rmtree(root / folder)
+    process = compute(project)
+    assert process.returncode == 0, process.stderr
+    assert {name: (root / f"{name}.csv").read_bytes() for name in names} == before
+    assert (root / "brain-mr/adam/seed0/results.csv").stat().st_mtime_ns == adam  # that was there
+
+
+def test_two_processes_do_not_compute_the_same_study(project, computed):
+    with open(project / "runs/tiny/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = compute(project)
+    assert process.returncode == 2
+    assert "another process is computing this study" in process.stderr
+
+
+@pytest.fixture(scope="module")
+def damaged(project, computed):
+    """The study again, when a file is cut short and another training lies in the folder of one run."""
+    root, path = project / "runs/tiny", project / "data/Real/imagesTr/p4.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    config = root / "brain-mr/sam/seed0/config.json"
+    content = json.loads(config.read_text())
+    content["parameters"]["lr"] = 0.5
+    config.write_text(json.dumps(content))
+    for name in ("none/results.csv", "brain-mr/adam/seed0/landscape.csv", "brain-mr/sam/seed0/weights.pt"):
+        (root / name).unlink()
+    return compute(project)
+
+
+def test_a_damaged_file_is_named_and_the_rest_computed(project, damaged):
+    root = project / "runs/tiny"
+    assert damaged.returncode == 1
+    assert "problem: " in damaged.stderr
+    assert "p4.nii.gz" in damaged.stderr
+    results = pd.read_csv(root / "results.csv")
+    counts = results[results.optimizer == "none"].groupby("test_domain").pair.nunique()
+    assert counts.to_dict() == {"Real": 1, "brain-mr": 2}
+    assert "Real" in set(pd.read_csv(root / "brain-mr/adam/seed0/landscape.csv").test_domain)  # of the other pair
+    assert "p4.nii.gz" in (root / "report.html").read_text()
+
+
+def test_a_failed_training_keeps_what_the_others_did(project, damaged):
+    """It is refused, named, and the rest is compared."""
+    assert "lr: 0.5 there, 0.001 now" in damaged.stderr
+    assert "brain-mr/sam/seed0: this run was not trained to its end" in damaged.stderr
+    assert set(pd.read_csv(project / "runs/tiny/results.csv").optimizer) == METHODS - {"sam", "sam+io"}
+
+
+def test_a_missing_training_domain_is_an_error_before_anything_is_computed(project):
+    study = TINY | {"train_domains": ["NoSuchSet"]}
+    (project / "studies/tiny2.yaml").write_text(yaml.safe_dump(study))
+    process = compute(project, study="tiny2")
+    assert process.returncode == 2
+    assert "NoSuchSet" in process.stderr
+    assert "brain-mr" in process.stderr  # what there is
+    assert not (project / "runs/tiny2").exists()

@@ -1,0 +1,71 @@
+import itertools
+
+import pytest
+import torch
+
+from fmsam_lib.training.augmentation import augment, noise, transformed, turn
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_turn_is_the_permutation_and_flips_that_its_matrix_says():
+    """torch counts a sample's coordinates from the last axis: row and column i belong to axis 2 - i."""
+    n = 4
+    image = torch.rand(1, n, n, n)
+    for seed in range(20):
+        matrix = turn(3, generator(seed))[:, :3].flip(0, 1)  # from here on in the order of the axes
+        expected = torch.empty(n, n, n)
+        for place in itertools.product(range(n), repeat=3):
+            centred = torch.tensor(place) * 2.0 - (n - 1)
+            expected[place] = image[(0, *((matrix @ centred + n - 1) / 2).int().tolist())]
+        assert torch.allclose(transformed(image, turn(3, generator(seed)))[0], expected, atol=1e-5)
+
+
+def test_all_turns_occur_about_equally_often():
+    g = generator()
+    drawn = [tuple(turn(2, g).flatten().tolist()) for _ in range(800)]
+    counts = [drawn.count(one) for one in set(drawn)]
+    assert len(counts) == 8
+    assert min(counts) > 60
+
+
+def test_noise_is_five_percent_of_every_entry():
+    g = generator()
+    drawn = torch.stack([noise(torch.zeros(3, 4), g) for _ in range(2000)])
+    assert torch.allclose(drawn.std(0), torch.full((3, 4), 0.05), rtol=0.1)
+    assert drawn.mean(0).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (12, 10, 14)])
+def test_both_images_turn_alike_and_bend_apart(shape):
+    image = torch.zeros(1, *shape)
+    image[(0, *[slice(n // 4) for n in shape])] = 1.0  # one corner
+    for seed in range(10):
+        moving, fixed = augment(image, image, generator(seed))
+        assert moving.shape == fixed.shape == image.shape
+        assert not torch.equal(moving, fixed)
+        turned = transformed(image, turn(len(shape), generator(seed)))
+        middles = [torch.argwhere(x[0] > 0.5).float().mean(0) / torch.tensor(shape) for x in (turned, moving, fixed)]
+        assert all(torch.equal(middle.round(), middles[0].round()) for middle in middles)
+
+
+def test_the_same_generator_gives_the_same_pair():
+    pair = torch.rand(2, 1, 9, 9)
+    first, again, other = (augment(*pair, generator(seed)) for seed in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_the_warp_is_that_of_unigradicons_own_training(monkeypatch):
+    peer = pytest.importorskip("unigradicon.finetuning.finetune", reason="no unigradicon: make test installs it")
+    images = torch.rand(2, 1, 1, 10, 12, 14)
+    drawn = [torch.randn(1, 3, 4) for _ in range(2)]
+    numbers = iter(drawn)
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: next(numbers))
+    batch = dict(zip(("image_A", "image_B"), images, strict=True))
+    theirs = peer.augment(batch, random_flips=False, random_axis_permutations=False)
+    straight = torch.cat([torch.eye(3), torch.zeros(3, 1)], 1)
+    for image, key, z in zip(images, batch, drawn, strict=True):
+        assert torch.allclose(transformed(image[0], straight + 0.05 * z[0]), theirs[key][0], atol=1e-6)

@@ -1,0 +1,638 @@
+import dataclasses
+import fcntl
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import typing
+
+import pytest
+import torch
+
+from fmsam_lib.checking import ConfigError
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.metrics import measure
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.weights import load
+from fmsam_lib.parameters import Optimizer, Train
+from fmsam_lib.records import DataError
+from fmsam_lib.training import loop as train_module
+from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.loop import (
+    AHEAD,
+    GIVE_UP_AFTER,
+    ahead,
+    device_of,
+    learning_rate,
+    make_batches,
+    snapshot_steps,
+    starting,
+    train,
+    train_step,
+    validate,
+)
+from fmsam_lib.training.losses import Batch, objective
+from fmsam_lib.training.sam import SAM
+
+
+def tiny(out, **changes) -> Train:
+    settings = {"validation": 0} | {
+        "out": str(out), "train_domain": "brain-mr", "optimizer": "sam", "seed": 0, "shape": [16, 16], "data": "",
+        "down": [4, 4], "levels": 2, "last_step": False, "steps": 20, "batch": 1, "lr": 1e-3,
+        "rho": 0.01, "every": 3, "lmbda": 1.5, "sigma": 3.0, "threads": 1,
+    }  # fmt: skip
+    return Train(**(settings | changes))
+
+
+def run(settings: Train):
+    net = starting(settings)
+    history = train(net, open_domain(settings.train_domain, shape=tuple(settings.shape)), settings, progress=False)
+    return net, history
+
+
+def weights(net):
+    return torch.cat([value.flatten().double() for value in net.state_dict().values()])
+
+
+def test_training_lowers_the_loss(tmp_path):
+    _, history = run(tiny(tmp_path, optimizer="adam", shape=[32, 32], steps=200, lr=3e-3))
+    assert [line["step"] for line in history] == list(range(10, 201, 10))
+    losses = [line["total"] for line in history]  # of single pairs, which differ in difficulty
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+OPTIMIZERS = typing.get_args(Optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_same_seed_gives_the_same_weights(tmp_path, optimizer):
+    nets = [run(tiny(tmp_path / str(i), optimizer=optimizer))[0] for i in range(2)]
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+    other = run(tiny(tmp_path / "other", optimizer=optimizer, seed=1))[0]
+    assert not torch.equal(weights(nets[0]), weights(other))
+
+
+def test_optimizers_differ_from_the_second_step(tmp_path):
+    """In the first, the zero last layer leaves ASAM nowhere to climb."""
+    nets = [run(tiny(tmp_path / o, optimizer=o, steps=3))[0] for o in OPTIMIZERS]
+    assert len({weights(net).sum().item() for net in nets}) == len(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("optimizer", ["sam-every", "looksam"])
+def test_climbing_in_every_step_is_sam_to_the_bit(tmp_path, optimizer):
+    sam, other = run(tiny(tmp_path / "sam"))[0], run(tiny(tmp_path / "other", optimizer=optimizer, every=1))[0]
+    assert torch.equal(weights(sam), weights(other))
+
+
+CLIMBING = [name for name in OPTIMIZERS if not name.startswith("adam")]
+
+
+@pytest.mark.parametrize("optimizer", CLIMBING)
+def test_rho_zero_is_adam_to_the_bit_in_every_variant(tmp_path, optimizer):
+    adam, other = (run(tiny(tmp_path / o, optimizer=o, rho=0.0, steps=5))[0] for o in ("adam", optimizer))
+    assert torch.equal(weights(adam), weights(other))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_variant_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, optimizer, monkeypatch):
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
+    monkeypatch.setattr("fmsam_lib.training.loop.LOG_EVERY", 1)
+    settings, done = tiny(tmp_path / "killed", optimizer=optimizer, rho_schedule="lr"), itertools.count(1)
+
+    def interrupted(*args):
+        if next(done) == 13:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    resumed, history = run(settings)
+    whole, expected = run(settings.model_copy(update=dict(out=str(tmp_path / "whole"))))
+    assert torch.equal(weights(resumed), weights(whole))
+    timeless = [[{k: v for k, v in line.items() if "seconds" not in k} for line in h] for h in (history, expected)]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_log_tells_of_the_climb(tmp_path):
+    _, history = run(tiny(tmp_path / "sam", steps=10))
+    line = history[-1]
+    assert line["rho"] == 0.01
+    assert line["step_norm"] == pytest.approx(0.01, rel=1e-5)
+    assert 0 < line["step_ratio"] < 0.01
+    assert line["gradient_norm"] > 0
+    assert line["gradient_norm_there"] > 0
+    assert line["rise"] == pytest.approx(0.01 * line["gradient_norm"], rel=0.5)  # to first order
+
+
+def test_rho_falls_with_the_learning_rate(tmp_path):
+    settings = tiny(tmp_path, rho_schedule="lr")
+    _, history = run(settings)
+    assert [line["rho"] for line in history] == pytest.approx(
+        [0.01 * learning_rate(s - 1, settings) / 1e-3 for s in (10, 20)]
+    )
+
+
+def test_sam_with_rho_zero_is_adam_to_the_bit(tmp_path):
+    adam, sam = run(tiny(tmp_path / "a", optimizer="adam"))[0], run(tiny(tmp_path / "s", rho=0.0))[0]
+    assert torch.equal(weights(adam), weights(sam))
+
+
+CODE = (
+    "import json, sys; from fmsam_lib.training import loop as t; from fmsam_lib.parameters import Train\n"
+    "from fmsam_lib.domains import open_domain\n"
+    "t.CHECKPOINT_EVERY, t.LOG_EVERY, t.VALIDATE_EVERY, run = 7, 3, 20, Train(**json.loads(sys.argv[1]))\n"
+    "t.train(t.starting(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)\n"
+)
+
+
+def lines_of(folder):
+    """The history's whole lines, without the times."""
+    log = folder / "history.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    read = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in read]
+
+
+def test_a_training_killed_again_and_again_ends_with_the_same_weights(tmp_path):
+    """Real SIGKILLs of real processes, at steps drawn anew in every run of the test, then the same call again."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    settings = tiny(killed, optimizer="looksam", last_step=True, first_stage=100, steps=400, augment=True, validation=2)
+    command = [sys.executable, "-c", CODE, json.dumps(settings.model_dump())]
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed of the kills:", seed)
+    rng = random.Random(seed)
+    for kill in range(4):
+        before = [line["step"] for line in lines_of(killed)]
+        after = max(rng.randrange(60 * kill, 60 * kill + 50), *before[-1:], 0)
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 120
+        while not any(line["step"] > after for line in lines_of(killed)) and time.monotonic() < deadline:
+            time.sleep(rng.uniform(0.001, 0.02))
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL  # it was still at work
+        assert after < lines_of(killed)[-1]["step"] < 400
+    subprocess.run(command, check=True)
+    subprocess.run(
+        [*command[:-1], json.dumps(settings.model_copy(update=dict(out=str(whole))).model_dump())], check=True
+    )
+
+    for name in ("weights.pt", "best.pt"):
+        assert torch.equal(weights(load(killed / name)), weights(load(whole / name)))
+    assert [line["step"] for line in lines_of(killed)] == [*range(3, 400, 3), 400]
+    assert lines_of(killed) == lines_of(whole)
+    assert len((killed / "train.log").read_text().splitlines()) == 134
+    assert (
+        len(json.loads((killed / "config.json").read_text())["resumed"]) >= 3
+    )  # the first kill may precede any checkpoint
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
+    net, history = run(tiny(tmp_path))
+    monkeypatch.setattr("fmsam_lib.training.loop.train_step", lambda *_: pytest.fail("trained again"))
+    again, same = run(tiny(tmp_path))
+    assert torch.equal(weights(net), weights(again))
+    assert same == history
+
+
+def test_a_folder_of_another_training_is_refused_with_the_difference(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    with pytest.raises(ConfigError, match=r"(?s)other parameters.*lr: 0.001 there, 0.01 now.*choose another"):
+        run(tiny(tmp_path, steps=1, lr=0.01))
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".checkpoint.pt.12.partial").write_bytes(b"half")
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / ".step000001.pt.12.partial").write_bytes(b"half")
+    run(tiny(tmp_path, steps=1))
+    assert not list(tmp_path.rglob(".*.partial"))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt cannot be read"):
+        run(tiny(tmp_path, steps=1))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    torch.save({"step": 1, "net": {}, "history": []}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ConfigError, match="earlier version of this project: delete it"):
+        run(tiny(tmp_path, steps=1))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sam"])
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path, optimizer):
+    settings = tiny(tmp_path, optimizer=optimizer)
+    net = starting(settings)
+    (batch,) = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    batch.moving[0, 0, 3, 3] = float("nan")
+    before = [value.clone() for value in net.state_dict().values()]  # BatchNorm's statistics too
+    sam = SAM(net.parameters(), 0.01, net=net) if optimizer == "sam" else None
+    state = State()
+    train_step(net, [batch], settings, torch.optim.Adam(net.parameters()), sam, state)
+    assert (state.skipped, state.in_a_row, state.gradients) == (1, 1, 1)
+    assert all(torch.equal(p, q) for p, q in zip(net.state_dict().values(), before, strict=True))
+
+
+def test_training_gives_up_when_nothing_stays_finite(tmp_path):
+    with pytest.raises(FloatingPointError, match=f"{GIVE_UP_AFTER} steps in a row.*smaller lr"):
+        run(tiny(tmp_path, lr=1e30, steps=100))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    (first,), (again,) = (make_batches(dataset, tiny(tmp_path), 7) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3], strict=True))
+    assert not torch.equal(first.moving, make_batches(dataset, tiny(tmp_path), 8)[0].moving)
+    assert not torch.equal(first.points, make_batches(dataset, tiny(tmp_path, seed=1), 7)[0].points)
+
+
+def test_provenance_stays_that_of_the_training(tmp_path, monkeypatch):
+    run(tiny(tmp_path, steps=10))
+    made = (tmp_path / "config.json").read_text()
+    monkeypatch.setattr("fmsam_lib.training.checkpoint.provenance", lambda: {"commit": "another"})
+    run(tiny(tmp_path, steps=10))
+    assert (tmp_path / "config.json").read_text() == made
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process is training"):
+            run(tiny(tmp_path, steps=1))
+
+
+def test_fine_tuning_goes_on_from_a_file(tmp_path):
+    first, _ = run(tiny(tmp_path / "first"))
+    file = str(tmp_path / "first" / "weights.pt")
+    assert torch.equal(weights(starting(tiny(tmp_path, weights=file))), weights(first))
+    tuned, _ = run(tiny(tmp_path / "tuned", weights=file, down=[9, 9, 9], steps=2))
+    assert 0 < (weights(tuned) - weights(first)).norm() < 0.1 * weights(first).norm()
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["network"]["down"] == [4, 4]
+    assert load(tmp_path / "tuned" / "weights.pt").shape == (16, 16)
+
+
+def test_weights_of_another_dimension_are_refused(tmp_path):
+    GradICON(3, down=(4,)).save(tmp_path / "cube.pt")
+    with pytest.raises(ConfigError, match="weights of a 2-D network, got a 3-D one"):
+        starting(tiny(tmp_path, weights=str(tmp_path / "cube.pt")))
+
+
+def test_saving_memory_trains_the_same_network(tmp_path):
+    nets = [run(tiny(tmp_path / str(save), save_memory=save, last_step=True))[0] for save in (False, True)]
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+
+
+@pytest.mark.parametrize("change", [{"similarity": "mind"}, {"similarity": "lncc2"}, {"joint": False}], ids=str)
+def test_other_losses_train_another_network(tmp_path, change):
+    plain, other = run(tiny(tmp_path / "plain"))[0], run(tiny(tmp_path / "other", **change))[0]
+    assert torch.isfinite(weights(other)).all()
+    assert not torch.equal(weights(plain), weights(other))
+
+
+def gradients_of(tmp_path, batch, **changes):
+    """The gradient at the start, of one batch, in float64."""
+    settings = tiny(tmp_path, batch=batch, **changes)
+    net = starting(settings).double()
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    micro = [Batch(*(None if tensor is None else tensor.double() for tensor in part)) for part in micro]
+    net.eval()  # without BatchNorm's statistics, which are each micro-batch's own
+    train_module.gradient(net, micro, settings, torch.optim.Adam(net.parameters()), State())
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path):
+    whole, parts = gradients_of(tmp_path, 4), gradients_of(tmp_path, 4, accumulate=2)
+    assert whole.norm() > 0
+    assert (parts - whole).norm() < 1e-12 * whole.norm()
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="multiple of processes x accumulate, 2, got 3"):
+        tiny(tmp_path, batch=3, accumulate=2)
+
+
+def test_all_micro_batches_are_seen_at_w_then_all_at_w_plus_eps(tmp_path, monkeypatch):
+    settings = tiny(tmp_path, batch=4, accumulate=2, rho=0.5)
+    net, seen = starting(settings), []
+
+    def spy(net, batch, **options):
+        seen.append((torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone(), batch.moving))
+        return objective(net, batch, **options)
+
+    monkeypatch.setattr("fmsam_lib.training.loop.objective", spy)
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    sam, state = SAM(net.parameters(), settings.rho, net=net), State()
+    train_step(net, micro, settings, torch.optim.Adam(net.parameters()), sam, state)
+    at = [w for w, _ in seen]
+    assert torch.equal(at[0], at[1])
+    assert torch.equal(at[2], at[3])
+    assert (at[2] - at[0]).norm() == pytest.approx(0.5, rel=1e-5)
+    assert [torch.equal(images, micro[i % 2].moving) for i, (_, images) in enumerate(seen)] == [True] * 4
+    assert state.gradients == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adam", "sam", "looksam"])
+def test_half_precision_trains_nearly_the_same_network(tmp_path, precision, optimizer):
+    full, history = run(tiny(tmp_path / "full", optimizer=optimizer))
+    half, other = run(tiny(tmp_path / "half", optimizer=optimizer, precision=precision))
+    assert half.steps[0].last.weight.dtype == torch.float32
+    moved, apart = weights(full) - weights(starting(tiny(tmp_path))), weights(half) - weights(full)
+    assert 0 < apart.norm() < 0.5 * moved.norm()
+    assert other[-1]["total"] == pytest.approx(history[-1]["total"], abs=0.05)
+    assert other[-1]["skipped"] == 0
+    if optimizer != "adam":  # the second pass stood at w + eps, not at autocast's copies of w
+        assert other[-1]["rise"] == pytest.approx(history[-1]["rise"], rel=0.5)
+        assert other[-1]["gradient_norm_there"] == pytest.approx(history[-1]["gradient_norm_there"], rel=0.5)
+
+
+def test_an_overflow_halves_the_scale_and_leaves_the_weights(tmp_path):
+    settings = tiny(tmp_path, precision="fp16")
+    net, state = starting(settings), State(scale=2.0**126)
+    net.precision = "fp16"
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    adam, before = torch.optim.Adam(net.parameters()), weights(net)
+    while state.scale > 2.0**124:
+        train_step(net, micro, settings, adam, SAM(net.parameters(), settings.rho, net=net), state)
+    assert (state.skipped, state.in_a_row) == (2, 2)
+    assert torch.equal(weights(net), before)
+    state.scale = 2.0**10
+    train_step(net, micro, settings, adam, SAM(net.parameters(), settings.rho, net=net), state)
+    assert (state.in_a_row, state.scaled_well) == (0, 1)
+    assert not torch.equal(weights(net), before)
+
+
+def test_the_second_gradient_alone_is_clipped(tmp_path):
+    """Adam's first moment holds a tenth of the first step's gradient."""
+    settings = tiny(tmp_path, clip=0.01)
+    net = starting(settings)
+    adam, sam = torch.optim.Adam(net.parameters()), SAM(net.parameters(), settings.rho, net=net)
+    micro = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    train_step(net, micro, settings, adam, sam, State())
+    moment = torch.cat([s["exp_avg"].flatten() for s in adam.state.values()])
+    assert sam.gradient_norm > 0.02  # the climb's gradient was as long as it was
+    assert sam.gradient_norm_there > 0.02
+    assert moment.norm() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_two_stages_add_the_last_step(tmp_path):
+    settings = tiny(tmp_path / "two", last_step=True, first_stage=10, optimizer="adam", lr_schedule="constant")
+    at_start = weights(starting(settings).steps[-1])
+    stopped = []
+
+    def stop(*args):
+        if args[-1].step == 10:
+            stopped.append([weights(unet) for unet in args[0].steps])
+        return train_step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmsam_lib.training.loop.train_step", stop)
+        trained, _ = run(settings)
+    *before, last = stopped[0]
+    assert torch.equal(last, at_start)  # untouched so far
+    assert not torch.equal(weights(trained.steps[-1]), at_start)
+    net = starting(settings)
+    net.steps, net.scales = net.steps[:-1], net.scales[:-1]  # the same network without its last step
+    alone = dataclasses.replace(
+        settings, out=str(tmp_path / "one"), steps=10, first_stage=0, last_step=False, optimizer="adam"
+    )
+    train(net, open_domain("brain-mr", shape=(16, 16)), alone, progress=False)
+    assert all(torch.equal(weights(a), b) for a, b in zip(net.steps, before, strict=True))
+    with pytest.raises(ConfigError, match="first_stage to be below steps"):
+        tiny(tmp_path, last_step=True, first_stage=20)
+    with pytest.raises(ConfigError, match="last_step, which is added after it"):
+        tiny(tmp_path, first_stage=5)
+    GradICON(2, down=(4,)).save(tmp_path / "with.pt")
+    GradICON(2, down=(4,), last_step=False).save(tmp_path / "without.pt")
+    run(tiny(tmp_path / "with", first_stage=5, weights=str(tmp_path / "with.pt"), steps=6))
+    with pytest.raises(ConfigError, match="network with a last step, which first_stage leaves out"):
+        run(tiny(tmp_path / "without", first_stage=5, weights=str(tmp_path / "without.pt"), last_step=True))
+    assert tiny(tmp_path, last_step=True, first_stage=15, optimizer="adam-2x").stages == (30, 40)
+
+
+def test_the_baseline_at_equal_cost_takes_twice_the_steps(tmp_path):
+    _, adam = run(tiny(tmp_path / "adam", optimizer="adam"))
+    _, twice = run(tiny(tmp_path / "twice", optimizer="adam-2x"))
+    _, sam = run(tiny(tmp_path / "sam"))
+    evaluations = [history[-1]["gradient_evaluations"] for history in (adam, twice, sam)]
+    assert evaluations == [20, 40, 40]
+    assert [h[-1]["step"] for h in (adam, twice, sam)] == [20, 40, 20]
+    assert twice[-1]["lr"] < 0.02 * twice[0]["lr"]  # the schedule ends with the training
+
+
+def test_the_best_on_validation_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("fmsam_lib.training.loop.VALIDATE_EVERY", 5)
+    monkeypatch.setattr("fmsam_lib.training.loop.LOG_EVERY", 5)
+    dice = iter([0.3, 0.7, math.nan, 0.5])
+    monkeypatch.setattr("fmsam_lib.training.loop.validate", lambda net, pairs: next(dice))
+    net, history = run(tiny(tmp_path / "some", validation=2))
+    assert [line["dice"] for line in history] == [0.3, 0.7, None, 0.5]
+    at_ten = []
+
+    def keep(*args):
+        if args[-1].step == 10:
+            at_ten.append(weights(args[0]))
+        return train_step(*args)
+
+    monkeypatch.setattr("fmsam_lib.training.loop.train_step", keep)
+    run(tiny(tmp_path / "none"))
+    best = load(tmp_path / "some" / "best.pt")
+    assert torch.equal(weights(best), at_ten[0])
+    assert not torch.equal(weights(best), weights(net))
+    assert not (tmp_path / "none" / "best.pt").exists()
+
+
+def test_validation_leaves_the_training_as_it_is(tmp_path):
+    plain, watched = (run(tiny(tmp_path / str(n), validation=n))[0] for n in (0, 3))
+    assert torch.equal(weights(plain), weights(watched))
+
+
+def test_validation_is_the_mean_dice_of_the_pairs(tmp_path):
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    pairs, net = [dataset.validation_pair(i) for i in range(2)], starting(tiny(tmp_path)).train()
+    means = [statistics.mean(row["value"] for row in measure(pair, None) if row["metric"] == "dice") for pair in pairs]
+    assert validate(net, pairs) == pytest.approx(statistics.mean(means))  # untrained: the identity
+    assert net.training
+    unlabelled = [dataclasses.replace(pair, fixed_label=None) for pair in pairs]
+    assert math.isnan(validate(net, unlabelled))
+    assert validate(net, [pairs[0], unlabelled[1]]) == validate(net, pairs[:1])
+
+
+def test_the_log_can_be_read(tmp_path):
+    run(tiny(tmp_path, validation=2))
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"step 20/20: loss \d\.\d{3}, Dice \d\.\d{3}, rise \S+, \S+ s/step, 0:00:00 left", lines[1])
+
+
+def test_batches_are_made_ahead_in_order_and_no_further():
+    made, taken = [], []
+
+    def make(step):
+        made.append(step)
+        return step
+
+    for batch in ahead(make, range(3, 9)):
+        taken.append(batch)
+        assert len(made) <= len(taken) + AHEAD
+    assert taken == made == [3, 4, 5, 6, 7, 8]
+
+
+def test_what_goes_wrong_in_making_a_batch_is_raised():
+    def make(step):
+        if step == 2:
+            raise DataError("file 2 is broken")
+        return step
+
+    batches = ahead(make, range(5))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(DataError, match="file 2 is broken"):
+        next(batches)
+
+
+def test_augmentation_changes_the_images_alone(tmp_path):
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    (plain,), (other,) = (make_batches(dataset, tiny(tmp_path, augment=a), 3) for a in (False, True))
+    (again,) = make_batches(dataset, tiny(tmp_path, augment=True), 3)
+    assert torch.equal(other.moving, again.moving)
+    assert torch.equal(plain.points, other.points)
+    assert not torch.equal(plain.moving, other.moving)
+
+
+def test_a_checkpoint_of_another_training_is_refused_without_its_record_too(tmp_path):
+    run(tiny(tmp_path, steps=1))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"(?s)other parameters.*rho: 0.01 there, 0.02 now"):
+        run(tiny(tmp_path, steps=1, rho=0.02))
+
+
+def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="expected a GPU for each process, 1, torch finds 0: choose 'cpu' or 'auto'"):
+        run(tiny(tmp_path, device="cuda"))
+    assert device_of(tiny(tmp_path, device="auto")) == torch.device("cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert device_of(tiny(tmp_path, device="auto")) == torch.device("cuda", 0)
+    assert device_of(tiny(tmp_path, device="auto", batch=2, processes=2)) == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: expected one that torch can use")
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_a_gpu_trains_nearly_the_same_network(tmp_path, precision):
+    cpu, expected = run(tiny(tmp_path / "cpu"))
+    gpu, history = run(tiny(tmp_path / "gpu", device="cuda", precision=precision))
+    moved = weights(cpu) - weights(starting(tiny(tmp_path)))
+    assert (weights(gpu) - weights(cpu)).norm() < 0.5 * moved.norm()
+    assert history[-1]["total"] == pytest.approx(expected[-1]["total"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"snapshots": 0}, []),
+        ({"snapshots": 1}, [20]),
+        ({"snapshots": 3}, [7, 13, 20]),
+        ({"snapshots": 4, "optimizer": "adam-2x"}, [10, 20, 30, 40]),
+        ({"snapshots": 20}, list(range(1, 21))),
+    ],
+    ids=str,
+)
+def test_snapshots_are_evenly_spread_up_to_the_end(tmp_path, changes, expected):
+    assert sorted(snapshot_steps(tiny(tmp_path, **changes))) == expected
+
+
+def test_more_snapshots_than_steps_keep_every_step_once(tmp_path):
+    run(tiny(tmp_path, steps=3, snapshots=50))
+    assert sorted(file.name for file in (tmp_path / "snapshots").iterdir()) == [
+        f"step{step:06d}.pt" for step in (1, 2, 3)
+    ]
+
+
+def snapshots_in(folder):
+    files = sorted((folder / "snapshots").glob("*"))
+    return {file.name: torch.load(file, weights_only=True) for file in files}
+
+
+def test_snapshots_are_the_weights_after_their_step(tmp_path, monkeypatch):
+    after = {}
+
+    def keep(*args):
+        loss = train_step(*args)
+        after[f"step{args[-1].step + 1:06d}.pt"] = torch.nn.utils.parameters_to_vector(args[0].parameters()).detach()
+        return loss
+
+    monkeypatch.setattr("fmsam_lib.training.loop.train_step", keep)
+    net, _ = run(tiny(tmp_path, snapshots=4))
+    found = snapshots_in(tmp_path)
+    assert list(found) == [f"step{step:06d}.pt" for step in (5, 10, 15, 20)]
+    assert all(torch.equal(vector, after[name]) for name, vector in found.items())
+    assert torch.equal(found["step000020.pt"], torch.nn.utils.parameters_to_vector(net.parameters()))
+    assert not any(vector.requires_grad for vector in found.values())
+
+
+def test_without_snapshots_there_is_no_folder_and_the_training_is_the_same(tmp_path):
+    plain, watched = (run(tiny(tmp_path / str(n), snapshots=n))[0] for n in (0, 7))
+    assert not (tmp_path / "0" / "snapshots").exists()
+    assert torch.equal(weights(plain), weights(watched))
+
+
+def test_a_resumed_training_leaves_the_same_snapshots(tmp_path, monkeypatch):
+    """Killed after step 12, whose last checkpoint is of step 10: the snapshot of step 12 is made a second time."""
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
+    settings, done = tiny(tmp_path / "killed", snapshots=5), itertools.count(1)
+
+    def interrupted(*args):
+        if next(done) == 13:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    before = snapshots_in(tmp_path / "killed")
+    assert list(before) == [f"step{step:06d}.pt" for step in (4, 8, 12)]
+    run(settings)
+    run(settings.model_copy(update=dict(out=str(tmp_path / "whole"))))
+    resumed, whole = (snapshots_in(tmp_path / name) for name in ("killed", "whole"))
+    assert list(resumed) == list(whole) == [f"step{step:06d}.pt" for step in (4, 8, 12, 16, 20)]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert all(torch.equal(resumed[name], before[name]) for name in before)
+
+
+def test_a_training_may_go_on_with_another_number_of_snapshots(tmp_path, monkeypatch):
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
+    done = itertools.count(1)
+
+    def interrupted(*args):
+        if next(done) == 11:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny(tmp_path / "killed", snapshots=0))
+    resumed, _ = run(tiny(tmp_path / "killed", snapshots=4))
+    whole, _ = run(tiny(tmp_path / "whole", snapshots=0))
+    assert torch.equal(weights(resumed), weights(whole))
+    assert list(snapshots_in(tmp_path / "killed")) == ["step000015.pt", "step000020.pt"]  # those still to come
+    record = json.loads((tmp_path / "killed" / "config.json").read_text())
+    assert record["parameters"]["snapshots"] == 4
+    assert record["resumed"][0]["step"] == 10

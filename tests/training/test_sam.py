@@ -1,0 +1,691 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from fmsam_lib.training.sam import SAM, rho_beside_lr
+
+
+def quadratic(w, curvature):
+    return 0.5 * (curvature * w**2).sum()
+
+
+def test_the_rise_on_a_bowl_is_the_analytic_one():
+    """L(w + rho g/|g|) - L(w) with g = c w."""
+    c = torch.tensor([1.0, 10.0], dtype=torch.float64)
+    w = nn.Parameter(torch.tensor([0.7, -0.3], dtype=torch.float64))
+    quadratic(w, c).backward()
+    before, g, sam = quadratic(w, c).item(), w.grad.clone(), SAM([w], rho=0.1)
+    with sam.perturbed():
+        after = quadratic(w, c).item()
+    eps = 0.1 * g / g.norm()
+    assert after - before == pytest.approx((g @ eps + 0.5 * (c * eps**2).sum()).item(), rel=1e-12)
+    assert sam.gradient_norm == pytest.approx(g.norm().item(), rel=1e-12)
+    assert sam.step_norm == pytest.approx(0.1, rel=1e-12)
+
+
+def test_the_adaptive_step_is_relative_to_the_weights():
+    w = nn.Parameter(torch.tensor([2.0, -0.5], dtype=torch.float64))
+    w.grad = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    scaled = w.detach().abs() * w.grad
+    expected = w.detach() + 0.2 * w.detach().abs() * scaled / scaled.norm()
+    with SAM([w], rho=0.2, adaptive=True).perturbed():
+        torch.testing.assert_close(w.detach().clone(), expected, rtol=1e-12, atol=0)
+
+
+def model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    x = torch.randn(16, 5)
+    return net, lambda: (net(x) - x.sum(1, keepdim=True)).pow(2).mean()
+
+
+def state(net):
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+def same(net, saved):
+    return all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("raised", [None, ValueError, KeyboardInterrupt])
+def test_weights_and_statistics_come_back_to_the_bit_on_every_way_out(raised):
+    net, loss = model()
+    loss().backward()
+    saved, storage = state(net), [p.data_ptr() for p in net.parameters()]
+    sam = SAM(net.parameters(), rho=0.3, net=net)
+    try:
+        with sam.perturbed():
+            assert not same(net, saved)
+            net.zero_grad()
+            loss().backward()  # moves BatchNorm's statistics
+            if raised:
+                raise raised
+    except (ValueError, KeyboardInterrupt):
+        assert raised
+    assert same(net, saved)
+    assert storage == [p.data_ptr() for p in net.parameters()]
+
+
+def test_a_parameter_whose_second_gradient_is_none_comes_back_too():
+    net, loss = model()
+    loss().backward()
+    saved = state(net)
+    with SAM(net.parameters(), rho=0.3, net=net).perturbed():
+        net.zero_grad(set_to_none=True)
+    assert same(net, saved)
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_trace():
+    net, loss = model()
+    loss().backward()
+    saved = state(net)
+    next(net.parameters()).grad[0] = float("nan")
+    with SAM(net.parameters(), rho=0.3, net=net).perturbed():
+        assert not all(torch.isfinite(p).all() for p in net.parameters())
+    assert same(net, saved)
+
+
+def test_frozen_parameters_do_not_move():
+    net, loss = model()
+    net[0].weight.requires_grad_(False)
+    loss().backward()
+    frozen = net[0].weight.clone()
+    with SAM(net.parameters(), rho=0.3).perturbed():
+        assert torch.equal(net[0].weight, frozen)
+
+
+def train(rho, steps=10):
+    net, loss = model()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    sam = None if rho is None else SAM(net.parameters(), rho, net=net)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        if sam:
+            with sam.perturbed():
+                optimizer.zero_grad()
+                loss().backward()
+        optimizer.step()
+    return state(net)
+
+
+def test_rho_zero_is_the_base_optimizer_to_the_bit():
+    base, sam = train(None), train(0.0)
+    assert all(torch.equal(base[name], sam[name]) for name in base)
+    assert any(not torch.equal(base[name], value) for name, value in train(0.1).items())
+
+
+def test_groups_have_their_own_rho_and_one_norm():
+    a, b = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    a.grad, b.grad = torch.tensor([3.0], dtype=torch.float64), torch.tensor([4.0], dtype=torch.float64)
+    with SAM([{"params": [a], "rho": 1.0}, {"params": [b]}], rho=10.0).perturbed():
+        assert a.item() == pytest.approx(3 / 5)
+        assert b.item() == pytest.approx(10 * 4 / 5)
+
+
+def test_a_zero_gradient_moves_nothing():
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    with SAM([w], rho=0.1).perturbed():
+        assert torch.equal(w, torch.ones(3))
+
+
+def test_half_precision_gradients_do_not_overflow_the_norm():
+    w = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    w.grad = torch.full((4,), 30000.0, dtype=torch.float16)
+    sam = SAM([w], rho=1.0)
+    with sam.perturbed():
+        assert w.tolist() == pytest.approx([0.5] * 4, abs=1e-3)
+    assert sam.gradient_norm == pytest.approx(60000)
+
+
+def test_misuse_is_named():
+    with pytest.raises(ValueError, match="rho to be a finite number >= 0, got -1"):
+        SAM([nn.Parameter(torch.ones(1))], rho=-1)
+    with pytest.raises(ValueError, match="expected parameters"):
+        SAM([], rho=0.1)
+    with pytest.raises(RuntimeError, match="call backward"), SAM([nn.Parameter(torch.ones(1))], rho=0.1).perturbed():
+        pass
+
+
+# --- the equations, over whole trainings ---
+
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+}
+
+
+def smooth(dtype=torch.float32):
+    """A network without kinks, and its loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    x = torch.randn(16, 5).to(dtype)
+    return net, lambda: (net(x) - torch.sin(x[:, :2])).pow(2).mean()
+
+
+def run(optimizer, sam, loss, steps=20):
+    """The loop of the README."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        if sam.due:
+            with sam.perturbed():
+                optimizer.zero_grad()
+                loss().backward()
+        else:
+            sam.between()
+        optimizer.step()
+
+
+def flat(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+@pytest.mark.parametrize("base", BASES)
+def test_twenty_steps_are_those_of_pytorch_optimizer(base, adaptive):
+    peer = pytest.importorskip("pytorch_optimizer")
+    ours, loss = smooth()
+    run(BASES[base](ours.parameters()), SAM(ours.parameters(), 0.1, adaptive), loss)
+    theirs, loss = smooth()
+    settings = dict(BASES[base](theirs.parameters()).defaults)
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[base]
+    settings = {k: v for k, v in settings.items() if k in ("lr", "momentum", "weight_decay")}
+    optimizer = peer.SAM(theirs.parameters(), kind, rho=0.1, adaptive=adaptive, **settings)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(20):
+        closure()
+        optimizer.step(closure)
+    assert (flat(ours) - flat(theirs)).abs().max() <= 1e-6
+    assert (flat(ours) - flat(smooth()[0])).abs().max() > 0.05
+
+
+def by_the_paper(net, loss, base, steps=20, *, rho=0.1, adaptive=False, every=1, alpha=0.0):
+    """SAM (Foret et al. 2021), ASAM (Kwon et al. 2021), LookSAM (Liu et al. 2022), written out on one vector."""
+    optimizer = BASES[base](net.parameters())
+    put, vertical = torch.nn.utils.vector_to_parameters, None
+
+    def gradient(w):
+        put(w, net.parameters())
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(), list(net.parameters()))])
+
+    for t in range(steps):
+        w = flat(net)
+        g = gradient(w)
+        if t % every == 0:
+            eps = rho * w**2 * g / (w * g).norm() if adaptive else rho * g / g.norm()
+            moving = gradient(w + eps)
+            cosine = torch.cosine_similarity(g, moving, dim=0)
+            vertical = moving - moving.norm() * cosine * g / g.norm()
+        else:
+            moving = g + alpha * g.norm() / vertical.norm() * vertical if alpha else g
+        put(w, net.parameters())
+        parts = moving.split([p.numel() for p in net.parameters()])
+        for p, part in zip(net.parameters(), parts, strict=True):
+            p.grad = part.view_as(p).clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"adaptive": True}, {"every": 5}, {"every": 5, "alpha": 0.7}, {"every": 1, "alpha": 0.7}], ids=str
+)
+@pytest.mark.parametrize("base", BASES)
+def test_twenty_steps_are_those_of_the_papers_equations(base, variant):
+    ours, loss = smooth(torch.float64)
+    run(BASES[base](ours.parameters()), SAM(ours.parameters(), 0.1, **variant), loss)
+    reference, loss = smooth(torch.float64)
+    by_the_paper(reference, loss, base, **variant)
+    assert (flat(ours) - flat(reference)).abs().max() <= 1e-12
+
+
+def test_looksam_is_that_of_pytorch_optimizer_on_one_tensor():
+    """The peer takes g_v tensor by tensor, the paper over all weights: the same where there is one tensor.
+
+    In float64, as g_v is a small difference of large vectors; what is left is the 1e-8 that the peer adds to |g_v|.
+    """
+    peer = pytest.importorskip("pytorch_optimizer")
+    torch.manual_seed(0)
+    start, curvature = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64) + 0.1
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+
+    def bowl(w):
+        return quadratic(w, curvature) + 0.1 * torch.sin(w).prod()
+
+    run(torch.optim.SGD([ours], lr=0.05), SAM([ours], 0.1, every=5, alpha=0.7), lambda: bowl(ours))
+    optimizer = peer.LookSAM([theirs], torch.optim.SGD, rho=0.1, k=5, alpha=0.7, lr=0.05)
+
+    def closure():
+        optimizer.zero_grad()
+        bowl(theirs).backward()
+
+    for _ in range(20):
+        closure()
+        optimizer.step(closure)
+    assert (ours - theirs).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_looksam_with_every_step_is_sam_to_the_bit(base):
+    nets = []
+    for options in ({}, {"every": 1, "alpha": 0.7}):
+        net, loss = smooth()
+        run(BASES[base](net.parameters()), SAM(net.parameters(), 0.1, **options), loss)
+        nets.append(flat(net))
+    assert torch.equal(*nets)
+
+
+@pytest.mark.parametrize(
+    "variant", [{"adaptive": True}, {"every": 5}, {"every": 5, "alpha": 0.7}, {"random_seed": 3}], ids=str
+)
+@pytest.mark.parametrize("base", BASES)
+def test_rho_zero_is_every_base_optimizer_to_the_bit_in_every_variant(base, variant):
+    net, loss = smooth()
+    run(BASES[base](net.parameters()), SAM(net.parameters(), 0.0, **variant), loss)
+    plain, loss = smooth()
+    optimizer = BASES[base](plain.parameters())
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert torch.equal(flat(net), flat(plain))
+
+
+def test_what_looksam_keeps_is_vertical_and_as_long_as_promised():
+    net, loss = smooth(torch.float64)
+    sam = SAM(net.parameters(), 0.1, every=2, alpha=0.7)
+    loss().backward()
+    g = torch.cat([p.grad.flatten() for p in net.parameters()])
+    with sam.perturbed():
+        net.zero_grad()
+        loss().backward()
+    vertical = torch.cat([v.flatten() for v in sam.vertical])
+    assert abs(vertical @ g) < 1e-12 * vertical.norm() * g.norm()
+    assert not sam.due
+    net.zero_grad()
+    loss().backward()
+    before = torch.cat([p.grad.flatten() for p in net.parameters()])
+    sam.between()
+    added = torch.cat([p.grad.flatten() for p in net.parameters()]) - before
+    assert added.norm().item() == pytest.approx(0.7 * before.norm().item(), rel=1e-12)
+    assert sam.due
+
+
+def test_climbs_come_every_so_many_steps():
+    net, loss = smooth()
+    sam, due = SAM(net.parameters(), 0.1, every=3), []
+    for _ in range(7):
+        loss().backward()
+        due.append(sam.due)
+        if sam.due:
+            with sam.perturbed():
+                pass
+        else:
+            sam.between()
+    assert due == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"every": 4}, {"every": 4, "alpha": 0.7}, {"random_seed": 1}, {"adaptive": True}], ids=str
+)
+@pytest.mark.parametrize("kept", [6, 8])
+def test_a_training_goes_on_from_its_state_to_the_bit(kept, variant, tmp_path):
+    whole, loss = smooth()
+    run(BASES["adam"](whole.parameters()), SAM(whole.parameters(), 0.1, **variant), loss, 13)
+
+    net, loss = smooth()
+    optimizer, sam = BASES["adam"](net.parameters()), SAM(net.parameters(), 0.1, **variant)
+    run(optimizer, sam, loss, kept)
+    torch.save([net.state_dict(), optimizer.state_dict(), sam.state_dict()], tmp_path / "state.pt")
+    net, loss = smooth()
+    optimizer, sam = BASES["adam"](net.parameters()), SAM(net.parameters(), 99.0, **variant)
+    states = torch.load(tmp_path / "state.pt", weights_only=True)
+    for part, state in zip((net, optimizer, sam), states, strict=True):
+        part.load_state_dict(state)
+    run(optimizer, sam, loss, 13 - kept)
+    assert torch.equal(flat(net), flat(whole))
+
+
+# --- the climb ---
+
+
+def test_a_random_direction_has_the_same_radius_and_is_drawn_by_seed_and_step():
+    steps = []
+    for seed in (0, 0, 1):
+        net, loss = smooth(torch.float64)
+        before = flat(net)
+        loss().backward()
+        state = torch.get_rng_state()
+        sam = SAM(net.parameters(), 0.1, random_seed=seed)
+        for _ in range(2):
+            with sam.perturbed():
+                steps.append(flat(net) - before)
+        assert torch.equal(state, torch.get_rng_state())
+    assert [step.norm().item() for step in steps] == pytest.approx([0.1] * 6, rel=1e-12)
+    assert torch.equal(steps[0], steps[2])
+    assert not torch.equal(steps[0], steps[1])
+    assert not torch.equal(steps[0], steps[4])
+
+
+def test_what_is_logged_is_what_happened():
+    net, loss = smooth(torch.float64)
+    w, value = flat(net), loss()
+    value.backward()
+    g = torch.cat([p.grad.flatten() for p in net.parameters()])
+    sam = SAM(net.parameters(), 0.1, adaptive=True)
+    with sam.perturbed():
+        eps = flat(net) - w
+        net.zero_grad()
+        there = loss()
+        there.backward()
+    sam.rise = there.detach() - value.detach()
+    second = torch.cat([p.grad.flatten() for p in net.parameters()])
+    expected = {
+        "rho": 0.1, "gradient_norm": g.norm(), "gradient_norm_there": second.norm(), "step_norm": eps.norm(),
+        "step_ratio": eps.norm() / w.norm(), "rise": (there - value).detach(),
+    }  # fmt: skip
+    assert sam.logged() == pytest.approx({name: float(v) for name, v in expected.items()}, rel=1e-9)
+
+
+def test_the_radius_goes_with_the_learning_rate():
+    assert rho_beside_lr(0.3, 0.5, 0.1) == pytest.approx(0.06)
+    assert rho_beside_lr(0.3, 0.5, 0.1, lr_min=0.1, rho_min=0.02) == pytest.approx(0.06)
+    w = nn.Parameter(torch.zeros(1))
+    w.grad = torch.ones(1)
+    sam = SAM([w], 0.1)
+    sam.groups[0]["rho"] = rho_beside_lr(0.3, 0.5, 0.1)
+    with sam.perturbed():
+        assert w.item() == pytest.approx(0.06)
+
+
+def test_a_group_of_rho_zero_stays_and_counts_in_the_norm():
+    a, b = (nn.Parameter(torch.tensor([-0.0], dtype=torch.float64)) for _ in range(2))
+    a.grad, b.grad = torch.tensor([3.0], dtype=torch.float64), torch.tensor([4.0], dtype=torch.float64)
+    with SAM([{"params": [a], "rho": 0.0}, {"params": [b], "rho": 1.0}]).perturbed():
+        assert a.item() == 0
+        assert b.item() == pytest.approx(4 / 5)
+    assert torch.signbit(a).item()  # back to the bit
+
+
+# --- ways of going wrong ---
+
+
+@pytest.mark.parametrize("kernel", ["_foreach_copy_", "_foreach_mul_", "_foreach_add_"])
+@pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
+def test_what_is_raised_in_the_middle_of_the_climb_leaves_no_trace(kernel, raised, monkeypatch):
+    net, loss = model()
+    loss().backward()
+    saved, sam, works = state(net), SAM(net.parameters(), rho=0.3, net=net), getattr(torch, kernel)
+
+    def fails_once(*args):
+        monkeypatch.setattr(torch, kernel, works)
+        works(*args)
+        raise raised
+
+    monkeypatch.setattr(torch, kernel, fails_once)
+    with pytest.raises(raised), sam.perturbed():
+        pytest.fail("entered the block")
+    assert same(net, saved)
+
+
+@pytest.mark.parametrize("way", ["return", "break", "sys.exit", "generator"])
+def test_other_ways_out_of_the_block_restore_too(way):
+    net, loss = model()
+    loss().backward()
+    saved, sam = state(net), SAM(net.parameters(), rho=0.3, net=net)
+
+    def leave():
+        for _ in range(1):
+            with sam.perturbed():
+                loss()
+                if way == "generator":
+                    yield
+                if way == "sys.exit":
+                    raise SystemExit
+                if way == "return":
+                    return
+                break
+
+    if way == "sys.exit":
+        with pytest.raises(SystemExit):
+            list(leave())
+    elif way == "generator":
+        walking = leave()
+        next(walking)
+        assert not same(net, saved)
+        walking.close()
+    else:
+        list(leave())
+    assert same(net, saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"random_seed": 0}], ids=str)
+def test_one_gradient_that_is_not_finite_leaves_no_weight_that_looks_fine(value, options):
+    net, loss = model()
+    loss().backward()
+    saved = state(net)
+    net[0].bias.grad[3] = value
+    with SAM(net.parameters(), rho=0.3, net=net, **options).perturbed():
+        assert all(torch.isnan(p).all() for p in net.parameters())
+    assert same(net, saved)
+
+
+def test_the_second_gradient_not_finite_is_not_kept_by_looksam():
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    with sam.perturbed():
+        net[0].bias.grad[0] = float("nan")
+    assert sam.due  # climbs again, at once
+    net.zero_grad()
+    loss().backward()
+    with sam.perturbed():
+        net.zero_grad()
+        loss().backward()
+    assert not sam.due
+    assert all(torch.isfinite(v).all() for v in sam.vertical)
+
+
+def test_looksam_takes_a_missing_second_gradient_as_zero():
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    saved = state(net)
+    with sam.perturbed():
+        net.zero_grad()
+        loss().backward()
+        net[2].bias.grad = None
+    assert same(net, saved)
+    net.zero_grad()
+    loss().backward()
+    net[0].bias.grad = None
+    sam.between()
+    assert net[0].bias.grad is None
+
+
+def test_a_parameter_frozen_after_its_gradient_does_not_move():
+    net, loss = model()
+    loss().backward()
+    net[0].weight.requires_grad_(False)
+    frozen, g = net[0].weight.clone(), [p.grad.clone() for p in net.parameters() if p.requires_grad]
+    sam = SAM(net.parameters(), rho=0.3)
+    with sam.perturbed():
+        assert torch.equal(net[0].weight, frozen)
+    assert sam.gradient_norm == pytest.approx(torch.cat([x.flatten() for x in g]).norm().item(), rel=1e-6)
+
+
+def test_random_numbers_are_drawn_again_and_the_stream_goes_on_as_without_a_second_pass():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1))
+    x, sam = torch.randn(8, 4), SAM(net.parameters(), 0.0)
+
+    def twice(*, remember, fails=False):
+        torch.manual_seed(1)
+        if remember:
+            sam.remember()
+        first = net(x)
+        first.sum().backward()
+        expected = torch.get_rng_state()
+        try:
+            with sam.perturbed():
+                second = net(x)
+                torch.rand(100)
+                if fails:
+                    raise ValueError
+        except ValueError:
+            pass
+        return torch.equal(first, second), torch.equal(expected, torch.get_rng_state())
+
+    assert twice(remember=True) == (True, True)
+    assert twice(remember=False) == (False, False)  # what was remembered counts once
+    assert twice(remember=True, fails=True) == (True, True)
+    sam.remember()
+    sam.between()
+    assert twice(remember=False) == (False, False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_numbers_of_a_gpu_are_drawn_again():
+    net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1)).cuda()
+    x, sam = torch.randn(8, 4).cuda(), SAM(net.parameters(), 0.0)
+    saved = state(net)
+    sam.remember()
+    first = net(x)
+    first.sum().backward()
+    expected = torch.cuda.get_rng_state()
+    with sam.perturbed():
+        assert torch.equal(first, net(x))
+    assert torch.equal(expected, torch.cuda.get_rng_state())
+    assert same(net, saved)
+
+
+def test_micro_batches_sum_to_the_whole_batch():
+    """All at w, then all at w + eps."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 5, dtype=torch.float64)
+    nets = []
+    for parts in (1, 4):
+        net, _ = smooth(torch.float64)
+        optimizer, sam = BASES["adam"](net.parameters()), SAM(net.parameters(), 0.1)
+
+        def backward(net=net, parts=parts):
+            for part in x.chunk(parts):
+                ((net(part) - torch.sin(part[:, :2])).pow(2).mean() / parts).backward()
+
+        for _ in range(20):
+            optimizer.zero_grad()
+            backward()
+            with sam.perturbed():
+                optimizer.zero_grad()
+                backward()
+            optimizer.step()
+        nets.append(flat(net))
+    assert (nets[0] - nets[1]).abs().max() <= 1e-12
+
+
+def test_clipping_behind_the_block_clips_the_second_gradient_alone():
+    net, loss = smooth()
+    loss().backward()
+    sam = SAM(net.parameters(), 0.1)
+    with sam.perturbed():
+        net.zero_grad()
+        loss().backward()
+    second = torch.cat([p.grad.flatten() for p in net.parameters()])
+    nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+    clipped = torch.cat([p.grad.flatten() for p in net.parameters()])
+    assert sam.step_norm == pytest.approx(0.1, rel=1e-6)
+    torch.testing.assert_close(clipped, 0.01 * second / second.norm())
+
+
+@pytest.mark.parametrize("variant", [{}, {"adaptive": True}, {"every": 3, "alpha": 0.7}], ids=str)
+def test_a_scaled_loss_climbs_the_same(variant):
+    """A power of two, as GradScaler's: only exponents change, so the steps are the same to the bit."""
+    nets = []
+    for enabled in (False, True):
+        net, loss = smooth()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=enabled)
+        optimizer, sam = BASES["sgd"](net.parameters()), SAM(net.parameters(), 0.1, **variant)
+        for _ in range(10):
+            optimizer.zero_grad()
+            scaler.scale(loss()).backward()
+            if sam.due:
+                with sam.perturbed():
+                    optimizer.zero_grad()
+                    scaler.scale(loss()).backward()
+            else:
+                sam.between()
+            scaler.step(optimizer)
+            scaler.update()
+        nets.append(flat(net))
+    torch.testing.assert_close(*nets, rtol=1e-6, atol=1e-7)
+
+
+def test_an_overflow_of_the_first_pass_makes_the_scaler_skip_the_step():
+    net, loss = smooth()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    optimizer, sam = BASES["sgd"](net.parameters()), SAM(net.parameters(), 0.1)
+    before = flat(net)
+    scaler.scale(1e6 * loss()).backward()
+    with sam.perturbed():
+        optimizer.zero_grad()
+        scaler.scale(loss()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(flat(net), before)
+    assert scaler.get_scale() == 2.0**125
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_half_precision_weights_climb_as_in_float32(dtype, adaptive):
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(1000, dtype=dtype))
+    w.grad = torch.randn(1000).mul(20000).to(dtype).clamp(-60000, 60000)
+    before, g = w.detach().clone(), w.grad.float()
+    direction = before.float().abs() * g if adaptive else g
+    eps = 3 * direction / direction.norm() * (before.float().abs() if adaptive else 1)
+    with SAM([w], 3.0, adaptive).perturbed():
+        torch.testing.assert_close(
+            w.detach(), (before.float() + eps).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0
+        )
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"random_seed": 0}], ids=str)
+def test_one_copy_of_the_weights_is_made_and_none_is_kept(options):
+    """Bytes of all tensors alive, by torch's own account. A random direction also holds one tensor's draw."""
+    net = nn.Sequential(*[nn.Linear(100, 100, bias=False) for _ in range(100)])
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    sam = SAM(net.parameters(), 0.1, net=net, **options)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:  # noqa: SIM117
+        with sam.perturbed():
+            pass
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    assert size <= max(alive) <= 1.02 * size
+    assert alive[-1] == 0
+
+
+def test_more_misuse_is_named():
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="every to be a whole number >= 1, got 0"):
+        SAM([w], every=0)
+    with pytest.raises(ValueError, match="alpha to be a finite number >= 0, got nan"):
+        SAM([w], alpha=float("nan"))
+    with pytest.raises(ValueError, match="every parameter once"):
+        SAM([w, w])
+    other = SAM([{"params": [w]}, {"params": [nn.Parameter(torch.ones(3))]}])
+    with pytest.raises(ValueError, match="over the same parameters"):
+        SAM([w]).load_state_dict(other.state_dict())
