@@ -7,6 +7,7 @@ model filled in, or a `ConfigError`.
 import ast
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
@@ -27,7 +28,7 @@ def each_once(values: list) -> list:
 
 def _odd(value: int) -> int:
     if value % 2 == 0:
-        raise ValueError("expected an odd number, so that the middle is one of the points")
+        raise ValueError("expected an odd number")
     return value
 
 
@@ -72,6 +73,20 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
+WORDS = {
+    "greater_than_equal": "expected at least {ge:g}",
+    "greater_than": "expected above {gt:g}",
+    "finite_number": "expected a finite number",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected True or False",
+    "string_type": "expected text",
+    "string_too_short": "expected at least one character",
+    "list_type": "expected a list",
+    "too_short": "expected at least {min_length}",
+    "too_long": "expected at most {max_length}",
+    "literal_error": "expected one of {expected}",
+}
 Model = TypeVar("Model", bound=Parameters)
 
 
@@ -82,7 +97,7 @@ def read(kind: type[Model], values: dict, *, source: str = "parameters") -> Mode
     >>> read(Look, {"domain": "brain-mr", "index": -1, "pears": 3})
     Traceback (most recent call last):
     fmsam_lib.checking.ConfigError: 2 problems in parameters (of Look):
-    - index: expected to be greater than or equal to 0, got -1
+    - index: expected at least 0, got -1
     - pears: unknown; known are domain, shape, data, index, pairs (did you mean pairs?)
     """
     try:
@@ -94,15 +109,18 @@ def read(kind: type[Model], values: dict, *, source: str = "parameters") -> Mode
 
 
 def _in_words(kind: type[Parameters], problem: Any) -> str:
-    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if not problem["loc"]:  # of several fields together
+        return problem["msg"].removeprefix("Value error, ")
+    name, value, of = str(problem["loc"][0]), problem["input"], problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
         return f"{name}: unknown; known are {', '.join(kind.model_fields)}{nearest(name, kind.model_fields)}"
-    said = problem["msg"].removeprefix("Value error, ").replace("Input should", "expected to", 1)
-    said = said.replace("expected to be a valid", "expected a valid").replace("expected to be '", "expected '")
-    if not name:
-        return said
+    if problem["type"] == "missing":
+        return f"{name}: missing"
+    said = WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, ")).format(**of)
     trick = " (YAML reads 1e-3 as text: write 1.0e-3)" if problem["type"] == "float_type" else ""
-    return f"{name}: missing" if problem["type"] == "missing" else f"{name}: {said}, got {problem['input']!r}{trick}"
+    if problem["type"] == "literal_error":
+        said, trick = said.replace("'", ""), nearest(str(value), re.findall("'([^']*)'", of["expected"]))
+    return f"{name}: {said}, got {value!r}{trick}"
 
 
 def nearest(name: str, known) -> str:
