@@ -17,11 +17,12 @@ study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study $(STUDY)
 
 test: lint $(VENV)/peers
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 lab: $(VENV)/ready
 	$(BIN)/python -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks

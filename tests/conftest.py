@@ -1,8 +1,12 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many workers as cores, and kernels that they start
 
 import pytest
 import torch
+from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -16,10 +20,31 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _same_threads():
-    """A training sets the number of threads; the next test should not inherit it."""
+    """A test may set the number of threads; the next one should not inherit it."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)`: a folder that `make` fills once a session, whichever of the workers comes first.
+
+    Tests only read it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        there = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (there / ".made").exists():
+                there.mkdir()  # fails where an earlier attempt did: its reason stands with the first test
+                make(there)
+                (there / ".made").touch()
+        return there
+
+    return folder
 
 
 @pytest.fixture(scope="session")
