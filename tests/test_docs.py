@@ -2,13 +2,16 @@
 
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import mistune
+import pandas as pd
 import pytest
 import torch
 
@@ -170,6 +173,42 @@ def test_tables_render_as_tables(page):
 def test_numbers_keep_four_digits(tables):
     cells = ("0.06792289", "1.053", "0.710", "<= 0.1", "0.2 / 0.3", "12", "", "3ca01132e576")
     assert [tables.short(cell) for cell in cells] == ["0.06792", *cells[1:]]
+
+
+def write_study(folder, optimizers):
+    """What `record` reads of a computed study, of the brain's networks on the brain and the heart."""
+    run = folder / "brain-mr" / "sam" / "seed0"
+    run.mkdir(parents=True)
+    config = {"parameters": {"shape": [32, 32], "steps": 60}, "provenance": {"commit": "0123456789ab"}}
+    (run / "config.json").write_text(json.dumps(config))
+    cells = pd.DataFrame({"train_domain": "brain-mr", "test_domain": ["brain-mr", "heart-mr"]})
+    dice = {"before": 0.5, "ants-syn": 0.7, "adam": 0.6, "sam": 0.61, "folding adam %": 0.1, "folding sam %": 0.2}
+    cells.assign(seen=["yes", "no"], pairs=3, **dice).to_csv(folder / "summary.csv", index=False)
+    difference = {"metric": "dice", "baseline": "adam", "treatment": "sam", "mean": 0.01, "low": -0.01, "high": 0.03}
+    cells.assign(**difference).to_csv(folder / "comparison.csv", index=False)
+    metrics = pd.DataFrame({"metric": ["dice", "tre", "inverse_error"], "mean": [0.61, 5.04, 2.5], "seconds": 0.25})
+    methods = cells.merge(pd.DataFrame({"optimizer": optimizers}), "cross").merge(metrics, "cross")
+    methods.to_csv(folder / "methods.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "row"),
+    [
+        (["sam"], 'brain-mr,heart-mr,no,0.500,0.700,0.600,0.610,"0.010 [-0.010, 0.030]",0.100 / 0.200'),
+        (["sam", "sam+io"], "SAM + IO,0.610,0.610,5.0,2.50,0.25"),
+    ],
+)
+def test_a_study_is_recorded(tables, tmp_path, monkeypatch, optimizers, row):
+    (tmp_path / "figures").mkdir()
+    shutil.copy(PROJECT / "figures" / "table_studies.csv", tmp_path / "figures")
+    before = (tmp_path / "figures" / "table_studies.csv").read_text()
+    monkeypatch.setattr(tables, "FIGURES", tmp_path / "figures")
+    write_study(tmp_path / "mine", optimizers)
+    for _ in range(2):  # once more replaces the line of the first time
+        tables.record(tmp_path / "mine")
+    line = "mine,`make study STUDY=mine`,0123456789ab,0,32 x 32,60,3,\n"
+    assert (tmp_path / "figures" / "table_studies.csv").read_text() == before + line
+    assert (tmp_path / "figures" / "table_mine.csv").read_text().splitlines()[-1] == row
 
 
 # --- commands
