@@ -1,0 +1,327 @@
+"""README and docs: links lead somewhere, tables are those of the CSVs, commands and code run."""
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import mistune
+import pandas as pd
+import pytest
+import torch
+
+from fmsam_lib import SAM, parameters
+from fmsam_lib.phantoms.anatomies import DOMAINS
+from fmsam_lib.registration.command import main as register
+from tests.conftest import PROJECT
+
+README = PROJECT / "README.md"
+PAGES = [README, *sorted((PROJECT / "docs").glob("*.md"))]
+NAMES = [str(page.relative_to(PROJECT)) for page in PAGES]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BESIDE = re.compile(r"-?\d\.\d+ \[-?\d\.\d+, -?\d\.\d+\]")  # a difference and its interval
+MODELS = {
+    "00": "Start",
+    "01": "Look",
+    "04": "Start",
+    "10": "Train",
+    "20": "Evaluate",
+    "30": "Landscape",
+    "35": "Between",
+    "40": "Compare",
+    "50": "RegisterYourOwn",
+}
+
+
+@pytest.fixture(params=PAGES, ids=NAMES)
+def page(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", PROJECT / "docs" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def blocks(language):
+    """(page, block) of every fenced block in this language."""
+    found = [(p.name, m[2]) for p in PAGES for m in FENCE.finditer(p.read_text()) if m[1] == language]
+    assert found
+    return found
+
+
+def prose(page):
+    return FENCE.sub("", page.read_text())
+
+
+def anchors(page):
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+# --- README
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= 9000
+
+
+def test_the_first_screen_has_the_answer_of_the_heldout_study(tables):
+    screen = README.read_text().split("\n## ")[0]
+    answer = tables.answer().set_index("Dice on").iloc[0]
+    said = BESIDE.findall(screen.split("<!-- table")[0])
+    assert said == [answer[tables.STEPS], answer[tables.COMPUTE]]
+    assert screen.index(said[0]) < 500
+
+
+# --- links and names
+
+
+def test_every_link_and_picture_leads_somewhere(page):
+    text = prose(page)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert targets
+    for target in targets:
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/[^)#]+)", README.read_text()))
+    assert linked == {name for name in NAMES if name.startswith("docs/")}
+
+
+def test_every_path_that_is_named_exists(page):
+    rooms = "fmsam_lib|notebooks|studies|tests|figures|benchmarks|docs"
+    for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", page.read_text()):
+        assert (PROJECT / path).exists(), path
+
+
+def test_every_notebook_that_is_named_exists(page):
+    for name in re.findall(r"`(\d\d_\w+)`", page.read_text()):
+        assert (PROJECT / "notebooks" / f"{name}.ipynb").exists(), name
+
+
+def test_every_study_that_is_named_exists(page):
+    text = page.read_text()
+    known = {path.stem for path in (PROJECT / "studies").glob("*.yaml")}
+    named = re.findall(r"STUDY=(\w+)", text) + re.findall(r"fmsam_lib\.study (\w+)", text)
+    named += re.findall(r"[Ss]tud(?:y|ies) `(\w+)`", text)
+    assert set(named) <= known
+
+
+def test_the_table_of_studies_is_complete():
+    text = (PROJECT / "docs" / "extending.md").read_text()
+    rows = text.partition("| study | what for |")[2].partition("\n\n")[0]
+    studies = sorted(path.stem for path in (PROJECT / "studies").glob("*.yaml"))
+    assert sorted(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == studies
+
+
+def test_every_parameter_that_is_named_exists(page):
+    known = {name for model in MODELS.values() for name in getattr(parameters, model).model_fields}
+    named = re.findall(r"`(\w+): (?:[\w.]+|\[\.\.\.\])`", page.read_text())
+    assert set(named) <= known | {"leave_one_out"}
+
+
+# --- tables
+
+
+def test_tables_are_those_of_the_csvs():
+    done = subprocess.run([sys.executable, "docs/tables.py", "--check"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_changed_number_is_found(tables):
+    text = README.read_text()
+    assert tables.rendered(text) == text
+    changed = text.replace("| -0.004 [", "| -0.005 [")
+    assert changed != text
+    assert tables.rendered(changed) == text
+
+
+def test_every_table_of_numbers_comes_from_a_csv(page, tables):
+    others = tables.BLOCK.sub("", prose(page))
+    rows = [line for line in others.splitlines() if line.startswith("|")]
+    assert not [row for row in rows if re.search(r"\| *-?\d+\.\d+ *\|", row)]
+
+
+def test_every_difference_in_a_sentence_stands_in_a_table(page):
+    shown = "\n".join(path.read_text() for path in (PROJECT / "figures").glob("table_*.csv"))
+    for difference in BESIDE.findall(prose(page)):
+        assert difference in shown, difference
+
+
+def test_tables_render_as_tables(page):
+    html = mistune.create_markdown(escape=False, plugins=["table"])(page.read_text())
+    assert html.count("<table>") == len(re.findall(r"^\| *:?---", page.read_text(), re.MULTILINE))
+    assert "| --- |" not in html
+
+
+def test_numbers_keep_four_digits(tables):
+    cells = ("0.06792289", "1.053", "0.710", "<= 0.1", "0.2 / 0.3", "12", "", "3ca01132e576")
+    assert [tables.short(cell) for cell in cells] == ["0.06792", *cells[1:]]
+
+
+def write_study(folder, optimizers):
+    """What `record` reads of a computed study, of the brain's networks on the brain and the heart."""
+    run = folder / "brain-mr" / "sam" / "seed0"
+    run.mkdir(parents=True)
+    config = {"parameters": {"shape": [32, 32], "steps": 60}, "provenance": {"commit": "0123456789ab"}}
+    (run / "config.json").write_text(json.dumps(config))
+    cells = pd.DataFrame({"train_domain": "brain-mr", "test_domain": ["brain-mr", "heart-mr"]})
+    dice = {"before": 0.5, "ants-syn": 0.7, "adam": 0.6, "sam": 0.61, "folding adam %": 0.1, "folding sam %": 0.2}
+    cells.assign(seen=["yes", "no"], pairs=3, **dice).to_csv(folder / "summary.csv", index=False)
+    difference = {"metric": "dice", "baseline": "adam", "treatment": "sam", "mean": 0.01, "low": -0.01, "high": 0.03}
+    cells.assign(**difference).to_csv(folder / "comparison.csv", index=False)
+    metrics = pd.DataFrame({"metric": ["dice", "tre", "inverse_error"], "mean": [0.61, 5.04, 2.5], "seconds": 0.25})
+    methods = cells.merge(pd.DataFrame({"optimizer": optimizers}), "cross").merge(metrics, "cross")
+    methods.to_csv(folder / "methods.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "row"),
+    [
+        (["sam"], 'brain-mr,heart-mr,no,0.500,0.700,0.600,0.610,"0.010 [-0.010, 0.030]",0.100 / 0.200'),
+        (["sam", "sam+io"], "SAM + IO,0.610,0.610,5.0,2.50,0.25"),
+    ],
+)
+def test_a_study_is_recorded(tables, tmp_path, monkeypatch, optimizers, row):
+    (tmp_path / "figures").mkdir()
+    shutil.copy(PROJECT / "figures" / "table_studies.csv", tmp_path / "figures")
+    before = (tmp_path / "figures" / "table_studies.csv").read_text()
+    monkeypatch.setattr(tables, "FIGURES", tmp_path / "figures")
+    write_study(tmp_path / "mine", optimizers)
+    for _ in range(2):  # once more replaces the line of the first time
+        tables.record(tmp_path / "mine")
+    line = "mine,`make study STUDY=mine`,0123456789ab,0,32 x 32,60,3,\n"
+    assert (tmp_path / "figures" / "table_studies.csv").read_text() == before + line
+    assert (tmp_path / "figures" / "table_mine.csv").read_text().splitlines()[-1] == row
+
+
+# --- commands
+
+
+def commands():
+    lines = [(name, line.partition(" # ")[0].strip()) for name, block in blocks("sh") for line in block.splitlines()]
+    return sorted({line: name for name, line in lines if line}.items())
+
+
+def run(*command):
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("command", "where"), commands(), ids=[command for command, _ in commands()])
+def test_command(command, where, capsys):
+    """Those of seconds run; studies, tests, benchmarks, trainings and downloads are looked through."""
+    program, *given = shlex.split(command)
+    if program == "make":
+        assert run("make", "--dry-run", *given)
+    elif program == "papermill":
+        papermill(given)
+    elif program == "python" and given[0] == "-m":
+        module, *rest = given[1:]
+        accepted(run(sys.executable, "-m", module, "--help"), rest)
+    elif program == "python" and (given == ["docs/tables.py"] or given[1:] == ["--check"]):
+        run(sys.executable, given[0], "--check")
+    elif program.endswith("fmsam-register"):
+        with pytest.raises(SystemExit):
+            register(["--help"])
+        accepted(capsys.readouterr().out, given)
+    else:
+        assert command in ("conda env create -f environment.yml", "conda activate fmsam"), "how is this to be tested?"
+
+
+def accepted(help_text, given):
+    for flag in (word for word in given if word.startswith("--")):
+        assert flag in help_text.split(), flag
+
+
+def papermill(given):
+    notebook = next(word for word in given if word.endswith(".ipynb"))
+    kind = getattr(parameters, MODELS[notebook.removeprefix("notebooks/")[:2]])
+    assert (PROJECT / notebook).exists()
+    if "--help-notebook" in given:
+        told = run(sys.executable, "-m", "papermill", *given)
+        assert all(f"{name}:" in told for name in kind.model_fields)
+    named = [given[i + 1] for i, word in enumerate(given) if word in ("-p", "-y")]
+    assert set(named) <= kind.model_fields.keys()
+
+
+def test_commands_in_sentences_exist(page):
+    for script in re.findall(r"`python ([\w/]+\.py)[^`]*`", page.read_text()):
+        assert (PROJECT / script).exists(), script
+    targets = re.findall(r"^(\w+):", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make (\w+)", page.read_text())) <= set(targets)
+
+
+# --- code
+
+
+@pytest.mark.parametrize(("where", "code"), blocks("python"))
+def test_python_compiles(where, code):
+    compile(code, where, "exec")
+
+
+def small(code, changes):
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    return code
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    code = next(code for where, code in blocks("python") if "fm.train" in code)
+    there = {}
+    changes = {"steps=400": "steps=4", "pairs=20": "pairs=2", "shape=(64, 64)": "shape=(32, 32)"}
+    exec(small(code, changes), there)
+    assert len(there["history"]) > 0
+    assert set(there["table"].metric) >= {"dice", "folding_percent"}
+    assert there["table"].pair.nunique() == 2
+    assert not os.listdir(folder)  # nothing is kept unless asked for
+
+
+def test_the_loop_of_sam_runs():
+    code = next(code for where, code in blocks("python") if "sam.perturbed()" in code)
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    batch = torch.tensor([[1.0, 2.0]])
+    before = net.weight.detach().clone()
+    there = {
+        "net": net,
+        "optimizer": optimizer,
+        "batch": batch,
+        "objective": lambda net, x: (net(x) ** 2).sum(),
+    }
+    exec(code, there)
+    assert not torch.equal(net.weight, before)
+    assert there["sam"].step_norm == pytest.approx(0.01)
+
+
+def test_the_variants_of_sam_are_its_arguments():
+    known = inspect.signature(SAM).parameters
+    text = (PROJECT / "docs" / "sam.md").read_text()
+    calls = re.findall(r"`SAM\(\.\.\.([^)]*)\)`", text)
+    assert len(calls) == 5
+    assert {name for call in calls for name in re.findall(r"(\w+)=", call)} <= set(known)
+
+
+def test_the_readmes_domain_is_one():
+    assert set(re.findall(r'open_domain\("([\w-]+)"', README.read_text())) <= set(DOMAINS)
