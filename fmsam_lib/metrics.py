@@ -148,7 +148,8 @@ def surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple
     >>> surface_distances(a, b, (2.0, 1.0))[0]
     2.0
     """
-    # MONAI takes seconds to import. DeepMind's own package sorts in Python: three times as long for one brain.
+    # Here: MONAI takes seconds to import. DeepMind's package gives the same to 1e-7 (MONAI's areas are float32), and
+    # takes up to twice as long, for it sorts in Python.
     from monai.metrics.utils import get_mask_edges
 
     if a.shape != b.shape or a.dim() != len(spacing) or a.dim() not in (2, 3):
