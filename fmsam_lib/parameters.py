@@ -249,7 +249,7 @@ class Register(Registering):
     fixed_labels: str = Field("", description="label image of the fixed image, for Dice before and after")
     weights: str = Field("unigradicon", description="unigradicon, multigradicon (downloaded once) or a file of weights")
     out: str = Field("", description="folder for the results")
-    threads: Count = Field(1, description=THREADS)
+    threads: Natural = Field(0, description="processor threads; 0: as many as the machine has")
 
 
 class RegisterYourOwn(Register):
@@ -264,6 +264,7 @@ class RegisterYourOwn(Register):
     lr: Positive = Field(2.0e-3, description="its learning rate; 2.0e-5 for a trained network")
     sigma: Positive = Field(3.0, description="window of the similarity, samples of the grid; 5 for unigradicon")
     out: Folder = Field("runs/mine/registered", description="folder for the results")
+    threads: Count = Field(1, description=THREADS)
 
     @model_validator(mode="after")
     def _both(self) -> "RegisterYourOwn":

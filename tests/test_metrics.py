@@ -3,6 +3,7 @@ import re
 
 import numpy as np
 import pytest
+import surface_distance
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
@@ -11,12 +12,12 @@ from fmsam_lib import metrics
 from fmsam_lib.metrics import (
     dice,
     folding_percent,
-    hd95,
     landmark_error,
     learn2reg_field,
     map_error,
     mean_dice,
     measure,
+    percent,
     sdlogj,
     sdlogj_learn2reg,
     surface_distances,
@@ -55,6 +56,10 @@ def squeezed_map(shape, profile):
     phi = identity_map(shape).clone()
     phi[0, 0] = (torch.as_tensor(profile, dtype=torch.float64) / (shape[0] - 1)).view(-1, *[1] * (len(shape) - 1))
     return phi
+
+
+def hd95(a, b, spacing):
+    return surface_distances(a, b, spacing)[0]
 
 
 def test_dice_of_known_overlaps():
@@ -127,13 +132,12 @@ def random_blobs(shape, seed):
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0), (0.7, 2.5), (1.0, 1.0, 1.0), (3.0, 0.9, 1.4)])
 def test_distances_agree_with_deepminds_package(spacing):
-    peer = pytest.importorskip("surface_distance", reason="DeepMind's surface-distance, Learn2Reg's, is not installed")
     for seed in range(4):  # blobs that fill half of the image and are cut off by its border
         a, b = random_blobs((23, 31, 19)[: len(spacing)], seed)
-        found = peer.compute_surface_distances(b.numpy(), a.numpy(), spacing)
+        found = surface_distance.compute_surface_distances(b.numpy(), a.numpy(), spacing)
         robust, mean = surface_distances(a, b, spacing)
-        assert robust == pytest.approx(peer.compute_robust_hausdorff(found, 95), rel=1e-6)
-        assert mean == pytest.approx(np.mean(peer.compute_average_surface_distance(found)), rel=1e-5)
+        assert robust == pytest.approx(surface_distance.compute_robust_hausdorff(found, 95), rel=1e-6)
+        assert mean == pytest.approx(np.mean(surface_distance.compute_average_surface_distance(found)), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(9, 12), (9, 12, 7)])
@@ -181,6 +185,15 @@ def test_folding_counts_cells():
     determinant = torch.ones(1, 10, 10)
     determinant[0, 0, :3] = torch.tensor([0.0, -1.0, -2.0])
     assert folding_percent(determinant) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(0, "0 %"), (100.0, "100 %"), (99.7, "100 %"), (12.6, "13 %"), (3.628, "3.6 %"), (0.0212, "0.021 %")],
+)
+def test_percentages_are_written_without_powers_of_ten(value, written):
+    assert percent(value) == written
+    assert percent(100 / 175**3) == "0.000019 %"
 
 
 def test_sdlogj_of_two_volumes():

@@ -9,6 +9,7 @@ from dataclasses import replace
 import nibabel
 import numpy as np
 import pytest
+import surface_distance
 import torch
 from scipy.ndimage import correlate, gaussian_filter, map_coordinates
 
@@ -16,10 +17,6 @@ from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import learn2reg_field, measure
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.phantoms.pairs import make_pair
-
-surface_distance = pytest.importorskip(
-    "surface_distance", reason="DeepMind's surface-distance, which Learn2Reg measures with, is not installed"
-)
 
 
 def submit(folder, pair, phi_map):

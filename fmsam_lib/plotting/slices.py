@@ -1,4 +1,4 @@
-"""One plane of an image pair as pictures: what `plots.registration` prints and `view.explore` moves through.
+"""One plane of an image pair as pictures: what `registration` prints and `widgets.pair_explorer` moves through.
 
 Pictures stand as a reader of medical images expects them: the first axis to the right, up is superior or
 anterior, the patient's sides at the borders, true proportions.
@@ -8,28 +8,25 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps, colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from fmsam_lib.metrics import percent
 from fmsam_lib.model.spatial import identity_map, jacobian_determinant, warp, warp_label
 from fmsam_lib.pair import Pair
 from fmsam_lib.records import written_whole
 
 WIDTH = 9.0  # inches; 900 pixels on a screen, the width of a README
-
-
-FIXED_LINE = {"colors": "#56B4E9", "linestyles": "solid", "linewidths": 1.3}
-
-
-WARPED_LINE = {"colors": "#E69F00", "linestyles": "dashed", "linewidths": 1.3}
-
-
+FIXED_LINE: dict[str, Any] = {"colors": "#56B4E9", "linestyles": "solid", "linewidths": 1.3}
+WARPED_LINE: dict[str, Any] = {"colors": "#E69F00", "linestyles": "dashed", "linewidths": 1.3}
 PLANES = ("sagittal", "coronal", "axial")  # across axis 0, 1, 2 of a canonical volume
 
 
@@ -111,15 +108,15 @@ def cut(
     axis = 2 if axis is None else axis
     if axis not in (0, 1, 2):
         raise ValueError(f"expected axis 0, 1 or 2, got {axis}; they are the {', '.join(PLANES)} planes")
-    if dim == 3:
-        index = shape[axis] // 2 if index is None else index
-        if not 0 <= index < shape[axis]:
-            raise ValueError(f"expected an index from 0 to {shape[axis] - 1} along axis {axis}, got {index}")
+    depth = shape[axis] if dim == 3 else 1
+    at = depth // 2 if index is None else index
+    if not 0 <= at < depth:
+        raise ValueError(f"expected an index from 0 to {depth - 1} along axis {axis}, got {index}")
     identity = identity_map(shape)
     phi_map = identity if phi_map is None else check_map(pair, phi_map)
 
     def slab(volume: Tensor, width: int = 1) -> Tensor:  # (..., *S), `width` samples thick
-        return volume if dim == 2 else volume.narrow(axis - 3, min(index, shape[axis] - width), width)
+        return volume if dim == 2 else volume.narrow(axis - 3, min(at, depth - width), width)
 
     def picture(volume: Tensor) -> np.ndarray:  # of a slab: up is superior or anterior
         return (volume if dim == 2 else volume.squeeze(axis - 3)).transpose(-1, -2).numpy()
@@ -127,24 +124,24 @@ def cut(
     points = torch.lerp(slab(identity), slab(phi_map), strength)
     thick = torch.lerp(slab(identity, 2), slab(phi_map, 2), strength)
     # jacobian_determinant takes the slab for the whole grid, so its unit along `axis` is too short
-    jacobian = jacobian_determinant(thick)[0] * (1 if dim == 2 else shape[axis] - 1)
-    across = [a for a in range(dim) if dim == 2 or a != axis]
+    jacobian = jacobian_determinant(thick)[0] * (1 if dim == 2 else depth - 1)
+    across = x, y = tuple(a for a in range(dim) if dim == 2 or a != axis)
     spacing = [float(s) for s in pair.spacing] or [1.0] * dim
     size = np.array([(shape[a] - 1) * spacing[a] for a in across])
     label, moving_label = pair.fixed_label, pair.moving_label
     return Cut(
-        name=pair.name if dim == 2 else f"{pair.name}, {PLANES[axis]} slice {index} (0 to {shape[axis] - 1})",
+        name=pair.name if dim == 2 else f"{pair.name}, {PLANES[axis]} slice {at} (0 to {depth - 1})",
         fixed=picture(slab(pair.fixed[0])),
         moving=picture(slab(pair.moving[0])),
         warped=picture(warp(pair.moving[None], points)[0, 0]),
         fixed_label=None if label is None else picture(slab(label[0])),
         moving_label=None if moving_label is None else picture(slab(moving_label[0])),
         warped_label=None if moving_label is None else picture(warp_label(moving_label[None], points)[0, 0]),
-        phi=picture(points[0, across]) * size[:, None, None],
+        phi=picture(points[0, list(across)]) * size[:, None, None],
         jacobian=picture(jacobian),
         size=tuple(size.tolist()),
-        step=tuple(spacing[a] for a in across),
-        ends="".join(_ends(pair.affine, a) for a in across),
+        step=(spacing[x], spacing[y]),
+        ends=_ends(pair.affine, x) + _ends(pair.affine, y),
     )
 
 
@@ -157,7 +154,7 @@ def _ends(affine: Tensor | None, axis: int) -> str:
     return ("LR", "PA", "IS")[main][:: int(np.sign(direction[main]))]
 
 
-def show(axes: Axes, plane: Cut, picture: np.ndarray, **how):
+def show(axes: Axes, plane: Cut, picture: np.ndarray, **how: Any) -> AxesImage:
     """Draw a picture of the plane, grey from 0 to 1 unless told how, with the patient's sides at its borders."""
     samples = (np.array(picture.shape[1::-1]) - 1) * plane.step
     left, bottom = (np.array(plane.size) - samples) / 2 - np.array(plane.step) / 2  # cells lie between the samples
@@ -167,27 +164,29 @@ def show(axes: Axes, plane: Cut, picture: np.ndarray, **how):
     image = axes.imshow(picture, origin="lower", extent=extent, **how)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"))
-    places += ((0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
+    places = [(0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center")]
+    places += [(0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top")]
     box = {"facecolor": "black", "alpha": 0.55, "pad": 1, "linewidth": 0}
     for end, (x, y, ha, va) in zip(plane.ends.strip(), places, strict=False):
         axes.text(x, y, end, transform=axes.transAxes, ha=ha, va=va, color="white", fontsize=8, bbox=box)
     return image
 
 
-def outline(axes: Axes, plane: Cut, label: np.ndarray | None, line: dict) -> list:
+def outline(axes: Axes, plane: Cut, label: np.ndarray | None, line: dict[str, Any]) -> list[Any]:
     """The contours of every structure in `label` (None: nothing), shared borders once; returns the artists."""
+    if label is None:
+        return []
     x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
-    numbers = [] if label is None else np.setdiff1d(label, [0])
+    numbers = np.setdiff1d(label, [0])
     lower = {number: (label > 0) & (label < number) for number in numbers}
     return [axes.contour(x, y, np.ma.array(label == n, mask=lower[n]), [0.5], **line) for n in numbers]
 
 
-def deformed_grid(axes: Axes, plane: Cut) -> list:
+def deformed_grid(axes: Axes, plane: Cut) -> list[Any]:
     """A square grid drawn on the moving image, seen through the map; returns the artists."""
     x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
     apart = max(plane.size) / 20
-    line = {"colors": "#F0E442", "linewidths": 0.9, "linestyles": "solid"}
+    line: dict[str, Any] = {"colors": "#F0E442", "linewidths": 0.9, "linestyles": "solid"}
     return [
         axes.contour(x, y, component, np.arange(-size, 2 * size, apart), **line)
         for component, size in zip(plane.phi, plane.size, strict=True)
@@ -201,12 +200,12 @@ def checkerboard(first: np.ndarray, second: np.ndarray, squares: int = 8) -> np.
     return np.where((rows + columns) % 2 == 0, first, second)
 
 
-def jacobian_look() -> dict:
+def jacobian_look() -> dict[str, Any]:
     """Orange grows, purple shrinks, on a log scale where 1/2 is as far from 1 as 2; black is folded."""
     return {"cmap": colormaps["PuOr_r"].with_extremes(bad="black"), "norm": colors.LogNorm(1 / 3, 3)}
 
 
-def jacobian_bar(figure: Figure, image, axes: Axes) -> None:
+def jacobian_bar(figure: Figure, image: AxesImage, axes: Axes) -> None:
     bar = figure.colorbar(image, ax=axes, ticks=[1 / 3, 1 / 2, 1, 2, 3], extend="both", shrink=0.8, pad=0.02)
     bar.ax.set_yticklabels(["⅓", "½", "1", "2", "3"])
     bar.ax.minorticks_off()
@@ -251,7 +250,8 @@ def registration(
         deformed_grid(axes[4], plane)
         image = show(axes[5], plane, plane.jacobian, **jacobian_look())
         jacobian_bar(figure, image, axes[5])
-        axes[5].set_title(f"Jacobian determinant, {100 * (plane.jacobian <= 0).mean():.2g} % folded", fontsize=10)
+        folded = percent(100 * (plane.jacobian <= 0).mean())
+        axes[5].set_title(f"Jacobian determinant, {folded} folded", fontsize=10)
     if pair.fixed_label is not None or pair.moving_label is not None:
         contour_legend(figure, "moving" if phi_map is None else "moving and warped")
     return figure

@@ -6,27 +6,34 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.files import open_file
-from fmsam_lib.model.weights import OFFICIAL, load
+from fmsam_lib.metrics import percent
+from fmsam_lib.model.weights import load
+from fmsam_lib.parameters import Register, Registering
 from fmsam_lib.registration.folder import ROLES, spare, staged
-from fmsam_lib.registration.register import SIMILARITIES, Registration, register
+from fmsam_lib.registration.register import register
+from fmsam_lib.registration.result import Registration
+
+REQUIRED = ("fixed", "moving", "out")
 
 
 def main(argv: list[str] | None = None) -> int:
     """`fmsam-register`: 0 when the results are in the folder, 1 when something was wrong, 2 for wrong arguments."""
-    args = _arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    run, device, quiet = _arguments(argv)
+    if run.threads:
+        torch.set_num_threads(run.threads)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cluster's time limit: leave as after Ctrl-C
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         try:
-            spare(args.out, [getattr(args, role) for role in ROLES if getattr(args, role)])
-            with staged(args.out) as staging:  # before the work: is there a place for its results?
-                result = _run(args)
+            spare(run.out, [getattr(run, role) for role in ROLES if getattr(run, role)])
+            with staged(run.out) as staging:  # before the work: is there a place for its results?
+                result = _registered(run, device, quiet)
                 result.write(staging)
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
@@ -41,70 +48,60 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         finally:
             signal.signal(signal.SIGTERM, before)
-    if not args.quiet:
-        print(report(result.summary, args.out))
+    if not quiet:
+        print(report(result.summary, run.out))
     return 0
 
 
-def _run(args: argparse.Namespace) -> Registration:
-    as_they_are = ("modality", "moving_modality", "shape", "io", "lr", "lmbda", "sigma", "similarity", "seed")
-    options = {name: getattr(args, name) for name in (*as_they_are, "labels", "fixed_labels")}
-    for role in ROLES:  # before the weights, which may have to be downloaded
-        if path := getattr(args, role):
-            open_file(Path(path))
-    net = load(args.weights).to(args.device)
-    result = register(args.fixed, args.moving, net, progress=not args.quiet, **options)
-    result.summary["network"]["weights"] = args.weights
+def _registered(run: Register, device: str, quiet: bool) -> Registration:
+    files: dict[str, Any] = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
+    for path in files.values():  # before the weights, which may have to be downloaded
+        open_file(Path(path))
+    net, options = load(run.weights).to(device), run.model_dump(include=set(Registering.model_fields))
+    result = register(**files, net=net, progress=not quiet, **options)
+    result.summary["network"]["weights"] = run.weights
     return result
 
 
-def _arguments(argv) -> argparse.Namespace:
+def _arguments(argv: list[str] | None) -> tuple[Register, str, bool]:
+    """What to register, on which device, and whether quietly; help, defaults and limits are those of the parameters."""
     parser = argparse.ArgumentParser(
         prog="fmsam-register",
         description="Register two images; the warped image and the transform come out in the fixed image's space.",
     )
-
-    def add(name: str, *, help: str, **how) -> None:
-        parser.add_argument(name, help=help + (" (default: %(default)s)" if how.get("default") else ""), **how)
-
-    add("--fixed", required=True, help="image that stays, NIfTI")
-    add("--moving", required=True, help="image to be warped onto it, NIfTI")
-    add("--out", required=True, help="folder for the results")
-    add("--modality", choices=("mr", "ct"), default="mr", help="of both images")
-    add("--moving-modality", choices=("mr", "ct"), help="of the moving image, if it is another")
-    add("--weights", default="unigradicon", help=f"{' or '.join(OFFICIAL)} (downloaded once), or a file of weights")
-    add(
-        "--shape",
-        type=_positive,
-        nargs="+",
-        help="grid to work on; unless given, the one that the network was trained on",
-    )
-    add("--io", type=int, default=0, metavar="STEPS", help="steps of instance optimisation on this pair")
-    add("--lr", type=float, default=2e-5, help="learning rate of instance optimisation")
-    add("--lmbda", type=float, default=1.5, help="weight of the regulariser in it")
-    add("--sigma", type=float, default=5.0, help="window of the similarity, voxels of the grid")
-    add("--similarity", choices=SIMILARITIES, default="lncc", help="what instance optimisation maximises")
-    add("--labels", help="label image of the moving image, to be warped too")
-    add("--fixed-labels", help="label image of the fixed image: Dice before and after goes into the summary")
+    for name, field in sorted(Register.model_fields.items(), key=lambda item: item[0] not in REQUIRED):
+        default = "" if field.default in ("", []) else " (default: %(default)s)"
+        how = {"default": field.default, "required": name in REQUIRED, "help": f"{field.description}{default}"}
+        parser.add_argument(_flag(name), **how, **_kind(field.annotation))
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--device", choices=devices, default=devices[0], help="where the network runs")
-    add("--threads", type=_positive, help="processor threads")
-    add("--seed", type=int, default=0, help="of instance optimisation's random points")
-    add("--quiet", action="store_true", help="print nothing but problems")
-    return parser.parse_args(argv)
+    where = "where the network runs (default: %(default)s)"
+    parser.add_argument("--device", choices=devices, default=devices[0], help=where)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
+    values = vars(parser.parse_args(argv))
+    device, quiet = values.pop("device"), values.pop("quiet")
+    try:
+        return read(Register, values), device, quiet
+    except ConfigError as error:
+        problems = str(error).split("\n- ")[1:]
+        parser.error("\n".join(re.sub(r"^\w+", lambda name: _flag(name[0]), problem) for problem in problems))
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def report(summary: dict, folder: str | Path) -> str:
+def _kind(annotation: Any) -> dict[str, Any]:
+    """How argparse reads a field: one of several words, several whole numbers, or one value."""
+    if get_origin(annotation) is Literal:
+        return {"choices": [word for word in get_args(annotation) if word]}
+    return {"nargs": "+", "type": int} if get_origin(annotation) is list else {"type": annotation}
+
+
+def report(summary: dict[str, Any], folder: str | Path) -> str:
     """What a person wants to know of a `Registration.summary`, in a few lines."""
     similarity = summary["similarity"]
     lines = [
-        f"LNCC {similarity['before']:.3f} -> {similarity['after']:.3f}, {summary['folding_percent']:.2g} % folded, "
+        f"LNCC {similarity['before']:.3f} -> {similarity['after']:.3f}, {percent(summary['folding_percent'])} folded, "
         f"SDlogJ {summary['sdlogj']:.3f}, {summary['seconds']:.1f} s"
     ]
     if "instance_optimisation" in summary:

@@ -12,11 +12,7 @@ from pathlib import Path
 from fmsam_lib.records import data_error
 
 SUMMARY = "summary.json"
-
-
 RESULTS = ("warped.nii.gz", "displacement.nii.gz", "labels.nii.gz", "overview.png", SUMMARY)  # and disp_….nii.gz
-
-
 ROLES = ("fixed", "moving", "labels", "fixed_labels")
 
 

@@ -3,6 +3,7 @@
 Affine maps are matrices `(R, C + 1)`, from points `(C, *P)` to points `(R, *P)`; `apply` applies them.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from fmsam_lib.images import files as data
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.records import data_error
 
+Source = str | os.PathLike | SpatialImage  # an image file's path, or what nibabel made of it
 SLAB = 2**20  # voxels handled at a time, so that large files need little more memory than their own
 
 
@@ -87,7 +89,7 @@ class Volume:
         return torch.from_numpy(labels[tuple(np.floor(index + 0.5).astype(int))].astype(np.int32))[None]
 
 
-def read_volume(source, dim: int, what: str = "image") -> Volume:
+def read_volume(source: Source, dim: int, what: str = "image") -> Volume:
     """The image of a path, or a nibabel image (`what` it is called where it has no file), for a `dim`-D network.
 
     Raises DataError for whatever cannot be read or is no image of `dim` dimensions.
@@ -110,7 +112,7 @@ def read_volume(source, dim: int, what: str = "image") -> Volume:
     return Volume(where, file, values, affine, (to_file @ to_canonical)[:3], back, oriented, notes)
 
 
-def read_labels(source, image: Volume) -> np.ndarray:
+def read_labels(source: Source, image: Volume) -> np.ndarray:
     """Whole numbers `(X, Y, Z)` in the voxel order of the `image` that they belong to; integer types are kept.
 
     Raises DataError unless they are whole numbers, not all 0, on that image's grid (stored in any orientation).
@@ -134,7 +136,7 @@ def read_labels(source, image: Volume) -> np.ndarray:
     return values
 
 
-def _open(source, what: str) -> tuple[str, SpatialImage]:
+def _open(source: Source, what: str) -> tuple[str, SpatialImage]:
     if isinstance(source, SpatialImage):
         source.update_header()  # its affine may have been changed since
         return source.get_filename() or what.replace(" ", "_"), source
@@ -182,7 +184,7 @@ def geometry(where: str, file: SpatialImage) -> tuple[np.ndarray, bool, list[str
     return affine, oriented, [f"{where}: {note}" for note in notes]
 
 
-def _times(numbers) -> str:
+def _times(numbers: np.ndarray) -> str:
     return " x ".join(f"{number:.3g}" for number in numbers)
 
 

@@ -1,31 +1,21 @@
-"""The interactive explorers, for notebooks: of an image pair and its registration, and of any figure with parameters.
-
-It needs no more than ipywidgets: figures are drawn without a screen and sent as PNG, so a redraw replaces
-one picture by the next without flicker. Sliders and menus are the browser's own: Tab reaches them, arrows move them.
-"""
+"""An image pair and its registration, explored by hand: views, planes, slices, strength."""
 
 import html
-import os
-from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
-from IPython import get_ipython
 from IPython.display import display
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 from fmsam_lib.plotting import slices
+from fmsam_lib.widgets.sliders import PICTURE, ROW, in_a_notebook
 
 SIDE_BY_SIDE, CHECKERBOARD, OVERLAY, DIFFERENCE = "side by side", "checkerboard", "overlay", "difference"
-
-
 GRID, JACOBIAN = "deformation grid", "Jacobian"
-
-
 HINTS = {
     SIDE_BY_SIDE: "",
     CHECKERBOARD: "edges should run on from square to square",
@@ -42,70 +32,20 @@ def explore(
     """Show a pair as a still picture, then an explorer: views, planes, slices, and phi from nothing to full strength.
 
     phi: a `Transform`, its map `(1, D, *S)`, or None for the images alone.
-    interactive: None decides: a widget in a notebook's kernel, unless the environment has FMSAM_HEADLESS
-    (as when the workflow runs the notebooks); without it only the still picture.
+    interactive: whether there is an explorer; unless given, as `sliders.in_a_notebook` decides.
     Raises ValueError when phi is not on the pair's grid.
 
     >>> explorer = explore(pair, phi)     # doctest: +SKIP
     >>> explorer.strength.value = 0.5     # doctest: +SKIP
     """
-    phi_map = None if phi is None else slices.check_map(pair, getattr(phi, "map", phi))
+    phi_map = phi.map if isinstance(phi, Transform) else phi
+    phi_map = None if phi_map is None else slices.check_map(pair, phi_map)
     display(slices.registration(pair, phi_map))
-    if not _wanted(interactive):
+    if not in_a_notebook(interactive):
         return None
     explorer = Explorer(pair, phi_map, title)
     display(explorer.widget)
     return explorer
-
-
-def slide(
-    draw: Callable[..., Figure], controls: dict[str, widgets.Widget], *, interactive: bool | None = None
-) -> "Sliders | None":
-    """Show `draw(name=value, ...)` with the controls' values as a still picture, then under controls that redraw it.
-
-    interactive: as `explore`'s.
-
-    >>> sliders = slide(explain.paths, {"rho": widgets.FloatLogSlider(value=0.3)})     # doctest: +SKIP
-    >>> sliders.controls["rho"].value = 0.01                                            # doctest: +SKIP
-    """
-    still = draw(**{name: control.value for name, control in controls.items()})
-    display(still)
-    if not _wanted(interactive):
-        return None
-    sliders = Sliders(draw, controls, still)
-    display(sliders.widget)
-    return sliders
-
-
-class Sliders:
-    """The `controls` and the `image` they draw; setting a control's value redraws. `figure` is the one last drawn."""
-
-    def __init__(self, draw: Callable[..., Figure], controls: dict[str, widgets.Widget], still: Figure):
-        self.draw, self.controls = draw, controls
-        self.image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-        for name, control in controls.items():
-            control.description = control.description or name
-            control.observe(self._draw, "value")
-        row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-        self.widget = widgets.VBox([row, self.image])
-        self._show(still)
-
-    def _ipython_display_(self) -> None:
-        """Nothing: `slide` has shown the widget, and a cell that ends in it should not show it twice."""
-
-    def _draw(self, change=None) -> None:
-        self._show(self.draw(**{name: control.value for name, control in self.controls.items()}))
-
-    def _show(self, figure: Figure) -> None:
-        self.figure = figure
-        self.image.value = slices.png(self.figure, compression=1)
-
-
-def _wanted(interactive: bool | None) -> bool:
-    """Whether to show a widget: as asked; else in a notebook's kernel, unless the environment has FMSAM_HEADLESS."""
-    if interactive is None:
-        return not os.environ.get("FMSAM_HEADLESS") and hasattr(get_ipython(), "kernel")
-    return interactive
 
 
 class Explorer:
@@ -126,7 +66,7 @@ class Explorer:
         self.strength = widgets.FloatSlider(value=1, min=0, max=1, step=0.05, description="strength")
         self.squares = widgets.IntSlider(value=8, min=2, max=24, description="squares")
         self.labels = widgets.Checkbox(value=True, description="labels", indent=False, layout={"width": "auto"})
-        self.image = widgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
+        self.image = widgets.Image(format="png", layout=PICTURE)
         self.hint = widgets.HTML()
 
         _show(self.plane, dim == 3)
@@ -135,7 +75,7 @@ class Explorer:
         _show(self.labels, pair.fixed_label is not None or pair.moving_label is not None)
         heading = widgets.HTML(f"<b>{html.escape(title or pair.name)}</b>")
         controls = [[self.view, self.plane, self.labels], [self.index, self.strength, self.squares]]
-        rows = [widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in controls]
+        rows = [widgets.HBox(row, layout=ROW) for row in controls]
         self.widget = widgets.VBox([heading, *rows, self.hint, self.image])
 
         self._middle()
@@ -153,7 +93,7 @@ class Explorer:
             samples = self.pair.fixed.shape[1 + self.plane.value]
             self.index.max, self.index.value = samples - 1, samples // 2
 
-    def _turn(self, change=None) -> None:
+    def _turn(self, change: Any = None) -> None:
         self.index.unobserve(self._draw, "value")  # its range and its value are one change
         self._middle()
         self.index.observe(self._draw, "value")
@@ -178,7 +118,7 @@ class Explorer:
         }
         return {view: single[view]()}
 
-    def _build(self, change=None) -> None:
+    def _build(self, change: Any = None) -> None:
         """A new figure: the axes depend on the view and the plane, so they stay while sliders move."""
         view = self.view.value
         _show(self.squares, view == CHECKERBOARD)
@@ -206,11 +146,11 @@ class Explorer:
         if self.labels.layout.display != "none":
             both = view == SIDE_BY_SIDE and self.phi_map is not None
             slices.contour_legend(self.figure, "moving and warped" if both else self.warped)
-        self.contours = []
+        self.contours: list[Any] = []
         self._draw()
         self.figure.set_layout_engine("none")  # one layout for all slices: nothing jumps, and it is quicker
 
-    def _draw(self, change=None) -> None:
+    def _draw(self, change: Any = None) -> None:
         """The current plane into the figure's images, and the figure to the browser."""
         self.drawn = cut = self._cut()
         self.caption.set_text(cut.name)
@@ -221,7 +161,7 @@ class Explorer:
         self.contours = self._contours(cut)
         self.image.value = slices.png(self.figure, compression=1)
 
-    def _contours(self, cut: slices.Cut) -> list:
+    def _contours(self, cut: slices.Cut) -> list[Any]:
         lines = slices.deformed_grid(self.axes[0], cut) if self.view.value == GRID else []
         if not self.labels.value:
             return lines

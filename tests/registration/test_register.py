@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813, as everywhere
 import torch
+from matplotlib.image import imread
 from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
@@ -22,12 +24,14 @@ from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.model.transform import Transform
+from fmsam_lib.parameters import Register, Registering
+from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import DataError
 from fmsam_lib.registration import command, volume
-from fmsam_lib.registration import register as module
-from fmsam_lib.registration.command import main
+from fmsam_lib.registration.command import main, report
 from fmsam_lib.registration.folder import staged
 from fmsam_lib.registration.register import register
+from fmsam_lib.training import instance
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import Batch, jittered_points, objective
 
@@ -203,6 +207,9 @@ def test_what_is_written_has_the_fixed_files_geometry_and_the_forms_that_others_
     field = nibabel.load(tmp_path / "out" / "disp_fixed_moving.nii.gz")
     assert field.shape == (*FIXED, 3)
     np.testing.assert_array_equal(field.affine, nibabel.load(pair["fixed"]).affine)
+    expected = overview(result.pair, result.phi.map)
+    expected.savefig(tmp_path / "expected.png", dpi=150)
+    np.testing.assert_array_equal(*(imread(tmp_path / name) for name in ("out/overview.png", "expected.png")))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +433,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best_so_far(monkeypatch, pai
         calls.append(objective(*args, **options))
         return calls[-1]._replace(total=calls[-1].total * (float("nan") if len(calls) > 3 else 1))
 
-    monkeypatch.setattr(module, "objective", breaks)
+    monkeypatch.setattr(instance, "objective", breaks)
     with pytest.warns(UserWarning, match="not finite at step 3; the best before counts"):
         result = register(pair["fixed"], pair["moving"], network(), shape=GRID, io=9, lr=1e-4, progress=False)
     assert len(result.losses) == 3
@@ -597,21 +604,33 @@ def test_other_formats_that_nibabel_reads(tmp_path):
     ("options", "message"),
     [
         ({"shape": None}, r"expected `shape` \(--shape\), got none"),
-        ({"shape": (16, 16)}, r"3 whole numbers of at least 16 for this 3-D network, got \(16, 16\)"),
-        ({"shape": (16, 16, 8)}, "at least 16"),
-        ({"shape": (1, 32, 32)}, "at least 16"),
-        ({"shape": (16.5, 32, 32)}, "whole numbers"),
-        ({"shape": 32}, "3 whole numbers"),
-        ({"similarity": "ncc"}, "similarity to be one of lncc, lncc2, mind, got 'ncc'"),
-        ({"io": 1.5}, "got io 1.5"),
-        ({"modality": "us"}, "expected mr or ct as the fixed image's modality, got 'us'"),
-        ({"io": -1}, "got io -1"),
-        ({"lr": 0, "lmbda": -1, "sigma": float("nan")}, "got lmbda -1, lr 0, sigma nan"),
+        ({"shape": (16, 16)}, r"expected 3 numbers as `shape` \(--shape\) of a 3-D network, got \[16, 16\]"),
+        ({"shape": (16, 16, 8)}, "shape: expected to be greater than or equal to 16, got 8"),
+        ({"shape": (1, 32, 32)}, "shape: expected to be greater than or equal to 16, got 1"),
+        ({"shape": (16.5, 32, 32)}, "shape: expected a valid integer, got 16.5"),
+        ({"shape": 32}, "shape: expected a valid list, got 32"),
+        ({"similarity": "ncc"}, "similarity: expected 'lncc', 'lncc2' or 'mind', got 'ncc'"),
+        ({"io": 1.5}, "io: expected a valid integer, got 1.5"),
+        ({"modality": "us"}, "modality: expected 'mr' or 'ct', got 'us'"),
+        ({"moving_modality": "us"}, "moving_modality: expected '', 'mr' or 'ct', got 'us'"),
+        ({"io": -1}, "io: expected to be greater than or equal to 0, got -1"),
+        (
+            {"lr": 0, "lmbda": -1, "sigma": float("nan")},
+            r"3 problems in register's .*- lr: .* 0\n- lmbda: .* -1",
+        ),
+        ({"sigmo": 3.0}, r"sigmo: unknown; .*did you mean sigma\?"),
     ],
 )
-def test_impossible_arguments(pair, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_options(pair, options, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         register(pair["fixed"], pair["moving"], network(), **{"shape": GRID} | options)
+
+
+def test_none_stands_for_an_options_default(pair):
+    nothing = dict.fromkeys(Registering.model_fields) | {"shape": GRID}
+    one, two = (register(pair["fixed"], pair["moving"], network(), **how) for how in (nothing, {"shape": GRID}))
+    assert torch.equal(one.phi.map, two.phi.map)
+    assert one.summary["modality"] == {"fixed": "mr", "moving": "mr"}
 
 
 def test_slices_of_two_orientations_are_refused():
@@ -635,7 +654,7 @@ def test_files_are_looked_at_before_weights_are_fetched(tmp_path, pair, monkeypa
 
 
 def test_folders_made_for_nothing_are_removed(tmp_path, pair):
-    assert run(pair, tmp_path / "a" / "b" / "out", "--io", "-1") == 1
+    assert run(pair, tmp_path / "a" / "b" / "out", grid=GRID[:2]) == 1
     assert not (tmp_path / "a").exists()
 
 
@@ -866,12 +885,57 @@ def test_the_official_weights_are_asked_for_by_name(tmp_path, pair, monkeypatch)
     assert summary["network"]["down"] == [4, 8]
 
 
-@pytest.mark.parametrize("options", [["--io", "many"], ["--threads", "0"], ["--modality", "us"], ["--shape", "-3"]])
-def test_wrong_arguments_exit_with_2(tmp_path, pair, capsys, options):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--io", "many"], "argument --io: invalid int value: 'many'"),
+        (["--io", "-1"], "error: --io: expected to be greater than or equal to 0, got -1"),
+        (["--threads", "-1"], "error: --threads: expected to be greater than or equal to 0, got -1"),
+        (["--modality", "us"], "argument --modality: invalid choice: 'us'"),
+        (["--moving-modality", "us"], "argument --moving-modality: invalid choice: 'us'"),
+        (["--shape", "-3"], "error: --shape: expected to be greater than or equal to 16, got -3"),
+        (["--sigma", "0", "--lmbda", "-1"], "\n--sigma: expected to be greater than 0, got 0.0"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(tmp_path, pair, capsys, options, message):
     with pytest.raises(SystemExit) as left:
         run(pair, tmp_path / "out", *options)
     assert left.value.code == 2
-    assert options[0] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_options_help_and_defaults_are_those_of_the_parameters(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in Register.model_fields.items():
+        default = f" (default: {field.default})" if field.default not in ("", []) else ""
+        assert re.search(rf"--{name.replace('_', '-')} \S.*? {re.escape(field.description + default)}", shown), name
+
+
+def test_an_option_of_the_command_reaches_register(tmp_path, pair, monkeypatch):
+    asked = {}
+
+    def records(**given):
+        asked.update(given)
+        raise DataError("seen")
+
+    monkeypatch.setattr(command, "register", records)
+    options = {"io": 3, "lr": 0.5, "lmbda": 2.0, "sigma": 4.0, "similarity": "mind", "seed": 7}
+    options |= {"modality": "ct", "moving_modality": "mr"}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert run(pair, tmp_path / "out", *flags, "--quiet") == 1
+    assert {name: asked[name] for name in Registering.model_fields} == options | {"shape": list(GRID)}
+    assert asked["progress"] is False
+
+
+def test_the_report_writes_percentages_as_people_do():
+    """All of a small grid folded was "1e+02 % folded"."""
+    summary = {"similarity": {"before": 0.5, "after": 0.6}, "sdlogj": 0.1, "seconds": 1.0, "files": []}
+    for folded, written in ((100.0, "100 % folded"), (0.0212, "0.021 % folded"), (0.00001, "0.00001 % folded")):
+        assert f"-> 0.600, {written}, SDlogJ" in report(summary | {"folding_percent": folded}, "out")
 
 
 def test_the_package_has_the_function_and_the_module_runs(tmp_path):

@@ -2,7 +2,6 @@
 
 import itertools
 
-import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
@@ -10,8 +9,9 @@ import torch
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
-from fmsam_lib.plotting import slices, toy
+from fmsam_lib.plotting import slices
 from fmsam_lib.widgets import pair_explorer as view
+from fmsam_lib.widgets import sliders
 
 
 def toy_pair(shape, labels=True):
@@ -58,7 +58,7 @@ def test_without_a_notebook_there_is_only_the_still_picture(displayed):
 @pytest.mark.parametrize(("headless", "live"), [("", True), ("1", False)])
 def test_the_environment_can_ask_for_still_pictures(monkeypatch, headless, live):
     monkeypatch.setenv("FMSAM_HEADLESS", headless)
-    monkeypatch.setattr(view, "get_ipython", lambda: type("Shell", (), {"kernel": None})())
+    monkeypatch.setattr(sliders, "get_ipython", lambda: type("Shell", (), {"kernel": None})())
     assert (view.explore(toy_pair((6, 7))) is not None) == live
 
 
@@ -139,22 +139,3 @@ def test_a_map_of_another_grid_is_refused(displayed):
 def test_titles_are_text_not_markup():
     explorer = view.explore(toy_pair((6, 7)), title="a <b> c", interactive=True)
     assert "a &lt;b&gt; c" in explorer.widget.children[0].value
-
-
-def test_sliders_redraw_any_figure(displayed):
-    controls = {"rho": widgets.FloatLogSlider(value=0.35, min=-3, max=0), "x": widgets.FloatSlider(value=-0.9, min=-1)}
-    sliders = view.slide(toy.paths, controls, interactive=True)
-    assert isinstance(displayed[0], slices.Picture)
-    assert displayed[1] is sliders.widget
-    pictures = [bytes(sliders.image.value)]
-    for name, value in (("rho", 0.01), ("x", 0.5)):
-        sliders.controls[name].value = value
-        assert bytes(sliders.image.value).startswith(b"\x89PNG")
-        assert bytes(sliders.image.value) not in pictures
-        pictures.append(bytes(sliders.image.value))
-    assert "ρ = 0.01" in sliders.figure.axes[0].get_legend().get_texts()[1].get_text()
-
-
-def test_without_a_notebook_sliders_leave_the_still_picture(displayed):
-    assert view.slide(toy.paths, {"rho": widgets.FloatSlider(value=0.1)}) is None
-    assert len(displayed) == 1

@@ -1,0 +1,70 @@
+"""Any figure with parameters under sliders.
+
+No more than ipywidgets is needed: figures are drawn without a screen and sent as PNG, so a redraw replaces one picture
+by the next without flicker. Sliders and menus are the browser's own: Tab reaches them, arrows move them.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+from IPython import get_ipython
+from IPython.display import display
+from matplotlib.figure import Figure
+
+from fmsam_lib.plotting import slices
+
+PICTURE = {"max_width": "100%", "align_self": "flex-start"}  # the layout of what is drawn, as wide as it is
+ROW = {"flex_flow": "row wrap"}  # and that of the controls above
+
+
+def slide(
+    draw: Callable[..., Figure], controls: dict[str, Any], *, interactive: bool | None = None
+) -> "Sliders | None":
+    """Show `draw(name=value, ...)` with the controls' values as a still picture, then under controls that redraw it.
+
+    controls: ipywidgets by the name of `draw`'s parameter. interactive: as `in_a_notebook` decides unless given.
+
+    >>> sliders = slide(paths, {"rho": widgets.FloatLogSlider(value=0.3)})     # doctest: +SKIP
+    >>> sliders.controls["rho"].value = 0.01                                    # doctest: +SKIP
+    """
+    still = draw(**{name: control.value for name, control in controls.items()})
+    display(still)
+    if not in_a_notebook(interactive):
+        return None
+    sliders = Sliders(draw, controls, still)
+    display(sliders.widget)
+    return sliders
+
+
+def in_a_notebook(interactive: bool | None = None) -> bool:
+    """Whether to show a widget: as asked; else in a notebook's kernel, unless the environment has FMSAM_HEADLESS.
+
+    The workflow sets that where it runs the notebooks: of a widget no picture stays.
+    """
+    if interactive is None:
+        return not os.environ.get("FMSAM_HEADLESS") and hasattr(get_ipython(), "kernel")
+    return interactive
+
+
+class Sliders:
+    """The `controls` and the `image` they draw; setting a control's value redraws. `figure` is the one last drawn."""
+
+    def __init__(self, draw: Callable[..., Figure], controls: dict[str, Any], still: Figure):
+        self.draw, self.controls, self.image = draw, controls, widgets.Image(format="png", layout=PICTURE)
+        for name, control in controls.items():
+            control.description = control.description or name
+            control.observe(self._draw, "value")
+        self.widget = widgets.VBox([widgets.HBox(list(controls.values()), layout=ROW), self.image])
+        self._show(still)
+
+    def _ipython_display_(self) -> None:
+        """Nothing: `slide` has shown the widget, and a cell that ends in it should not show it twice."""
+
+    def _draw(self, change: Any = None) -> None:
+        self._show(self.draw(**{name: control.value for name, control in self.controls.items()}))
+
+    def _show(self, figure: Figure) -> None:
+        self.figure = figure
+        self.image.value = slices.png(self.figure, compression=1)
