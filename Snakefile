@@ -9,7 +9,7 @@ from fmsam_lib.study.file import read_study
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
 
 root, study_file = Path(config["root"]), Path(config["study"])
-*work, report = jobs(read_study(study_file), root, "", study_file)
+*work, comparison = jobs(read_study(study_file), root, "", study_file)
 needs = {(job.folder, job.notebook): [root / file for file in job.needs] for job in work}
 python = shlex.quote(sys.executable)
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --cwd notebooks --log-level ERROR --no-progress-bar"
@@ -19,7 +19,7 @@ to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-input
 # Tables and weights are asked for too: Snakemake would not miss what was removed behind a report that is there.
 rule study:
     input:
-        [root / file for job in (*work, report) for file in job.makes],
+        [root / file for job in (*work, comparison) for file in job.makes],
 
 
 for name in {job.notebook: None for job in work}:
@@ -39,12 +39,12 @@ for name in {job.notebook: None for job in work}:
             "{papermill} {input.notebook} {log:q} -f {input.parameters:q}"
 
 
-rule report:
+rule compare:
     input:
         notebook=ancient("notebooks/40_compare.ipynb"),
         parameters=root / "40_compare.yaml",
         left_out=root / "left_out.json",
-        needs=[root / file for file in report.needs],
+        needs=[root / file for file in comparison.needs],
     output:
         root / "report.html",
     log:

@@ -80,9 +80,12 @@ def gather(study: Study, folder: Path | str) -> Found:
         problems.append(f"results of {', '.join(strange)}, which the study does not test on, are left out")
         kept = [*study.test_domains, TRAINING, ""]
         found = {name: t[t.test_domain.isin(kept)] if "test_domain" in t else t for name, t in found.items()}
-    mixed, older = _versions(folder, work, configs)
-    problems = list(dict.fromkeys([*problems, *_unlike(study, configs), *mixed]))
-    return Found(**found, configs=configs, problems=problems, notes=[*gaps(found["results"]), *older])
+    by = _computed_by(folder, work, configs)
+    problems = list(dict.fromkeys([*problems, *_unlike(study, configs, by)]))
+    notes = gaps(found["results"])
+    if older := sorted({*by.values()} - {sources()}):
+        notes.append(f"computed by the library's sources {', '.join(older)}, not by the present ones, {sources()}")
+    return Found(**found, configs=configs, problems=problems, notes=notes)
 
 
 def _training(folder: Path, job: Job, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -137,21 +140,21 @@ def _together(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
-def _unlike(study: Study, configs: dict[str, dict[str, Any]]) -> list[str]:
-    """Parameters that the study leaves to notebook 10, and in which its runs differ all the same."""
+def _unlike(study: Study, configs: dict[str, dict[str, Any]], by: dict[str, str]) -> list[str]:
+    """What the study leaves to notebook 10, and in which its runs differ all the same; `by` which sources, too."""
     meant = {"train_domain", "optimizer", "seed", *MAY_DIFFER, *(name for v in study.variants.values() for name in v)}
-    found = []
+    differ = {"the library (hash of its sources)": by}
     for name in sorted(Train.model_fields.keys() - meant):
-        told = _shared({run: repr(config["parameters"][name]) for run, config in configs.items()})
-        found += [f"the runs differ in {name} ({told}): are several studies mixed?"] if told else []
-    return found
+        differ[name] = {run: repr(config["parameters"][name]) for run, config in configs.items()}
+    shared = {name: _shared(values) for name, values in differ.items()}
+    return [f"the runs differ in {name} ({told}): are several studies mixed?" for name, told in shared.items() if told]
 
 
-def _versions(folder: Path, work: list[Job], configs: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """A problem where several versions of the library computed the study, a note where not the present one did.
+def _computed_by(folder: Path, work: list[Job], configs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The hash of the library's sources that computed each run and table.
 
-    A training records its version and where it went on with another. For the other notebooks `sources.jsonl` tells
-    which version was at work when they wrote: it has a line for each time that the study was started.
+    A training records its own, and others with which it went on after a stop. For the other notebooks `sources.jsonl`,
+    with a line for each time that the study was started, tells which were at work when they wrote.
     """
     by = {run: config["provenance"]["sources"] for run, config in configs.items()}
     for run, config in configs.items():
@@ -163,10 +166,7 @@ def _versions(folder: Path, work: list[Job], configs: dict[str, dict[str, Any]])
         if job.notebook != "10_train" and made.exists():
             before = [start["sources"] for start in starts if start["time"] <= made.stat().st_mtime]
             by |= {job.name: before[-1]} if before else {}
-    told, older = _shared(by), sorted(set(by.values()) - {sources()})
-    mixed = f"several versions of the library computed this ({told}): remove what the older ones made, compute again"
-    other = f"computed by the library's sources {', '.join(older)}, not by the present ones, {sources()}"
-    return [mixed] if told else [], [other] if older else []
+    return by
 
 
 def _shared(values: dict[str, str]) -> str:

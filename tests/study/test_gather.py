@@ -301,7 +301,7 @@ def test_runs_of_several_versions_of_the_library_are_named(make):
     trained_by(root, "a/sam/seed1", "0123456789ab")
     found = gather(study, root)
     (problem,) = found.problems
-    assert problem.startswith("several versions of the library computed this")
+    assert problem.startswith("the runs differ in the library (hash of its sources) (")
     assert f"{sources()} in 3, first a/adam/seed0" in problem
     assert "0123456789ab in 1, first a/sam/seed1" in problem
     assert len(found.results) == len(gather(*make()).results)  # named, not left out

@@ -334,6 +334,12 @@ def test_the_report_shows_every_picture_with_its_caption(project, computed):
     root = project / "runs/tiny"
     assert "sam - adam" in computed.stdout
     assert f"report: {root / 'report.html'}" in computed.stdout
+    last = computed.stdout.split("share\n")[1].split("\n\n")[0]
+    number = {line.split()[0]: int(line.split()[1]) for line in last.splitlines()}
+    assert number == {
+        **{"10_train": 3, "20_evaluate": 5, "30_loss_landscape": 3, "35_between_minima": 1, "40_compare": 1}
+    }
+    assert sum(int(line.split()[-2]) for line in last.splitlines()) == pytest.approx(100, abs=3)
     report = (root / "report.html").read_text()
     assert "No figure" not in report
     assert "Nothing is missing" in report
@@ -381,7 +387,9 @@ def test_two_processes_do_not_compute_the_same_study(project, computed):
 
 @pytest.fixture(scope="module")
 def damaged(project, computed):
-    """The study again, when a file is cut short and another training lies in the folder of one run."""
+    """Again, when a file is cut short, a run's folder holds another training and the library has changed."""
+    with open(project / "fmsam_lib/pair.py", "a") as module:
+        module.write("# changed\n")
     root, path = project / "runs/tiny", project / "data/Real/imagesTr/p4.nii.gz"
     path.write_bytes(path.read_bytes()[:200])
     config = root / "brain-mr/sam/seed0/config.json"
@@ -410,6 +418,19 @@ def test_a_failed_training_keeps_what_the_others_did(project, damaged):
     assert "lr: 0.5 there, 0.001 now" in damaged.stderr
     assert "brain-mr/sam/seed0: this run was not trained to its end" in damaged.stderr
     assert set(pd.read_csv(project / "runs/tiny/results.csv").optimizer) == METHODS - {"sam", "sam+io"}
+
+
+def test_a_study_that_goes_on_with_another_version_of_the_library_says_so(project, damaged):
+    (line,) = [line for line in damaged.stderr.splitlines() if "the runs differ in the library (hash" in line]
+    first, second = {
+        json.loads(line)["sources"]: 1 for line in (project / "runs/tiny/sources.jsonl").read_text().splitlines()
+    }
+    assert f"{first} in " in line
+    assert f"{second} in " in line
+    assert line.split(f"{second} in ")[1].startswith("2, first none/20_evaluate")  # and Adam's landscape
+    assert f"computed by the library's sources {first}, not by the present ones" in (
+        (project / "runs/tiny/report.html").read_text().replace("&#39;", "'")
+    )
 
 
 def test_a_missing_training_domain_is_an_error_before_anything_is_computed(project):
