@@ -18,7 +18,7 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.parameters import Evaluate
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.grid import grid, twins
-from fmsam_lib.study.notebooks import jobs, plan
+from fmsam_lib.study.notebooks import NOTEBOOKS, jobs, plan
 from fmsam_lib.study.run import main, preflight
 from tests.conftest import PROJECT
 
@@ -172,6 +172,11 @@ def test_a_notebook_waits_for_the_trainings_that_it_reads(tmp_path):
     assert needs["none/20_evaluate"] == ()
     assert needs["io/20_evaluate"] == (f"{adam}/weights.pt",)
     assert needs["brain-mr/between/seed0/35_between_minima"] == (f"{adam}/weights.pt", f"{sam}/weights.pt")
+
+
+def test_every_file_is_made_by_one_notebook_alone():
+    files = [file for notebook in NOTEBOOKS.values() for file in (*notebook.makes, *notebook.keeps)]
+    assert len(files) == len(set(files))
 
 
 def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
