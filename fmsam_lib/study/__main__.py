@@ -1,4 +1,4 @@
-"""None"""
+"""`python -m fmsam_lib.study NAME` computes a whole study."""
 
 import sys
 

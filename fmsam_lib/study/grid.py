@@ -1,12 +1,78 @@
-"""The grid of a study: train domain x optimizer x seed."""
+"""What a study file may say, and the grid of runs that it means: train domain x optimizer x seed."""
 
 import itertools
+import re
+import typing
 from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from fmsam_lib.parameters import EQUAL_COMPUTE
-from fmsam_lib.study.file import Study
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from fmsam_lib.checking import Name, Names, Natural, Parameters, Shape, each_once, nearest
+from fmsam_lib.parameters import EQUAL_COMPUTE, Method, Optimizer
 
 BASELINE = "adam"  # the other optimizers are compared with it
+TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
+
+
+class Study(Parameters):
+    """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults.
+
+    leave_one_out: domains of which all but one are trained on together, each left out in turn: so many training domains
+    more. baselines: registrations without training, for the same tables: ANTs' SyN, instance optimisation alone.
+    variants: further optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the
+    training's parameters differs.
+    """
+
+    description: str
+    leave_one_out: Annotated[list[Name], AfterValidator(each_once)] = Field([])
+    train_domains: Annotated[list[Name], AfterValidator(each_once)] = Field([])
+    test_domains: Names
+    variants: dict[str, dict[str, Any]] = Field({})
+    optimizers: Names
+    seeds: Annotated[list[Natural], Field(min_length=1), AfterValidator(each_once)]
+    shape: Shape
+    baselines: Annotated[list[Literal["ants-syn", "io"]], AfterValidator(each_once)] = Field([])
+    train: dict[str, Any]
+    evaluate: dict[str, Any]
+    landscape: dict[str, Any]
+    between: dict[str, Any] = Field({})
+
+    @field_validator("train_domains")
+    @classmethod
+    def _all_but_one(cls, given: list[str], info: ValidationInfo) -> list[str]:
+        """Those of the file, and all but one of `leave_one_out` for each of its domains."""
+        if "leave_one_out" not in info.data:  # it is wrong itself
+            return given
+        left_out = info.data["leave_one_out"]
+        if len(left_out) == 1:
+            raise ValueError(f"expected two domains or more in leave_one_out, not {left_out[0]} alone")
+        others = ["+".join(other for other in left_out if other != domain) for domain in left_out]
+        if not (given or others):
+            raise ValueError("expected train_domains or leave_one_out: name what to train on")
+        return list(dict.fromkeys([*given, *others]))
+
+    @field_validator("variants")
+    @classmethod
+    def _named(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, variant in variants.items():
+            if not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN:
+                raise ValueError(
+                    f"{name!r}: expected a name of letters, digits, '.', '_' and '-' that is no optimizer's or "
+                    f"method's, none of {', '.join(TAKEN)}"
+                )
+            if "optimizer" not in variant:
+                raise ValueError(f"{name}: expected an optimizer")
+        return variants
+
+    @field_validator("optimizers")
+    @classmethod
+    def _known(cls, names: list[str], info: ValidationInfo) -> list[str]:
+        known = [*typing.get_args(Optimizer), *info.data.get("variants", names)]
+        unknown = [f"{name} is unknown{nearest(name, known)}" for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"expected some of {', '.join(known)}; {'; '.join(unknown)}")
+        return names
 
 
 @dataclass(frozen=True)
@@ -37,11 +103,6 @@ def compared(study: Study) -> tuple[str, str]:
 def twins(study: Study) -> list[tuple[Run, Run]]:
     """Runs of baseline and treatment with the same training domain and seed, so the same start."""
     baseline, treatment = compared(study)
-    runs = {(run.train_domain, run.optimizer, run.seed): run for run in grid(study)}
-    found = [(runs[d, baseline, s], runs[d, treatment, s]) for d in study.train_domains for s in study.seeds]
-    return [pair for pair in found if pair[0] != pair[1]]
-
-
-def between_folder(run: Run) -> str:
-    """Where notebook 35 puts what lies between the solutions of this training domain and seed."""
-    return f"{run.train_domain}/between/seed{run.seed}"
+    if baseline == treatment:
+        return []
+    return [(Run(d, baseline, s), Run(d, treatment, s)) for d in study.train_domains for s in study.seeds]

@@ -1,60 +1,96 @@
-"""What each notebook of a study reads and writes."""
+"""Which notebooks a study runs, what each one takes and makes, and what they left."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from fmsam_lib.checking import ConfigError, Parameters
+from fmsam_lib.parameters import Between, Compare, Evaluate, Landscape, Train
 from fmsam_lib.records import written_whole
-from fmsam_lib.study.file import Study
-from fmsam_lib.study.grid import Run, between_folder, compared, grid, twins
+from fmsam_lib.study.grid import Run, Study, compared, grid, twins
 
 
-def parameters(study: Study, run: Run | None, root: Path, data: str, study_file: Path) -> dict[str, dict]:
-    """What each notebook of `run` takes beyond its defaults, by the notebook's name; None: those of no single run."""
-    common = {"test_domains": study.test_domains, "data": data}
-    if run is None:
-        evaluate = study.evaluate | common | {"shape": study.shape}
-        alone = ["none", *(["ants-syn"] if "ants-syn" in study.baselines else [])]
-        notebooks = {"none/20_evaluate": evaluate | {"run": "", "out": f"{root}/none", "methods": alone}}
-        if "io" in study.baselines:  # takes the network's form and the loss from a run
-            of = {"run": f"{root}/{grid(study)[0].folder}", "out": f"{root}/io", "methods": ["io"]}
-            notebooks["io/20_evaluate"] = evaluate | of
-        for pair in twins(study):
-            out = between_folder(pair[0])
-            of = dict(zip(("baseline", "treatment"), (f"{root}/{run.folder}" for run in pair), strict=True))
-            notebooks[f"{out}/35_between_minima"] = study.between | common | of | {"out": f"{root}/{out}"}
-        baseline, treatment = compared(study)
-        report = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
-        return notebooks | {"40_compare": report}
-    out = f"{root}/{run.folder}"
-    cell = {"train_domain": run.train_domain, "seed": run.seed}
-    cell |= study.variants.get(run.optimizer, {"optimizer": run.optimizer})
-    methods = ["network", *(["network+io"] if study.evaluate.get("io") else [])]
-    evaluate = study.evaluate | common | {"run": out, "out": out, "shape": study.shape, "methods": methods}
-    return {
-        f"{run.folder}/10_train": study.train | cell | {"out": out, "shape": study.shape, "data": data},
-        f"{run.folder}/20_evaluate": evaluate,
-        f"{run.folder}/30_loss_landscape": study.landscape | common | {"run": out, "out": out},
-    }
+@dataclass(frozen=True)
+class Notebook:
+    """What a notebook takes, the section of the study file that says so, and the files it leaves.
+
+    makes: into its job's folder, when it is done: removed, they are made again. keeps: what it adds to on the way.
+    """
+
+    takes: type[Parameters]
+    section: str
+    makes: tuple[str, ...]
+    keeps: tuple[str, ...] = ()
 
 
-def outputs(study: Study) -> list[str]:
-    """The files that the notebooks of a study write last, beside the trainings': `report.html` and those it needs."""
-    alone = ["none", *(["io"] if "io" in study.baselines else [])]
-    runs = [f"{run.folder}/{file}" for run in grid(study) for file in ("results.csv", "landscape.csv")]
-    return [
-        *(f"{name}/results.csv" for name in alone),
-        *runs,
-        *(f"{between_folder(a)}/between.csv" for a, _ in twins(study)),
-    ]
+NOTEBOOKS = {
+    "10_train": Notebook(Train, "train", ("weights.pt",), keeps=("history.jsonl",)),
+    "20_evaluate": Notebook(Evaluate, "evaluate", ("results.csv", "pairs.csv", "costs.csv", "robustness.csv")),
+    "30_loss_landscape": Notebook(Landscape, "landscape", ("landscape.csv", "flatness.csv")),
+    "35_between_minima": Notebook(Between, "between", ("between.csv",)),
+    "40_compare": Notebook(Compare, "", ("report.html",)),
+}
 
 
-def plan(study: Study, root: Path, data: str, study_file: Path) -> None:
-    """Write every notebook's parameter file; one that says the same already keeps its date."""
-    for run in (None, *grid(study)):
-        for name, values in parameters(study, run, root, data, study_file).items():
-            write_if_new(root / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False))
+@dataclass(frozen=True)
+class Job:
+    """One notebook to run: its folder below the study's, what it takes beyond its defaults, the files that it needs."""
+
+    folder: str
+    notebook: str
+    values: dict[str, Any]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{self.notebook}".lstrip("/")
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        return tuple(f"{self.folder}/{file}".lstrip("/") for file in NOTEBOOKS[self.notebook].makes)
+
+
+def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
+    """Every notebook that a study in the folder `root` runs, the report last.
+
+    Raises ConfigError where a section of the file sets what the study itself does.
+    """
+    found: list[Job] = []
+
+    def add(notebook: str, folder: str, section: dict[str, Any], own: dict[str, Any], *trained: Run) -> None:
+        own = own | {"out": f"{root}/{folder}", "data": data}
+        if twice := sorted(section.keys() & own.keys()):
+            where = NOTEBOOKS[notebook].section
+            raise ConfigError(f"section {where}: the study itself sets {', '.join(twice)}: leave that out")
+        found.append(Job(folder, notebook, section | own, tuple(f"{run.folder}/weights.pt" for run in trained)))
+
+    tests: dict[str, Any] = {"test_domains": study.test_domains}
+    shape: dict[str, Any] = {"shape": study.shape}
+    alone = ["none", *(["ants-syn"] if "ants-syn" in study.baselines else [])]
+    add("20_evaluate", "none", study.evaluate, tests | shape | {"run": "", "methods": alone})
+    if "io" in study.baselines:  # takes the network's form and the loss from a run
+        first = grid(study)[0]
+        of = {"run": f"{root}/{first.folder}", "methods": ["io"]}
+        add("20_evaluate", "io", study.evaluate, tests | shape | of, first)
+    for run in grid(study):
+        variant = study.variants.get(run.optimizer, {"optimizer": run.optimizer})
+        values = study.train | {name: value for name, value in variant.items() if name != "optimizer"}
+        cell = {"train_domain": run.train_domain, "optimizer": variant["optimizer"], "seed": run.seed}
+        add("10_train", run.folder, values, shape | cell)
+        methods = ["network", *(["network+io"] if study.evaluate.get("io") else [])]
+        of = {"run": f"{root}/{run.folder}"}
+        add("20_evaluate", run.folder, study.evaluate, tests | shape | of | {"methods": methods}, run)
+        add("30_loss_landscape", run.folder, study.landscape, tests | of, run)
+    for a, b in twins(study):
+        both = {"baseline": f"{root}/{a.folder}", "treatment": f"{root}/{b.folder}"}
+        add("35_between_minima", Run(a.train_domain, "between", a.seed).folder, study.between, tests | both, a, b)
+    baseline, treatment = compared(study)
+    report = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
+    return [*found, Job("", "40_compare", report, tuple(file for job in found for file in job.makes))]
 
 
 def write_if_new(path: Path, text: str) -> None:
@@ -64,12 +100,19 @@ def write_if_new(path: Path, text: str) -> None:
             partial.write_text(text)
 
 
-def failures(study: Study, root: Path) -> list[str]:
-    """What went wrong in the study's notebooks, from the errors they hold."""
-    found = []
-    names = [name for run in (None, *grid(study)) for name in parameters(study, run, root, "", Path())]
-    for notebook in (root / f"{name}.ipynb" for name in names):
-        cells = json.loads(notebook.read_text())["cells"] if notebook.exists() else []
-        errors = [o for cell in cells for o in cell.get("outputs", []) if o["output_type"] == "error"]
-        found += [f"{notebook}: {error['ename']}: {error['evalue']}" for error in errors]
-    return found
+def plan(work: list[Job], root: Path) -> None:
+    """Write every notebook's parameter file."""
+    for job in work:
+        write_if_new(root / f"{job.name}.yaml", yaml.safe_dump(job.values, sort_keys=False))
+
+
+def executed(work: list[Job], root: Path) -> Iterator[tuple[Job, float, list[str]]]:
+    """The jobs that were run, the seconds that each took (0: it was killed), and its errors."""
+    for job in work:
+        path = root / f"{job.name}.ipynb"
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text())
+        outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
+        errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+        yield job, content["metadata"]["papermill"]["duration"] or 0.0, [f"{path}: {error}" for error in errors]

@@ -7,7 +7,6 @@ is not computed again.
 
 import argparse
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -16,16 +15,16 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
-from fmsam_lib.records import PROJECT, DataError
-from fmsam_lib.study.file import Study, read_study
-from fmsam_lib.study.grid import grid
-from fmsam_lib.study.notebooks import failures, outputs, plan, write_if_new
-
-# --- the command ---
+from fmsam_lib.records import PROJECT, DataError, sources
+from fmsam_lib.study.file import read_study
+from fmsam_lib.study.grid import Study
+from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
 
 
 def main() -> int:
@@ -51,17 +50,25 @@ def main() -> int:
         print(f"error: another process is computing this study in {root}; wait for it or end it", file=sys.stderr)
         return 2
     write_if_new(root / "left_out.json", json.dumps(left_out))
-    plan(study, root, data, study_file)
-    done = compute(study, given.study, root, given.cores, locked=(lock.fileno(),))
-    for problem in failures(study, root):
-        print(f"failed: {problem}", file=sys.stderr)
-    if not done:  # compare what there is
-        command = [sys.executable, "-m", "snakemake", "what_there_is", *snakemake_arguments(given.study, root, 1)]
-        if subprocess.run(command, capture_output=True).returncode:
+    with open(root / "sources.jsonl", "a") as log:  # whatever is made from now on is made by these
+        log.write(json.dumps({"time": time.time(), "sources": sources()}) + "\n")
+    work = jobs(study, root, data, study_file)
+    plan(work, root)
+    snakemake = [
+        *(sys.executable, "-m", "snakemake", "--config", f"study={study_file}", f"root={root}"),
+        *("--snakefile", str(PROJECT / "Snakefile"), "--directory", str(PROJECT)),
+        *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(given.cores)),
+    ]
+    print(f"study {given.study} on {given.cores} cores; log: {root / 'snakemake.log'}", flush=True)
+    done = compute(snakemake, work, root, lock.fileno())
+    if not done:
+        for problem in (problem for *_, problems in executed(work, root) for problem in problems):
+            print(f"failed: {problem}", file=sys.stderr)
+        if subprocess.run([*snakemake, "what_there_is"], capture_output=True).returncode:
             print("error: there is no result to compare yet", file=sys.stderr)
             return 1
     problems = json.loads((root / "problems.json").read_text())
-    print("\n" + (root / "summary.txt").read_text())
+    print(f"\n{(root / 'summary.txt').read_text()}\n{times(work, root)}\n")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if not done:
@@ -90,28 +97,19 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     there = [domain for domain in study.test_domains if not any(line.startswith(f"{domain} is ") for line in left_out)]
     if not there:
         raise DataError("no test domain is there:\n- " + "\n- ".join(left_out))
-    return dataclasses.replace(study, test_domains=there), left_out
+    return study.model_copy(update={"test_domains": there}), left_out
 
 
-def snakemake_arguments(name: str, root: Path, cores: int) -> list[str]:
-    return [
-        *("--snakefile", str(PROJECT / "Snakefile"), "--directory", str(PROJECT), "--cores", str(cores)),
-        *("--profile", str(PROJECT / "profiles" / "default"), "--config", f"study={name}", f"root={root}"),
-    ]
-
-
-def compute(study: Study, name: str, root: Path, cores: int, *, locked: tuple[int, ...] = ()) -> bool:
-    """Run the graph, telling how far it is; whether all of it was done."""
-    command = [sys.executable, "-m", "snakemake", *snakemake_arguments(name, root, cores)]
+def compute(snakemake: list[str], work: list[Job], root: Path, lock: int) -> bool:
+    """Run the graph, telling how far it is; whether all of it was done. The lock is Snakemake's, too."""
     start, told, every = time.monotonic(), "", 2 if sys.stdout.isatty() else 20
-    print(f"study {name} on {cores} cores; log: {root / 'snakemake.log'}", flush=True)
     with open(root / "snakemake.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, pass_fds=locked)
+        process = subprocess.Popen(snakemake, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(every)
-                seconds, now = int(time.monotonic() - start), progress(study, root)
+                seconds, now = int(time.monotonic() - start), progress(work, root)
                 if now != told:
                     print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
                     told = now
@@ -121,16 +119,21 @@ def compute(study: Study, name: str, root: Path, cores: int, *, locked: tuple[in
     return process.returncode == 0
 
 
-def progress(study: Study, root: Path) -> str:
+def progress(work: list[Job], root: Path) -> str:
     """How many notebooks are done, and where the trainings under way stand."""
-    files = [*outputs(study), "report.html", *(f"{run.folder}/weights.pt" for run in grid(study))]
-    parts = [f"{sum((root / file).exists() for file in files)} of {len(files)} notebooks done"]
-    for run in grid(study):
-        folder = root / run.folder
-        history = folder / "history.jsonl"
-        if history.exists() and not (folder / "weights.pt").exists() and (lines := history.read_text().splitlines()):
+    left = [job for job in work if not all((root / file).exists() for file in job.makes)]
+    parts = [f"{len(work) - len(left)} of {len(work)} notebooks done"]
+    for job in left:
+        history = root / job.folder / "history.jsonl"
+        if job.notebook == "10_train" and history.exists() and (lines := history.read_text().splitlines()):
             last = json.loads(lines[-1])
-            parts.append(
-                f"{run.train_domain} {run.optimizer} seed {run.seed}: step {last['step']}, loss {last['total']:.3f}"
-            )
+            parts.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
     return " | ".join(parts)
+
+
+def times(work: list[Job], root: Path) -> str:
+    """Where the time went: how many notebooks of each kind were run, and the seconds that they took."""
+    ran = pd.DataFrame([(job.notebook, seconds) for job, seconds, _ in executed(work, root)], columns=["notebook", "s"])
+    table = ran.groupby("notebook").s.agg(number="size", seconds="sum", each="mean")
+    table["share"] = (100 * table.seconds / table.seconds.sum()).round().map("{:.0f} %".format)
+    return table.rename_axis(None).round(1).to_string()

@@ -18,7 +18,7 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.parameters import Evaluate
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.grid import grid, twins
-from fmsam_lib.study.notebooks import outputs, parameters, plan
+from fmsam_lib.study.notebooks import NOTEBOOKS, jobs, plan
 from fmsam_lib.study.run import main, preflight
 from tests.conftest import PROJECT
 
@@ -41,11 +41,19 @@ TINY = {
 }
 
 
+VARIED = {"optimizers": ["adam", "v"]}
+
+
 def study_of(folder, **changes):
     """`TINY` with changes, written and read; None removes a key."""
     values = {key: value for key, value in (TINY | changes).items() if value is not None}
     (folder / "s.yaml").write_text(yaml.safe_dump(values))
     return read_study(folder / "s.yaml")
+
+
+def names_and_parameters(study, root):
+    """Of all notebooks."""
+    return {job.name: job.values for job in jobs(study, root, "D", root / "s.yaml")}
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
@@ -77,7 +85,7 @@ def test_a_variant_is_an_optimizer_with_parameters_of_its_own(tmp_path):
     study = study_of(tmp_path, optimizers=["adam", "sam-1"], variants=variants)
     adam, variant = grid(study)
     assert variant.folder == "brain-mr/sam-1/seed0"
-    values = [parameters(study, run, tmp_path, "", tmp_path)[f"{run.folder}/10_train"] for run in (adam, variant)]
+    values = [names_and_parameters(study, tmp_path)[f"{run.folder}/10_train"] for run in (adam, variant)]
     assert [(v["optimizer"], v.get("rho")) for v in values] == [("adam", None), ("sam", 1.0)]
 
 
@@ -92,7 +100,7 @@ def test_a_variant_is_an_optimizer_with_parameters_of_its_own(tmp_path):
 )
 def test_what_the_baseline_is_compared_with(tmp_path, optimizers, treatment):
     study = study_of(tmp_path, optimizers=optimizers)
-    assert parameters(study, None, tmp_path, "", tmp_path)["40_compare"]["treatment"] == treatment
+    assert names_and_parameters(study, tmp_path)["40_compare"]["treatment"] == treatment
 
 
 def test_twins_begin_alike_and_differ_in_the_optimizer(tmp_path):
@@ -100,11 +108,6 @@ def test_twins_begin_alike_and_differ_in_the_optimizer(tmp_path):
     found = [(a.folder, b.folder) for a, b in twins(study)]
     assert found == [(f"{d}/adam/seed{s}", f"{d}/sam/seed{s}") for d in "ab" for s in (0, 1)]
     assert twins(study_of(tmp_path, optimizers=["adam"])) == []
-
-
-def names_and_parameters(study, root):
-    """Of all notebooks."""
-    return {k: v for run in (None, *grid(study)) for k, v in parameters(study, run, root, "D", root / "s.yaml").items()}
 
 
 def test_every_notebook_gets_what_it_needs(tmp_path):
@@ -143,18 +146,37 @@ def test_what_a_study_does_not_ask_for_is_not_computed(tmp_path):
     assert given["none/20_evaluate"]["methods"] == ["none"]
     assert given["brain-mr/adam/seed0/20_evaluate"]["methods"] == ["network"]
     assert not [name for name in given if name.startswith("io/") or "between" in name]
-    assert outputs(study) == [
-        "none/results.csv",
-        "brain-mr/adam/seed0/results.csv",
-        "brain-mr/adam/seed0/landscape.csv",
+    evaluated = ("results.csv", "pairs.csv", "costs.csv", "robustness.csv")
+    assert [file for job in jobs(study, tmp_path, "", tmp_path) for file in job.makes] == [
+        *(f"none/{name}" for name in evaluated),
+        "brain-mr/adam/seed0/weights.pt",
+        *(f"brain-mr/adam/seed0/{name}" for name in (*evaluated, "landscape.csv", "flatness.csv")),
+        "report.html",
     ]
 
 
 def test_the_report_waits_for_every_notebook(tmp_path):
-    study = study_of(tmp_path, optimizers=["adam", "sam"])
-    parents = {file.rpartition("/")[0] for file in outputs(study)}
-    assert parents == {name.rpartition("/")[0] for name in names_and_parameters(study, tmp_path)} - {""}
-    assert "brain-mr/between/seed0/between.csv" in outputs(study)
+    *work, report = jobs(study_of(tmp_path, optimizers=["adam", "sam"]), tmp_path, "", tmp_path)
+    assert report.name == "40_compare"
+    assert set(report.needs) == {file for job in work for file in job.makes}
+    assert "brain-mr/between/seed0/between.csv" in report.needs
+
+
+def test_a_notebook_waits_for_the_trainings_that_it_reads(tmp_path):
+    study = study_of(tmp_path, optimizers=["adam", "sam"], baselines=["io"])
+    needs = {job.name: job.needs for job in jobs(study, tmp_path, "", tmp_path)[:-1]}
+    adam, sam = (f"brain-mr/{name}/seed0" for name in ("adam", "sam"))
+    for run in (adam, sam):
+        assert needs[f"{run}/10_train"] == ()
+        assert needs[f"{run}/20_evaluate"] == needs[f"{run}/30_loss_landscape"] == (f"{run}/weights.pt",)
+    assert needs["none/20_evaluate"] == ()
+    assert needs["io/20_evaluate"] == (f"{adam}/weights.pt",)
+    assert needs["brain-mr/between/seed0/35_between_minima"] == (f"{adam}/weights.pt", f"{sam}/weights.pt")
+
+
+def test_every_file_is_made_by_one_notebook_alone():
+    files = [file for notebook in NOTEBOOKS.values() for file in (*notebook.makes, *notebook.keeps)]
+    assert len(files) == len(set(files))
 
 
 def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
@@ -171,31 +193,44 @@ def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
     [
         ({"seedz": [0]}, r"seedz: unknown; known are .*did you mean seeds\?"),
         ({"train": {"step": 3}}, r"(?s)section train.*step: unknown; known are .*did you mean steps\?"),
-        ({"train": {"steps": 0}}, r"(?s)section train.*steps: expected at least 1, got 0"),
-        ({"train": {"seed": 0}}, r"(?s)section train.*seed: unknown"),
-        ({"optimizers": ["samm"]}, r"(?s)optimizers: expected some of adam, .*samm: unknown \(did you mean sam\?\)"),
-        ({"variants": {"sam-1": {"rho": 1.0}}}, "variant sam-1: expected a mapping with an optimizer"),
-        ({"variants": {"sam-1": {"optimizer": "sam", "roh": 1.0}}}, r"variant sam-1.*\n.*did you mean rho\?"),
-        ({"variants": {"adam": {"optimizer": "sam"}}}, "variant 'adam': expected a name .* that is no optimizer's"),
-        ({"variants": {"a/b": {"optimizer": "sam"}}}, "variant 'a/b': expected a name of letters"),
-        ({"variants": {0.03: {"optimizer": "sam"}}}, "variant 0.03: expected a name"),
-        ({"variants": {"sam-1": {"optimizer": "sam-1"}}}, r"variant sam-1.*\n.*expected one of adam"),
-        ({"variants": {"ants-syn": {"optimizer": "sam"}}}, "variant 'ants-syn': expected .* none of adam, .*ants-syn"),
-        ({"variants": {"between": {"optimizer": "sam"}}}, "variant 'between': expected a name"),
-        ({"leave_one_out": ["brain-mr"]}, "leave_one_out: expected two domains or more, got brain-mr alone"),
-        ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
-        ({"train_domains": []}, "expected train_domains or leave_one_out, got neither"),
-        ({"baselines": ["syn"]}, "baselines: expected a list of some of ants-syn, io, got"),
-        ({"evaluate": {"methods": ["io"]}}, r"(?s)section evaluate.*methods: unknown"),
+        ({"train": {"steps": 0}}, r"(?s)section train, run brain-mr/adam/seed0 .*steps: .*greater than.* 1, got 0"),
+        ({"train": {"seed": 0}}, r"section train: the study itself sets seed: leave that out"),
         (
-            {"evaluate": {"corruptions": ["fog"]}},
-            r"(?s)section evaluate.*corruptions: expected a list of some of noise",
+            {"train": {"batch": 3, "accumulate": 2}},
+            r"(?s)section train.*expected batch to be a multiple of .* 2, got 3",
         ),
-        ({"between": {"baseline": "x"}}, r"(?s)section between.*baseline: unknown; known are pairs, path_points"),
-        ({"between": {"plane_points": 4}}, r"(?s)section between.*plane_points: expected an odd number, got 4"),
-        ({"landscape": {"rhos": []}}, r"(?s)section landscape.*rhos: expected at least one"),
+        ({"train": {"first_stage": 5}}, r"(?s)section train.*expected first_stage to be below steps, and last_step"),
+        ({"optimizers": ["samm"]}, r"optimizers: expected some of adam, .*samm is unknown \(did you mean sam\?\)"),
+        ({"variants": {"sam-1": {"rho": 1.0}}}, "variants: sam-1: expected an optimizer"),
+        (
+            VARIED | {"variants": {"v": {"optimizer": "sam", "roh": 1.0}}},
+            r"(?s)run brain-mr/v/seed0.*did you mean rho\?",
+        ),
+        (VARIED | {"variants": {"v": {"optimizer": "sam", "seed": 1}}}, "the study itself sets seed"),
+        (VARIED | {"variants": {"v": {"optimizer": "v"}}}, r"(?s)run brain-mr/v/seed0.*expected 'adam'"),
+        (
+            VARIED | {"variants": {"v": {"optimizer": "looksam", "processes": 2, "sync_climb": False, "batch": 2}}},
+            r"(?s)run brain-mr/v/seed0.*expected sync_climb with looksam",
+        ),
+        ({"variants": {"adam": {"optimizer": "sam"}}}, "'adam': expected a name .* that is no optimizer's"),
+        ({"variants": {"a/b": {"optimizer": "sam"}}}, "'a/b': expected a name of letters"),
+        ({"variants": {"..": {"optimizer": "sam"}}}, "'..': expected a name of letters"),
+        ({"variants": {0.03: {"optimizer": "sam"}}}, "variants: expected a valid string, got 0.03"),
+        ({"variants": {"ants-syn": {"optimizer": "sam"}}}, "'ants-syn': expected .* none of adam, .*ants-syn"),
+        ({"variants": {"between": {"optimizer": "sam"}}}, "'between': expected a name"),
+        ({"leave_one_out": ["brain-mr"]}, "expected two domains or more in leave_one_out, not brain-mr alone"),
+        ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
+        ({"train_domains": []}, "expected train_domains or leave_one_out: name what to train on"),
+        ({"baselines": ["syn"]}, "baselines: expected 'ants-syn' or 'io', got 'syn'"),
+        ({"evaluate": {"methods": ["io"]}}, r"section evaluate: the study itself sets methods"),
+        ({"evaluate": {"alone_io": 0}}, r"(?s)section evaluate, run io .*expected alone_io of at least 1 step"),
+        ({"evaluate": {"corruptions": ["fog"]}}, r"(?s)section evaluate.*corruptions: expected 'noise', .*got 'fog'"),
+        ({"between": {"baseline": "x"}}, r"section between: the study itself sets baseline"),
+        ({"between": {"pear": 1}}, r"(?s)section between.*pear: unknown; known are .*did you mean pairs"),
+        ({"between": {"plane_points": 4}}, r"(?s)section between.*plane_points: expected an odd number.*, got 4"),
+        ({"landscape": {"rhos": []}}, r"(?s)section landscape.*rhos: .* at least 1 item"),
         ({"seeds": [0, 0]}, "seeds: expected each once"),
-        ({"seeds": []}, "seeds: expected at least one"),
+        ({"seeds": []}, "seeds: .* at least 1 item"),
     ],
 )
 def test_a_wrong_study_says_what_is_right(tmp_path, change, message):
@@ -213,11 +248,11 @@ def test_an_unknown_study_lists_the_known_ones(capsys, monkeypatch):
 
 def test_parameter_files_are_rewritten_only_when_they_change(tmp_path):
     study = study_of(tmp_path)
-    plan(study, tmp_path, "", tmp_path / "s.yaml")
+    plan(jobs(study, tmp_path, "", tmp_path / "s.yaml"), tmp_path)
     path = tmp_path / "brain-mr/sam/seed0/10_train.yaml"
     assert yaml.safe_load(path.read_text())["optimizer"] == "sam"
     before = path.stat().st_mtime_ns
-    plan(study, tmp_path, "", tmp_path / "s.yaml")
+    plan(jobs(study, tmp_path, "", tmp_path / "s.yaml"), tmp_path)
     assert path.stat().st_mtime_ns == before
 
 
@@ -304,6 +339,12 @@ def test_the_report_shows_every_picture_with_its_caption(project, computed):
     root = project / "runs/tiny"
     assert "sam - adam" in computed.stdout
     assert f"report: {root / 'report.html'}" in computed.stdout
+    last = computed.stdout.split("share\n")[1].split("\n\n")[0]
+    number = {line.split()[0]: int(line.split()[1]) for line in last.splitlines()}
+    assert number == {
+        **{"10_train": 3, "20_evaluate": 5, "30_loss_landscape": 3, "35_between_minima": 1, "40_compare": 1}
+    }
+    assert sum(int(line.split()[-2]) for line in last.splitlines()) == pytest.approx(100, abs=3)
     report = (root / "report.html").read_text()
     assert "No figure" not in report
     assert "Nothing is missing" in report
@@ -351,7 +392,9 @@ def test_two_processes_do_not_compute_the_same_study(project, computed):
 
 @pytest.fixture(scope="module")
 def damaged(project, computed):
-    """The study again, when a file is cut short and another training lies in the folder of one run."""
+    """Again, when a file is cut short, a run's folder holds another training and the library has changed."""
+    with open(project / "fmsam_lib/pair.py", "a") as module:
+        module.write("# changed\n")
     root, path = project / "runs/tiny", project / "data/Real/imagesTr/p4.nii.gz"
     path.write_bytes(path.read_bytes()[:200])
     config = root / "brain-mr/sam/seed0/config.json"
@@ -380,6 +423,19 @@ def test_a_failed_training_keeps_what_the_others_did(project, damaged):
     assert "lr: 0.5 there, 0.001 now" in damaged.stderr
     assert "brain-mr/sam/seed0: this run was not trained to its end" in damaged.stderr
     assert set(pd.read_csv(project / "runs/tiny/results.csv").optimizer) == METHODS - {"sam", "sam+io"}
+
+
+def test_a_study_that_goes_on_with_another_version_of_the_library_says_so(project, damaged):
+    (line,) = [line for line in damaged.stderr.splitlines() if "the runs differ in the library (hash" in line]
+    first, second = {
+        json.loads(line)["sources"]: 1 for line in (project / "runs/tiny/sources.jsonl").read_text().splitlines()
+    }
+    assert f"{first} in " in line
+    assert f"{second} in " in line
+    assert line.split(f"{second} in ")[1].startswith("2, first none/20_evaluate")  # and Adam's landscape
+    assert f"computed by the library's sources {first}, not by the present ones" in (
+        (project / "runs/tiny/report.html").read_text().replace("&#39;", "'")
+    )
 
 
 def test_a_missing_training_domain_is_an_error_before_anything_is_computed(project):
