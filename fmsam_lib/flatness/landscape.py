@@ -5,14 +5,12 @@ moves every filter by its own norm, whatever the weights' scale. Everything is m
 batch with one fixed draw of the penalty's points, the same for every network that is compared.
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import loss_landscapes
 import numpy as np
 import pandas as pd
 import torch
@@ -108,22 +106,22 @@ def cosine(a: list[Tensor], b: list[Tensor]) -> float:
 def line(net: nn.Module, loss: LossOf, direction: Sequence[Tensor], *, radius: float, points: int) -> pd.DataFrame:
     """The loss from `-radius` to `radius` along one direction; rows `alpha, term, value`.
 
-    points: an odd number, so that the weights are one. Two interpolations of loss-landscapes, from the weights
-    outwards: it leaves out where it starts from and adds up the rounding of its steps, so that only thus the middle is
-    the weights, to the bit.
+    points: an odd number, so that the weights are one. From there it goes outwards step by step, as loss-landscapes'
+    `linear_interpolation` does, whose values these are but for the start, which it leaves out.
     """
     alphas, half = places(radius, points), points // 2
     space, along = WeightSpace(net), vector(direction)
-    start = copy.deepcopy(space.net)
 
-    def outwards(end: float) -> np.ndarray:  # loss-landscapes hands a wrapper round the network
-        with space.at(along, end) as there:
-            found = loss_landscapes.linear_interpolation(
-                start, there, lambda w: loss(w.modules[0]), half, deepcopy_model=True
-            )
-        return found.reshape(half, -1)
+    def outwards(end: float) -> list[np.ndarray]:
+        step = (torch.add(space.w, along, alpha=end) - space.w) / half
+        here, found = space.w.clone(), []
+        for _ in range(half):
+            here += step
+            with space.at(origin=here) as there:
+                found.append(loss(there))
+        return found
 
-    values = np.concatenate([outwards(-radius)[::-1], [loss(start)], outwards(radius)])
+    values = np.stack([*outwards(-radius)[::-1], loss(space.net), *outwards(radius)])
     return _rows(alpha=np.repeat(alphas, len(TERMS)), values=values)
 
 
@@ -208,15 +206,11 @@ def landscape(
         for i, direction in enumerate(tqdm(drawn[: settings.directions], desc=f"{where} lines", unit="line")):
             rows = line(net, loss, direction, radius=radius, points=settings.line_points)
             parts.append(rows.assign(kind="line", direction=i))
-        extent = {"radius": radius, "points": settings.plane_points}
-        about = [*before, digest(batch), list(seeds[:2]), settings.normalisation, extent, trained.loss()]
-        file = None if keep is None else Path(keep) / f".plane-{where}.jsonl"
-        along, across = drawn[:2]
-        parts.append(
-            plane(
-                net, loss, along, across, radius=radius, points=settings.plane_points, keep=file, key=json.dumps(about)
-            ).assign(kind="plane")
-        )
+        side = settings.plane_points
+        about = [*before, digest(batch), list(seeds[:2]), settings.normalisation, [radius, side], trained.loss()]
+        file, key = None if keep is None else Path(keep) / f".plane-{where}.jsonl", json.dumps(about)
+        square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=side, keep=file, key=key)
+        parts.append(square.assign(kind="plane"))
     angles = [(i, j, cosine(drawn[i], drawn[j])) for j in range(len(drawn)) for i in range(j)]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))
     return pd.concat(parts, ignore_index=True).assign(test_domain=where)

@@ -27,14 +27,7 @@ ASCENT_STEP = 1.0
 
 
 def sharpness(
-    net: nn.Module,
-    terms: TermsOf,
-    *,
-    rhos: list[float],
-    draws: int,
-    ascent_steps: int,
-    seed: int = 0,
-    progress: bool = False,
+    net: nn.Module, terms: TermsOf, *, rhos: list[float], draws: int, ascent_steps: int, seed: int = 0, progress=False
 ) -> pd.DataFrame:
     """The loss's slope and rises around a network's weights w, of n parameters; rows of `COLUMNS`.
 
