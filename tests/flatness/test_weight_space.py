@@ -101,8 +101,8 @@ def test_a_networks_mode_neither_counts_nor_changes(mode):
     before, modes = fingerprint(net), [m.training for m in net.modules()]
     for training, values in expected.items():
         space = WeightSpace(net, terms, torch.float64, training=training)
-        assert space.values().tolist() == [float(value) for value in values]
-        assert space.gradient(0)[0] == float(values[0])
+        assert space.values().tolist() == [float(value.detach()) for value in values]
+        assert space.gradient(0)[0] == float(values[0].detach())
     assert fingerprint(net) == before
     assert [m.training for m in net.modules()] == modes
 
