@@ -21,7 +21,7 @@ from sam import bytes_of, peak_bytes
 
 from fmsam_lib.flatness.landscape import LossOf, line, loss_of, plane, random_direction
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.records import provenance, written_whole
+from fmsam_lib.records import provenance, write_csv
 from fmsam_lib.training.losses import Batch, jittered_points
 
 REPEATS = 3
@@ -110,8 +110,7 @@ def main() -> None:
     table = pd.DataFrame(rows, columns=["figure", "value", "reach", "unit"])
     table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=1, torch=torch.__version__)
     print(table.iloc[:, :4].to_string(index=False))
-    with written_whole(Path(__file__).with_suffix(".csv")) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n", float_format="%.4g")
+    write_csv(table, Path(__file__).with_suffix(".csv"), float_format="%.4g")
 
 
 if __name__ == "__main__":

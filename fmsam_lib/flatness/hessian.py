@@ -2,12 +2,13 @@
 
 Products `H v` are exact: backward through the gradient (Pearlmutter 1994), which works through `grid_sample`. The
 interpolation's cells and LeakyReLU are kinks: the exact Hessian is that of the piece that w lies in, and need not
-foretell a rise at a distance, which `flatness` measures.
+foretell a rise at a distance, which `sharpness` measures.
 """
 
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,64 +18,36 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import nn
 from tqdm.auto import tqdm
 
-from fmsam_lib.flatness.sharpness import (
-    COLUMNS,
-    TERMS,
-    Place,
-    TermsOf,
-    fingerprint,
-    flat,
-    mean_interval,
-    row,
-    sharpness,
-)
+from fmsam_lib.flatness.sharpness import COLUMNS, mean_interval, row, sharpness
+from fmsam_lib.flatness.weight_space import TERMS, TermsOf, WeightSpace, terms_on, unchanged, vector
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.training.losses import Batch, objective
+from fmsam_lib.parameters import Landscape
+from fmsam_lib.training.losses import Batch
 
 TOLERANCE = 1e-5  # of an eigenvalue's residual, relative to it; its own error is of the square
-
-
 RESTARTS = 100  # of 10 to 20 products each, before an eigenvalue counts as not converged
-
 
 Product = Callable[[np.ndarray], np.ndarray]  # v to H v, both (n,)
 
 
 def measures(
-    net: GradICON,
-    batch: Batch,
-    *,
-    loss: dict,
-    rhos: list[float],
-    draws: int,
-    ascent_steps: int,
-    eigenvalues: int,
-    probes: int,
-    lanczos_steps: int,
-    seed: int = 0,
-    progress: bool = True,
+    net: GradICON, batch: Batch, loss: dict[str, Any], settings: Landscape, *, progress: bool = True
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every measure of flatness of a network on one batch: `sharpness` and `curvature` in one table, and the spectrum.
 
     Rises are measured in float64, where they may be a millionth of the loss; curvature in float32, which is several
     times as fast and gave the same largest eigenvalue but for 2e-5 of it.
 
-    loss: the settings of `objective`, those of the network's training. Raises: ValueError for a network in training
-    mode or numbers out of range; RuntimeError should the network have changed.
+    loss: the settings of `objective`, those of the network's training. Raises: ValueError as `curvature`; RuntimeError
+    should the network have changed.
     """
-    before = fingerprint(net)
-
-    def terms_in(dtype: torch.dtype) -> TermsOf:
-        device = next(net.parameters()).device
-        there = Batch(*(None if tensor is None else tensor.to(device, dtype) for tensor in batch))
-        return lambda copied: objective(copied, there, **loss)
-
-    how = {"rhos": rhos, "draws": draws, "ascent_steps": ascent_steps, "seed": seed, "progress": progress}
-    first = sharpness(net, terms_in(torch.float64), **how)
-    how = {"eigenvalues": eigenvalues, "probes": probes, "lanczos_steps": lanczos_steps, "seed": seed}
-    second, spectrum = curvature(net, terms_in(torch.float32), dtype=torch.float32, progress=progress, **how)
-    if fingerprint(net) != before:
-        raise RuntimeError("expected the network to stay as it was while it was measured, but it changed")
+    batch = batch.to(next(net.parameters()).device)
+    how: dict[str, Any] = {"seed": settings.direction_seed, "progress": progress}
+    at_a_distance = settings.model_dump(include={"rhos", "draws", "ascent_steps"}) | how
+    at_w = settings.model_dump(include={"eigenvalues", "probes", "lanczos_steps"}) | how
+    with unchanged(net):
+        first = sharpness(net, terms_on(batch, torch.float64, **loss), **at_a_distance)
+        second, spectrum = curvature(net, terms_on(batch, torch.float32, **loss), dtype=torch.float32, **at_w)
     return pd.concat([part for part in (first, second) if len(part)], ignore_index=True), spectrum
 
 
@@ -100,26 +73,28 @@ def curvature(
 
     dtype: what the products are computed in; `terms` must suit it. A term that is constant or linear has zeros, one
     that is not finite NaN. The graph of the gradient is kept while a term is measured, several times as large as a
-    training step's, beside 20 (more eigenvalues: more) or
-    `lanczos_steps` vectors of all weights. Raises: ValueError for a network in training mode, or numbers out of range.
+    training step's, beside 20 (more eigenvalues: more) or `lanczos_steps` vectors of all weights. Raises: ValueError
+    for more eigenvalues or steps than the network has parameters.
     """
-    place = Place(net, terms, dtype)
-    n = len(place.w)
-    if min(probes, lanczos_steps, eigenvalues) < 0 or eigenvalues >= n or lanczos_steps > n:
+    space = WeightSpace(net, terms, dtype)
+    n = len(space.w)
+    if eigenvalues >= n or lanczos_steps > n:
         raise ValueError(
-            f"expected numbers >= 0, less than {n} eigenvalues and at most {n} lanczos_steps, as the network has {n} "
-            f"parameters; got eigenvalues={eigenvalues}, probes={probes}, lanczos_steps={lanczos_steps}"
+            f"expected less than {n} eigenvalues and at most {n} lanczos_steps, as the network has {n} parameters; "
+            f"got eigenvalues={eigenvalues} and lanczos_steps={lanczos_steps}"
         )
     tables, spectra = [], []
     with tqdm(desc="Hessian", unit="product", disable=not progress, leave=False) as bar:
         for i, term in enumerate(TERMS):
-            rows, spectrum = _of_term(hessian(place, i, bar), n, eigenvalues, probes, lanczos_steps, seed)
+            rows, spectrum = _of_term(hessian(space, i, bar), n, eigenvalues, probes, lanczos_steps, seed)
             tables.append(pd.DataFrame(rows, columns=COLUMNS).assign(term=term))
             spectra.append(spectrum.assign(term=term))
     return pd.concat(tables, ignore_index=True), pd.concat(spectra, ignore_index=True)
 
 
-def _of_term(product: Product, n: int, eigenvalues: int, probes: int, steps: int, seed: int):
+def _of_term(
+    product: Product, n: int, eigenvalues: int, probes: int, steps: int, seed: int
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
     rows = []
     if eigenvalues:
         values = largest_eigenvalues(product, n, eigenvalues, seed=seed)
@@ -130,18 +105,18 @@ def _of_term(product: Product, n: int, eigenvalues: int, probes: int, steps: int
     return rows, spectral_density(product, n, probes if steps else 0, steps, seed=seed)
 
 
-def hessian(place: Place, term: int, bar: tqdm | None = None) -> Product:
+def hessian(space: WeightSpace, term: int, bar: tqdm | None = None) -> Product:
     """The exact product `v -> H v` of one of the TERMS at w, all NaN where a term or its gradient is not finite.
 
     The gradient's graph is built once, here; a product is one way back through it.
     """
-    values = place.terms(place.net)
+    values = space.terms(space.net)
     if not all(torch.isfinite(value) for value in values):
         return lambda v: np.full_like(v, np.nan)
     if not values[term].requires_grad:  # a constant
         return np.zeros_like
     # a parameter that the term does not depend on has a gradient of zeros
-    gradient = flat(torch.autograd.grad(values[term], place.params, create_graph=True, materialize_grads=True))
+    gradient = vector(torch.autograd.grad(values[term], space.params, create_graph=True, materialize_grads=True))
     if not torch.isfinite(gradient).all():
         return lambda v: np.full_like(v, np.nan)
     if not gradient.requires_grad:  # a linear term
@@ -151,8 +126,8 @@ def hessian(place: Place, term: int, bar: tqdm | None = None) -> Product:
         if bar is not None:
             bar.update()
         along = torch.from_numpy(v).to(gradient)
-        how = {"retain_graph": True, "materialize_grads": True}
-        return flat(torch.autograd.grad(gradient, place.params, along, **how)).cpu().double().numpy()
+        products = torch.autograd.grad(gradient, space.params, along, retain_graph=True, materialize_grads=True)
+        return vector(products).cpu().double().numpy()
 
     return product
 
@@ -181,7 +156,7 @@ def trace(product: Product, n: int, probes: int, *, seed: int = 0) -> tuple[floa
     """Hutchinson's estimate of a matrix's trace: the mean of `z^T H z` over random signs z, and its 95 % t-interval."""
     random = np.random.default_rng(seed)
     signs = (random.choice([-1.0, 1.0], n) for _ in range(probes))
-    return mean_interval([z @ product(z) for z in signs])
+    return mean_interval([float(z @ product(z)) for z in signs])
 
 
 def spectral_density(product: Product, n: int, probes: int, steps: int, *, seed: int = 0) -> pd.DataFrame:

@@ -2,26 +2,22 @@
 
 Directions are Gaussian and seeded. Normalised filter by filter (Li et al. 2018, arXiv 1712.09913), a distance of 1
 moves every filter by its own norm, whatever the weights' scale. Everything is measured in eval mode on one fixed
-batch with one fixed draw of the penalty's points, the same for every network that is compared, and on a copy of the
-network: the one that was given stays as it is.
+batch with one fixed draw of the penalty's points, the same for every network that is compared.
 """
 
-import copy
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import loss_landscapes
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fmsam_lib.flatness.sharpness import COLUMNS as MEASURES
-from fmsam_lib.flatness.sharpness import TERMS, fingerprint
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
 from fmsam_lib.images.domains import open_domain, readable_test_pairs
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.pair import Pair
@@ -31,18 +27,11 @@ from fmsam_lib.training.losses import Batch, jittered_points, objective
 from fmsam_lib.training.sam import dot, norm
 
 RUN = ["train_domain", "test_domain", "optimizer", "seed"]
-
-
 COLUMNS = [*RUN, "kind", "direction", "alpha", "beta", "term", "value"]
-
-
 TRAINING = "training"  # stands for a test domain: the images that the network was trained on
 
-
 Normalisation = Literal["filter", "layer", "none"]
-
-
-LossOf = Callable[[nn.Module], np.ndarray]  # a network's TERMS, (3,)
+LossOf = Callable[[Any], np.ndarray]  # a network's TERMS, (3,)
 
 
 def fixed_batch(dataset, *, pairs: int) -> Batch:
@@ -71,11 +60,11 @@ def _batch(pairs: list[Pair]) -> Batch:
     return Batch(torch.stack([p.moving for p in pairs]), torch.stack([p.fixed for p in pairs]), points)
 
 
-def loss_of(batch: Batch, **settings) -> LossOf:
+def loss_of(batch: Batch, **settings: Any) -> LossOf:
     """The function from a network to its loss terms on `batch`; settings: those of `objective`."""
 
     @torch.no_grad()
-    def evaluate(net: nn.Module) -> np.ndarray:
+    def evaluate(net: GradICON) -> np.ndarray:
         return np.array([term.item() for term in objective(net, batch, **settings)])
 
     return evaluate
@@ -99,7 +88,8 @@ def random_direction(net: nn.Module, *, seed: int, normalisation: Normalisation 
             output = 1 if id(p) in transposed else 0  # transposed convolutions have their output channels second
             kept = [output] if normalisation == "filter" else []
             others = [axis for axis in range(p.dim()) if axis not in kept]
-            own, drawn = (torch.linalg.vector_norm(t.detach(), dim=others, keepdim=True) for t in (p, d))
+            weights = p.detach().contiguous()  # the memory layout would decide how sums are rounded
+            own, drawn = (torch.linalg.vector_norm(t, dim=others, keepdim=True) for t in (weights, d))
             d = d * own / drawn
         direction.append(d.detach())
     if normalisation == "none":
@@ -113,75 +103,39 @@ def cosine(a: list[Tensor], b: list[Tensor]) -> float:
     return dot(a, b) / (norm(a) * norm(b))
 
 
-class Walker:
-    """A copy of a network whose weights are one vector, `start`, so that it is anywhere with one addition.
-
-    >>> walker = Walker(nn.Linear(2, 1))
-    >>> torch.equal(vector(walker.go(walker.start, 0.5, torch.ones(3))), walker.start + 0.5)
-    True
-    """
-
-    def __init__(self, net: nn.Module):
-        self.net = copy.deepcopy(net).requires_grad_(False)
-        self.start = vector(net)
-        self.here = self.start.clone()
-        parts = self.here.split([p.numel() for p in self.net.parameters()])
-        for p, part in zip(self.net.parameters(), parts, strict=True):
-            p.data = part.view(p.shape)
-
-    def go(self, base: Tensor, distance: float, direction: Tensor) -> nn.Module:
-        """The network at `base + distance * direction`."""
-        torch.add(base, direction, alpha=distance, out=self.here)
-        return self.net
-
-
-def vector(of: nn.Module | list[Tensor]) -> Tensor:
-    """A network's weights, or a direction, as one vector."""
-    tensors = of.parameters() if isinstance(of, nn.Module) else of
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def line(net: nn.Module, loss: LossOf, direction: list[Tensor], *, radius: float, points: int) -> pd.DataFrame:
+def line(net: nn.Module, loss: LossOf, direction: Sequence[Tensor], *, radius: float, points: int) -> pd.DataFrame:
     """The loss from `-radius` to `radius` along one direction; rows `alpha, term, value`.
 
-    Two interpolations of loss-landscapes, from the weights outwards: it leaves out where it starts from and adds up the
-    rounding of its steps, so that only thus the middle is the weights, to the bit.
+    points: an odd number, so that the weights are one. From there it goes outwards step by step, as loss-landscapes'
+    `linear_interpolation` does, whose values these are but for the start, which it leaves out.
     """
     alphas, half = places(radius, points), points // 2
+    space, along = WeightSpace(net), vector(direction)
 
-    def outwards(end: float) -> np.ndarray:  # loss-landscapes hands a wrapper round the network
-        there = moved(net, end, direction)
-        found = loss_landscapes.linear_interpolation(
-            net, there, lambda w: loss(w.modules[0]), half, deepcopy_model=True
-        )
-        return found.reshape(half, -1)
+    def outwards(end: float) -> list[np.ndarray]:
+        step = (torch.add(space.w, along, alpha=end) - space.w) / half
+        here, found = space.w.clone(), []
+        for _ in range(half):
+            here += step
+            with space.at(origin=here) as there:
+                found.append(loss(there))
+        return found
 
-    values = np.concatenate([outwards(-radius)[::-1], [loss(net)], outwards(radius)])
+    values = np.stack([*outwards(-radius)[::-1], loss(space.net), *outwards(radius)])
     return _rows(alpha=np.repeat(alphas, len(TERMS)), values=values)
 
 
 def places(radius: float, points: int) -> np.ndarray:
-    """Evenly from `-radius` to `radius`, 0 exactly in the middle (np.linspace may miss it by its rounding).
-
-    Raises ValueError for an even number, which has no middle, or fewer than 3.
-    """
-    if points < 3 or points % 2 == 0:
-        raise ValueError(f"expected an odd number of points, 3 or more, so that the weights are one, got {points}")
+    """An odd number of points, evenly from `-radius` to `radius`, the middle exactly 0 (np.linspace may miss it)."""
     half = points // 2
     return radius * (np.arange(-half, half + 1) / half)
-
-
-def moved(net: nn.Module, distance: float, direction: list[Tensor]) -> nn.Module:
-    """A copy of `net` at `w + distance * direction`."""
-    walker = Walker(net)
-    return walker.go(walker.start, distance, vector(direction))
 
 
 def plane(
     net: nn.Module,
     loss: LossOf,
-    along: list[Tensor],
-    across: list[Tensor],
+    along: Sequence[Tensor],
+    across: Sequence[Tensor],
     *,
     radius: float,
     points: int,
@@ -190,20 +144,22 @@ def plane(
 ) -> pd.DataFrame:
     """The loss on a square of side `2 radius`, row by row; rows `alpha, beta, term, value`.
 
-    keep: a file that holds every row once it is done, so that an interrupted plane goes on; it counts only for the same
-    `key`. (loss-landscapes' planes shift every second row by a step and leave out the start.)
+    points: of a side, odd. keep: a file that holds every row once it is done, so that an interrupted plane resumes
+    there; it counts only for the same `key`. (loss-landscapes' planes shift every second row by a step and leave out
+    the start.)
     """
     grid = places(radius, points)
     done = {} if keep is None else _kept(keep, key)
-    walker, along, across = Walker(net), vector(along), vector(across)
+    space, first, second = WeightSpace(net), vector(along), vector(across)
     bar = tqdm(total=points**2, initial=points * len(done), desc="plane", unit="point", leave=False)
     for i, beta in enumerate(grid.tolist()):
         if i in done:
             continue
-        row = walker.start + beta * across
+        row = space.w + beta * second
         done[i] = []
         for alpha in grid.tolist():
-            done[i].append(loss(walker.go(row, alpha, along)).tolist())
+            with space.at(first, alpha, origin=row) as there:
+                done[i].append(loss(there).tolist())
             bar.update()
         if keep is not None:
             with open(keep, "a") as file:
@@ -214,7 +170,7 @@ def plane(
     return _rows(alpha=alpha, beta=beta, values=values)
 
 
-def _kept(path: Path, key: str) -> dict[int, list]:
+def _kept(path: Path, key: str) -> dict[int, list[list[float]]]:
     """The finished rows of a plane with this key; a last line that a kill cut short does not count."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -229,7 +185,7 @@ def _kept(path: Path, key: str) -> dict[int, list]:
     return rows
 
 
-def _rows(*, values: np.ndarray, **columns) -> pd.DataFrame:
+def _rows(*, values: np.ndarray, **columns: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(columns | {"term": TERMS * len(values), "value": values.ravel()})
 
 
@@ -239,45 +195,27 @@ def landscape(
     """Lines along several directions, the plane of the first two, and the directions' cosines, on one batch.
 
     where: what the batch is of, `test_domain` in the rows. trained: the parameters of the training, whose loss this is.
-    keep: a folder for what an interrupted plane has done. Rows of kind "line", "plane" and "cosine" (of the directions
-    `direction` and `alpha`).
-    Raises ValueError for a network in training mode; RuntimeError should the network have changed.
+    keep: a folder for what an interrupted plane has done, `.plane-<where>.jsonl`. Rows of kind "line", "plane" and
+    "cosine" (of the directions `direction` and `alpha`). Raises RuntimeError should the network have changed.
     """
-    if net.training:
-        raise ValueError("expected a network in eval mode, got one in training mode: call net.eval()")
-    before = fingerprint(net)
-    loss = loss_of(batch, **trained.loss())
+    loss, radius = loss_of(batch, **trained.loss()), settings.radius
     seeds = range(settings.direction_seed, settings.direction_seed + max(2, settings.directions))
     drawn = [random_direction(net, seed=seed, normalisation=settings.normalisation) for seed in seeds]
-    parts = [
-        line(net, loss, direction, radius=settings.radius, points=settings.line_points).assign(kind="line", direction=i)
-        for i, direction in enumerate(tqdm(drawn[: settings.directions], desc=f"{where} lines", unit="line"))
-    ]
-    extent = {"radius": settings.radius, "points": settings.plane_points}
-    about = json.dumps([before, digest(batch), list(seeds[:2]), settings.normalisation, extent, trained.loss()])
-    file = None if keep is None else Path(keep) / f".plane-{where}.jsonl"
-    parts.append(plane(net, loss, *drawn[:2], **extent, keep=file, key=about).assign(kind="plane"))
+    parts = []
+    with unchanged(net) as before:
+        for i, direction in enumerate(tqdm(drawn[: settings.directions], desc=f"{where} lines", unit="line")):
+            rows = line(net, loss, direction, radius=radius, points=settings.line_points)
+            parts.append(rows.assign(kind="line", direction=i))
+        side = settings.plane_points
+        about = [*before, digest(batch), list(seeds[:2]), settings.normalisation, [radius, side], trained.loss()]
+        file, key = None if keep is None else Path(keep) / f".plane-{where}.jsonl", json.dumps(about)
+        square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=side, keep=file, key=key)
+        parts.append(square.assign(kind="plane"))
     angles = [(i, j, cosine(drawn[i], drawn[j])) for j in range(len(drawn)) for i in range(j)]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))
-    if fingerprint(net) != before:
-        raise RuntimeError("measuring changed the network: please report this")
     return pd.concat(parts, ignore_index=True).assign(test_domain=where)
 
 
 def digest(batch: Batch) -> str:
     """A hash of all that is in a batch."""
     return hashlib.sha256(b"".join(t.numpy().tobytes() for t in batch if t is not None)).hexdigest()
-
-
-def write_flatness(table: pd.DataFrame, path: Path | str) -> None:
-    """`flatness.csv`, the columns in order."""
-    with written_whole(path) as partial:
-        table.reindex(columns=RUN + MEASURES).to_csv(partial, index=False, lineterminator="\n")
-
-
-def write_landscape(table: pd.DataFrame, path: Path | str) -> None:
-    """`landscape.csv`, the columns in order; what was kept of its planes is not needed any more."""
-    with written_whole(path) as partial:
-        table.reindex(columns=COLUMNS).to_csv(partial, index=False, lineterminator="\n")
-    for kept in Path(path).parent.glob(".plane-*.jsonl"):
-        kept.unlink()

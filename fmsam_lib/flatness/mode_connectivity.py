@@ -5,6 +5,7 @@ interpolated as the weights are, which is exact at the solutions, or gathered an
 without which a barrier may be one of the statistics alone (Jordan et al. 2023, arXiv 2211.08403).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +15,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
-from fmsam_lib.flatness.landscape import TRAINING, LossOf, Walker, batches_of, loss_of, vector
-from fmsam_lib.flatness.sharpness import TERMS, fingerprint
+from fmsam_lib.flatness.landscape import TRAINING, LossOf, batches_of, loss_of
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Between, trained_with
-from fmsam_lib.records import written_whole
 from fmsam_lib.training.loop import starting
 from fmsam_lib.training.losses import Batch
 
 COLUMNS = ["train_domain", "test_domain", "baseline", "treatment", "seed"]
-
-
 COLUMNS += ["kind", "statistics", "optimizer", "step", "alpha", "beta", "term", "value"]
-
-
 BEYOND = 0.25  # how far past both solutions the path goes on, of the distance between them
 
 
-def path(start: nn.Module, end: nn.Module, loss: LossOf, *, points: int, anew: list[Batch] = ()) -> pd.DataFrame:
+def path(start: nn.Module, end: nn.Module, loss: LossOf, *, points: int, anew: Sequence[Batch] = ()) -> pd.DataFrame:
     """The loss along the straight line through two networks: alpha 0 is `start`, 1 is `end`; `BEYOND` on either side.
 
     points: from start to end, both included. anew: batches to gather BatchNorm's statistics from, too. Rows statistics
@@ -39,17 +35,16 @@ def path(start: nn.Module, end: nn.Module, loss: LossOf, *, points: int, anew: l
     """
     outside = round(BEYOND * (points - 1))
     alphas = np.arange(-outside, points + outside) / (points - 1)
-    walker = Walker(start)
-    last = vector(end)
-    way, rows = last - walker.start, []
+    space, last = WeightSpace(start), vector(end)
+    way, rows = last - space.w, []
     for alpha in tqdm(alphas.tolist(), desc="path", unit="point", leave=False):
         # start + (end - start) would be the end but for rounding
-        net = walker.go(last, 0.0, way) if alpha == 1 else walker.go(walker.start, alpha, way)
-        mix_buffers(net, [start, end], [1 - alpha, alpha])
-        rows += [("interpolated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
-        if anew:
-            re_estimate(net, anew)
-            rows += [("re-estimated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
+        with space.at(origin=last) if alpha == 1 else space.at(way, alpha) as net:
+            mix_buffers(net, [start, end], [1 - alpha, alpha])
+            rows += [("interpolated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
+            if anew:
+                re_estimate(net, anew)
+                rows += [("re-estimated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
     return pd.DataFrame(rows, columns=["statistics", "alpha", "term", "value"]).assign(kind="path")
 
 
@@ -84,7 +79,7 @@ def mix_buffers(net: nn.Module, corners: list[nn.Module], shares: list[float]) -
 
 
 @torch.no_grad()
-def re_estimate(net: nn.Module, batches: list[Batch]) -> None:
+def re_estimate(net: nn.Module, batches: Sequence[Batch]) -> None:
     """Gather BatchNorm's running statistics anew: plain means over the batches, both directions of each together."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
@@ -135,15 +130,15 @@ class Solutions:
 
     def plane(self, loss: LossOf, alphas: np.ndarray, betas: np.ndarray) -> pd.DataFrame:
         """The loss at every (alpha, beta), statistics interpolated; rows alpha, beta, term, value."""
-        walker = Walker(self.corners[0])
-        along, across = (d.to(walker.start.dtype) for d in (self.along, self.across))
+        space = WeightSpace(self.corners[0])
+        along, across = (d.to(space.w.dtype) for d in (self.along, self.across))
         rows = []
         for beta in tqdm(betas.tolist(), desc="plane of the solutions", unit="row", leave=False):
-            row = walker.start + beta * across
+            row = space.w + beta * across
             for alpha in alphas.tolist():
-                net = walker.go(row, alpha, along)
-                mix_buffers(net, self.corners, self.shares(alpha, beta))
-                rows += [(alpha, beta, *term) for term in zip(TERMS, loss(net), strict=True)]
+                with space.at(along, alpha, origin=row) as net:
+                    mix_buffers(net, self.corners, self.shares(alpha, beta))
+                    rows += [(alpha, beta, *term) for term in zip(TERMS, loss(net), strict=True)]
         return pd.DataFrame(rows, columns=["alpha", "beta", "term", "value"]).assign(kind="plane")
 
 
@@ -189,27 +184,17 @@ def between(settings: Between) -> pd.DataFrame:
             f"expected runs in folders that tell them apart, <name>/seed<seed>, got {folders[0]} and {folders[1]}"
         )
     nets = [starting(runs[0]).eval(), *(load(folder / "weights.pt") for folder in folders)]
-    before = [fingerprint(net) for net in nets]
-    solutions = Solutions(*nets)
     steps = {name: run.updates for name, run in zip(names, runs, strict=True)}
-    tracks = trajectories(solutions, dict(zip(names, folders, strict=True)), steps)
-    axes = extent(tracks, settings.plane_points)
-    batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
-    parts = [tracks.assign(test_domain="")]
-    for domain, batch in tqdm(batches.items(), desc="between the solutions", unit="domain"):
-        loss = loss_of(batch, **runs[0].loss())
-        parts.append(
-            path(*nets[1:], loss, points=settings.path_points, anew=[batches[TRAINING]]).assign(test_domain=domain)
-        )
-        parts.append(solutions.plane(loss, *axes).assign(test_domain=domain))
-    if [fingerprint(net) for net in nets] != before:
-        raise RuntimeError("measuring changed a network: please report this")
+    with unchanged(*nets):
+        solutions = Solutions(*nets)
+        tracks = trajectories(solutions, dict(zip(names, folders, strict=True)), steps)
+        axes = extent(tracks, settings.plane_points)
+        batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
+        parts = [tracks.assign(test_domain="")]
+        for domain, batch in tqdm(batches.items(), desc="between the solutions", unit="domain"):
+            loss = loss_of(batch, **runs[0].loss())
+            on_path = path(nets[1], nets[2], loss, points=settings.path_points, anew=[batches[TRAINING]])
+            parts += [part.assign(test_domain=domain) for part in (on_path, solutions.plane(loss, *axes))]
     about = {"train_domain": runs[0].train_domain, "seed": runs[0].seed}
     about |= dict(zip(("baseline", "treatment"), names, strict=True))
     return pd.concat(parts, ignore_index=True).assign(**about)
-
-
-def write_between(table: pd.DataFrame, file: Path | str) -> None:
-    """`between.csv`, the columns in order."""
-    with written_whole(file) as partial:
-        table.reindex(columns=COLUMNS).to_csv(partial, index=False, lineterminator="\n")

@@ -1,82 +1,33 @@
 """How sharp the loss is around trained weights: gradients, climbs, noise.
 
-Everything is measured on a float64 copy of the network in eval mode, so that small rises are not lost in rounding and
-BatchNorm's statistics stand still; the network that is given stays as it is. A term of the loss is measured along its
-own gradient. Sharpness in absolute distances changes with the weights' scale while the function stays the same (Dinh et
-al. 2017, arXiv 1703.04933): each measure has an adaptive twin, whose distances are relative to each weight (as in ASAM,
-Kwon et al. 2021, arXiv 2102.11600). Curvature: `hessian`.
+Everything is measured in float64 and in eval mode (see `WeightSpace`), so that small rises are not lost in rounding and
+BatchNorm's statistics stand still. A term of the loss is measured along its own gradient. Sharpness in absolute
+distances changes with the weights' scale while the function stays the same (Dinh et al. 2017, arXiv 1703.04933): each
+measure has an adaptive twin, whose distances are relative to each weight (as in ASAM, Kwon et al. 2021, arXiv
+2102.11600). Curvature: `hessian`.
 """
 
-import copy
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm.auto import tqdm
 
-TERMS = ("total", "similarity", "regulariser")
-
+from fmsam_lib.flatness.weight_space import TERMS, TermsOf, WeightSpace
 
 COLUMNS = ["measure", "rho", "term", "value", "low", "high", "n"]
-
-
-TermsOf = Callable[[nn.Module], tuple[Tensor, ...]]  # a network's TERMS, scalars
-
 
 # An ascent's steps, of rho: between creeping along the boundary of the ball and power iterations, which leap. Of 0.1
 # to 2 it found the highest losses around a trained network within 10 steps, for radii up to 0.05 (adaptive: 1).
 ASCENT_STEP = 1.0
 
 
-class Place:
-    """A copy of a network in `dtype`, and its loss terms at `w + eps`; vectors are `(n,)`, all parameters in a row.
-
-    terms: a function from a network to its TERMS. Raises ValueError for a network in training mode.
-    """
-
-    def __init__(self, net: nn.Module, terms: TermsOf, dtype: torch.dtype = torch.float64):
-        if any(module.training for module in net.modules()):
-            raise ValueError("expected a network in eval mode, got one in training mode: call net.eval()")
-        self.net = copy.deepcopy(net).to(dtype).requires_grad_(True)
-        self.net.precision = "float32"  # GradICON's half precision would round float64 away
-        self.terms = terms
-        self.params = list(self.net.parameters())
-        self.w = parameters_to_vector(self.params).detach().clone()
-
-    def values(self, eps: Tensor | float = 0.0) -> np.ndarray:
-        """All TERMS at `w + eps`, `(3,)`; NaN where they are not finite."""
-        vector_to_parameters(self.w + eps, self.params)
-        with torch.no_grad():
-            values = np.array([float(term) for term in self.terms(self.net)])
-        return np.where(np.isfinite(values), values, np.nan)
-
-    def gradient(self, term: int, eps: Tensor | float = 0.0) -> tuple[float, Tensor]:
-        """One of the TERMS at `w + eps` and its gradient, `(n,)`; NaN and all NaN where a term is not finite."""
-        vector_to_parameters(self.w + eps, self.params)
-        terms = self.terms(self.net)
-        if not all(torch.isfinite(value) for value in terms):  # going back, torch's 2-D grid_sample crashes on NaN
-            return math.nan, torch.full_like(self.w, math.nan)
-        if not terms[term].requires_grad:  # a constant
-            return float(terms[term]), torch.zeros_like(self.w)
-        gradients = torch.autograd.grad(terms[term], self.params, materialize_grads=True)
-        return float(terms[term].detach()), flat(gradients)
-
-
 def sharpness(
-    net: nn.Module,
-    terms: TermsOf,
-    *,
-    rhos: list[float],
-    draws: int,
-    ascent_steps: int,
-    seed: int = 0,
-    progress: bool = False,
+    net: nn.Module, terms: TermsOf, *, rhos: list[float], draws: int, ascent_steps: int, seed: int = 0, progress=False
 ) -> pd.DataFrame:
     """The loss's slope and rises around a network's weights w, of n parameters; rows of `COLUMNS`.
 
@@ -94,38 +45,32 @@ def sharpness(
 
     At a gradient of 0 there is no way up: rises are 0, and gradient_curvature is NaN. What meets a loss that is not
     finite is NaN.
-
-    Raises: ValueError for a network in training mode, or numbers out of range.
     """
-    if not all(math.isfinite(rho) and rho > 0 for rho in rhos):
-        raise ValueError(f"expected radii above 0, got {list(rhos)}")
-    if draws < 1 or ascent_steps < 0:
-        raise ValueError(f"expected draws >= 1 and ascent_steps >= 0, got {draws} and {ascent_steps}")
-    place = Place(net, terms)
-    at_w = place.values()
-    rows = [row("weight_norm", float(place.w.norm()), "")]
-    scales = {False: torch.ones_like(place.w), True: place.w.abs()}
+    space = WeightSpace(net, terms, torch.float64)
+    at_w = space.values()
+    rows = [row("weight_norm", float(space.w.norm()), "")]
+    scales = {False: torch.ones_like(space.w), True: space.w.abs()}
     with tqdm(total=(2 * len(TERMS) + draws) * len(rhos), desc="sharpness", disable=not progress, leave=False) as bar:
         for i, term in enumerate(TERMS):
             rows.append(row("loss", at_w[i], term))
-            _, g = place.gradient(i)
+            _, g = space.gradient(i)
             for adaptive, scale in scales.items():
                 slope = float((scale * g).norm())
                 rows.append(row("adaptive_gradient_norm" if adaptive else "gradient_norm", slope, term))
                 for rho in rhos:
-                    rise, higher = _climb(place, i, at_w[i], scale, scale * g, rho, ascent_steps)
+                    rise, higher = _climb(space, i, at_w[i], scale, scale * g, rho, ascent_steps)
                     rows.append(row("asam_rise" if adaptive else "sam_rise", rise, term, rho))
                     rows.append(row("adaptive_ascent_rise" if adaptive else "ascent_rise", higher, term, rho))
                     if not adaptive:
-                        fall = place.values(-rho / slope * g)[i] - at_w[i] if slope else math.nan
+                        fall = space.values(-rho / slope * g)[i] - at_w[i] if slope else math.nan
                         rows.append(row("gradient_curvature", (rise + fall) / rho**2, term, rho))
                     bar.update()
-        rows += _noise(place, at_w, scales, rhos, draws, seed, bar)
+        rows += _noise(space, at_w, scales, rhos, draws, seed, bar)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _climb(
-    place: Place, term: int, at_w: float, scale: Tensor, slope: Tensor, rho: float, steps: int
+    space: WeightSpace, term: int, at_w: float, scale: Tensor, slope: Tensor, rho: float, steps: int
 ) -> tuple[float, float]:
     """The rise at SAM's step, and the highest of an ascent from there; eps is `scale * v`, `|v| <= rho`.
 
@@ -135,9 +80,9 @@ def _climb(
     if length == 0:
         return 0.0, 0.0
     v = rho / length * slope
-    first = best = place.values(scale * v)[term] - at_w
+    first = best = space.values(scale * v)[term] - at_w
     for step in range(steps):
-        value, g = place.gradient(term, scale * v)
+        value, g = space.gradient(term, scale * v)
         best = np.maximum(best, value - at_w)  # which keeps a NaN
         slope = scale * g
         length = float(slope.norm())
@@ -146,22 +91,28 @@ def _climb(
         v = v + ASCENT_STEP * rho / length * slope
         v = v * min(1.0, rho / float(v.norm()))
         if step == steps - 1:
-            best = np.maximum(best, place.values(scale * v)[term] - at_w)
+            best = np.maximum(best, space.values(scale * v)[term] - at_w)
     return float(first), float(best)
 
 
 def _noise(
-    place: Place, at_w: np.ndarray, scales: dict[bool, Tensor], rhos: list[float], draws: int, seed: int, bar: tqdm
+    space: WeightSpace,
+    at_w: np.ndarray,
+    scales: dict[bool, Tensor],
+    rhos: list[float],
+    draws: int,
+    seed: int,
+    bar: tqdm,
 ) -> list[dict]:
     """The same draws for every radius, adaptive or not, and term."""
     generator = torch.Generator().manual_seed(seed)
-    rises = {(adaptive, rho): [] for adaptive in scales for rho in rhos}
+    rises: dict[tuple[bool, float], list[np.ndarray]] = {(adaptive, rho): [] for adaptive in scales for rho in rhos}
     for _ in range(draws):  # drawn on the CPU: the same on every device
-        z = torch.randn(len(place.w), generator=generator, dtype=torch.float64).to(place.w.device) / len(place.w) ** 0.5
+        z = torch.randn(len(space.w), generator=generator, dtype=torch.float64).to(space.w.device) / len(space.w) ** 0.5
         for rho in rhos:
             for adaptive, scale in scales.items():
                 eps = rho * scale * z
-                rises[adaptive, rho].append((place.values(eps) + place.values(-eps)) / 2 - at_w)
+                rises[adaptive, rho].append((space.values(eps) + space.values(-eps)) / 2 - at_w)
             bar.update()
     return [
         row("adaptive_noise_rise" if adaptive else "noise_rise", mean, term, rho, low, high, draws)
@@ -171,7 +122,7 @@ def _noise(
     ]
 
 
-def mean_interval(samples: np.ndarray) -> tuple[float, float, float]:
+def mean_interval(samples: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Mean and 95 % t-interval of independent samples; the ends are NaN for a single one.
 
     >>> [round(value, 2) for value in mean_interval([1.0, 3.0])]
@@ -182,20 +133,6 @@ def mean_interval(samples: np.ndarray) -> tuple[float, float, float]:
         return mean, math.nan, math.nan
     half = float(stdtrit(n - 1, 0.975) * np.std(samples, ddof=1) / n**0.5)
     return mean, mean - half, mean + half
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    """All of them in a row, `(n,)`, as `parameters_to_vector` has them."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
-
-
-def fingerprint(net: nn.Module) -> str:
-    """SHA-256 over the names and values of all parameters and buffers: whether a network is still the same."""
-    digest = hashlib.sha256()
-    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def row(measure: str, value: float, term: str = "", rho=math.nan, low=math.nan, high=math.nan, n=math.nan) -> dict:

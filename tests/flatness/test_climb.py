@@ -9,10 +9,11 @@ import torch
 
 from fmsam_lib.flatness import climb as explain
 from fmsam_lib.flatness.landscape import fixed_batch
+from fmsam_lib.flatness.weight_space import vector
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.plotting import slices
 from fmsam_lib.training.losses import objective
+from fmsam_lib.training.sam import SAM
 
 SETTINGS = {"lmbda": 1.5, "sigma": 3.0}
 
@@ -107,20 +108,39 @@ def test_at_the_identity_interpolation_has_a_kink(batch):
     assert max(row.rise, row.back) < 0
 
 
-def test_the_network_and_the_climber_stay_as_they_are(batch):
+def test_the_network_and_its_climbing_copy_stay_as_they_are(batch):
     net = network().eval()
     before = copy.deepcopy(net.state_dict())
-    climber = explain.Climb(net, batch, **SETTINGS)
-    inside = [p.detach().clone() for p in climber.params]
+    space = explain.climber(net, batch, **SETTINGS)
+    g, inside = vector(explain.uphill(space)), copy.deepcopy(space.net.state_dict())
     explain.at_weights(net, batch, **SETTINGS)
     explain.climb(net, batch, [0.1], **SETTINGS)
-    explain.climbed(climber, 0.3)
-    with climber.at(0.5) as there:
-        assert not all(torch.equal(a, b) for a, b in zip(inside, there.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(inside, climber.params, strict=True))
+    with space.at(g / g.norm(), 0.5) as there:
+        assert float((vector(there) - space.w).norm()) == pytest.approx(0.5)
+        there(batch.moving.double(), batch.fixed.double())
+    assert all(torch.equal(inside[name], value) for name, value in space.net.state_dict().items())
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert not net.training
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_climb_is_sams_own(batch):
+    net = network()
+    row = explain.climb(net, batch, [0.05], **SETTINGS).iloc[0]
+    double = copy.deepcopy(net).double().train()
+    exact = type(batch)(*(None if t is None else t.double() for t in batch))
+    at_w = objective(double, exact, **SETTINGS).total
+    at_w.backward()
+    with SAM(double.parameters(), 0.05, net=double).perturbed():
+        there = objective(double, exact, **SETTINGS).total
+    assert row.rise == pytest.approx(float((there - at_w).detach()), rel=1e-9)
+
+
+def test_neither_mode_nor_memory_layout_changes_a_climb(batch):
+    net = network().eval()
+    expected = explain.climb(net, batch, [0.01], **SETTINGS)
+    net = net.to(memory_format=torch.channels_last).train()
+    assert explain.climb(net, batch, [0.01], **SETTINGS).equals(expected)
 
 
 @pytest.mark.parametrize(
@@ -137,20 +157,9 @@ def test_the_first_order_holds_up_to(error, expected):
 def test_what_cannot_be_is_named(batch):
     with pytest.raises(ValueError, match=r"expected radii above 0, got \[0.1, -1\]"):
         explain.climb(network(), batch, [0.1, -1], **SETTINGS)
+    broken = explain.climber(network(), batch._replace(moving=batch.moving * np.nan), **SETTINGS)
     with pytest.raises(ValueError, match="expected a finite loss to climb, got nan"):
-        explain.Climb(network(), batch._replace(moving=batch.moving * np.nan), **SETTINGS)
+        explain.uphill(broken)
     blank = batch._replace(moving=batch.moving * 0, fixed=batch.fixed * 0)
     with pytest.raises(ValueError, match=r"expected a gradient to climb along, got one of length 0\.0"):
-        explain.Climb(network(moved=False), blank, **SETTINGS)
-
-
-def test_figures_are_drawn_on_one_scale(batch, dataset):
-    net = network()
-    table = explain.climb(net, batch, [0.001, 0.01, 0.1], **SETTINGS).assign(stage="here")
-    figure = explain.climb_curves(table)
-    assert len({ax.get_ylim() for ax in figure.axes}) == 1
-    pictures = explain.climb_pictures(explain.Climb(net, batch, **SETTINGS), dataset.test_pair(0), [0, 0.5])
-    first, second = (ax.get_xlabel() for ax in pictures.axes)
-    assert "moved by 0 samples" in first
-    assert "moved by 0 samples" not in second
-    assert min(len(slices.png(figure)), len(slices.png(pictures))) > 10_000
+        explain.uphill(explain.climber(network(moved=False), blank, **SETTINGS))

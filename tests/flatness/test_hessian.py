@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fmsam_lib.flatness import hessian
+from fmsam_lib.flatness import hessian, weight_space
 from fmsam_lib.flatness.hessian import curvature, lanczos, largest_eigenvalues, measures, spectral_density, trace
-from fmsam_lib.flatness.sharpness import COLUMNS, TERMS, Place, fingerprint
+from fmsam_lib.flatness.sharpness import COLUMNS
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, fingerprint
 from fmsam_lib.model.network import GradICON
+from fmsam_lib.parameters import Landscape
 from fmsam_lib.training.losses import Batch, jittered_points, objective
 
 LOSS = {"lmbda": 1.5, "sigma": 3.0}
 SMALL = {"eigenvalues": 2, "probes": 3, "lanczos_steps": 4}
-ALL = SMALL | {"loss": LOSS, "rhos": [0.1], "draws": 2, "ascent_steps": 2, "progress": False}
+ALL = Landscape(**SMALL, rhos=[0.1], draws=2, ascent_steps=2)
 
 
 def symmetric(eigenvalues, seed=0):
@@ -147,8 +149,8 @@ def test_parts_can_be_left_out():
     assert set(table.measure) == {"eigenvalue_1"}
 
 
-@pytest.mark.parametrize("wrong", [{"eigenvalues": 12}, {"probes": -1}, {"lanczos_steps": 13}])
-def test_impossible_numbers_are_named(wrong):
+@pytest.mark.parametrize("wrong", [{"eigenvalues": 12}, {"lanczos_steps": 13}])
+def test_more_than_the_network_has_is_named(wrong):
     with pytest.raises(ValueError, match=r"less than 12 eigenvalues .* got eigenvalues="):
         curvature(Weights().eval(), bowl, **(SMALL | wrong))
 
@@ -236,7 +238,7 @@ def test_a_3d_networks_curvature_is_that_of_its_dense_hessian():
         return objective(net, batch, **LOSS).total, zero, zero
 
     v = np.random.default_rng(0).standard_normal(len(dense))
-    found = hessian.hessian(Place(net, terms), 0)(v)
+    found = hessian.hessian(WeightSpace(net, terms, torch.float64), 0)(v)
     np.testing.assert_allclose(found, dense @ v, atol=1e-10 * np.linalg.norm(dense @ v))
     table, _ = curvature(net, terms, eigenvalues=1, probes=0, lanczos_steps=0)
     assert by_measure(table, "total").eigenvalue_1 == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-6)
@@ -246,7 +248,8 @@ def test_measures_in_float32_are_near_those_in_float64(planar):
     net, batch, _ = planar
     how = {"eigenvalues": 1, "probes": 4, "lanczos_steps": 0, "seed": 0}
     exact, _ = curvature(net, lambda net: objective(net, batch, **LOSS), **how)
-    found, _ = measures(net, batch, **(ALL | how))
+    settings = Landscape(eigenvalues=1, probes=4, rhos=[0.1], draws=2, ascent_steps=1)
+    found, _ = measures(net, batch, LOSS, settings, progress=False)
     for name in ("eigenvalue_1", "trace"):
         near = found[found.measure == name].value.to_numpy()
         np.testing.assert_allclose(near, exact[exact.measure == name].value, rtol=1e-3)
@@ -269,9 +272,9 @@ def test_steps_that_are_left_out_have_no_curvature():
     for step in net.steps:
         nn.init.normal_(step.last.weight, std=0.3)
     net.eval().first_stage = True
-    place = Place(net, lambda net: objective(net, batch, **LOSS))
+    space = WeightSpace(net, lambda net: objective(net, batch, **LOSS), torch.float64)
     used = sum(p.numel() for p in net.steps[0].parameters())
-    random = hessian.hessian(place, 0)(np.ones(len(place.w)))
+    random = hessian.hessian(space, 0)(np.ones(len(space.w)))
     assert random[:used].any()
     assert not random[used:].any()
 
@@ -281,15 +284,16 @@ def test_saving_memory_changes_no_product():
     v = np.random.default_rng(0).standard_normal(sum(p.numel() for p in net.parameters()))
     products = []
     for net.save_memory in (False, True):
-        products.append(hessian.hessian(Place(net, lambda net: objective(net, batch, **LOSS)), 0)(v))
+        space = WeightSpace(net, lambda net: objective(net, batch, **LOSS), torch.float64)
+        products.append(hessian.hessian(space, 0)(v))
     np.testing.assert_allclose(*products, rtol=1e-9, atol=1e-9)
 
 
 def test_all_measures_of_a_network_that_stays_as_it_is():
     net, batch = network(2, levels=2), images(2)
     before, state = fingerprint(net), torch.get_rng_state()
-    table, spectrum = measures(net, batch, **ALL)
-    again, same = measures(net, batch, **ALL)
+    table, spectrum = measures(net, batch, LOSS, ALL, progress=False)
+    again, same = measures(net, batch, LOSS, ALL, progress=False)
     assert table.equals(again)
     assert spectrum.equals(same)
     assert list(table.columns) == COLUMNS
@@ -311,17 +315,28 @@ def test_a_network_that_changed_on_the_way_is_an_error(monkeypatch):
         net.steps[0].last.bias.data += 1e-6
         return objective(copied, batch, **loss)
 
-    monkeypatch.setattr(hessian, "objective", careless)
+    monkeypatch.setattr(weight_space, "objective", careless)
     with pytest.raises(RuntimeError, match="expected the network to stay as it was"):
-        measures(net, images(2), **ALL)
+        measures(net, images(2), LOSS, ALL, progress=False)
 
 
-def test_a_network_of_nan_and_one_in_training_mode():
+def test_a_network_of_nan_is_measured_as_nan():
     net = network(2)
     with torch.no_grad():
         net.steps[0].last.bias.fill_(np.nan)
-    table, spectrum = measures(net, images(2), **ALL)
+    table, spectrum = measures(net, images(2), LOSS, ALL, progress=False)
     assert table.value.isna().all()
     assert spectrum.node.isna().all()
-    with pytest.raises(ValueError, match="eval mode"):
-        measures(network(2).train(), images(2), **ALL)
+
+
+def test_neither_mode_nor_memory_layout_changes_a_measure():
+    torch.manual_seed(0)
+    net, batch = GradICON(2, down=(4, 8), levels=2, last_step=False).eval(), images(2)
+    for step in net.steps:
+        nn.init.normal_(step.last.weight, std=0.3)
+    expected = measures(net, batch, LOSS, ALL, progress=False)
+    net = net.to(memory_format=torch.channels_last).train()
+    assert not all(p.is_contiguous() for p in net.parameters())
+    found = measures(net, batch, LOSS, ALL, progress=False)
+    assert [a.equals(b) for a, b in zip(found, expected, strict=True)] == [True, True]
+    assert not all(p.is_contiguous() for p in net.parameters())

@@ -1,10 +1,8 @@
 """Paths and planes between bowls and wells, whose every value is known, and between tiny networks that were trained."""
 
-import dataclasses
 import json
 import shutil
 
-import loss_landscapes
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +11,7 @@ from torch import nn
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.flatness import mode_connectivity as module
-from fmsam_lib.flatness.landscape import TRAINING, batches_of, loss_of, vector
+from fmsam_lib.flatness.landscape import TRAINING, batches_of, loss_of
 from fmsam_lib.flatness.mode_connectivity import (
     BEYOND,
     COLUMNS,
@@ -25,12 +23,12 @@ from fmsam_lib.flatness.mode_connectivity import (
     path,
     re_estimate,
     trajectories,
-    write_between,
 )
-from fmsam_lib.flatness.sharpness import TERMS, fingerprint
+from fmsam_lib.flatness.weight_space import TERMS, fingerprint, vector
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Between, Train
+from fmsam_lib.records import write_csv
 from fmsam_lib.training.loop import starting, train
 from fmsam_lib.training.losses import Batch
 
@@ -257,17 +255,17 @@ def load_like(net):
     return copied.eval()
 
 
-def test_loss_landscapes_forgets_the_statistics_of_where_it_goes(study):
-    """Its last point has the end's weights and the start's running means and variances."""
-    run, (_, start, end) = solutions_of(study)
-    loss = loss_of(batches_of(run, [], pairs=2)[TRAINING], **run.loss())
-    found = loss_landscapes.linear_interpolation(
-        start, end, lambda w: loss(w.modules[0]), steps=4, deepcopy_model=True
-    ).reshape(4, -1)
-    assert abs(found[-1, 0] - loss(end)[0]) > 1e-4 * loss(end)[0]
-    halfway = load_like(start)
-    halfway.load_state_dict(dict(start.named_buffers()) | dict(end.named_parameters()))
-    np.testing.assert_allclose(found[-1], loss(halfway), rtol=1e-4)
+def test_a_path_between_networks_of_another_mode_and_layout_is_the_same(study):
+    run, (_, *ends) = solutions_of(study)
+    batch = batches_of(run, ["heart-mr"], pairs=2)["heart-mr"]
+    loss = loss_of(batch, **run.loss())
+    expected = path(*ends, loss, points=5, anew=[batch])
+    layout = torch.channels_last if len(run.shape) == 2 else torch.channels_last_3d
+    others = [net.to(memory_format=layout).train() for net in ends]
+    before = [fingerprint(net) for net in others]
+    assert path(*others, loss, points=5, anew=[batch]).equals(expected)
+    assert [fingerprint(net) for net in others] == before
+    assert all(net.training for net in others)
 
 
 # --- the plane of the solutions ---
@@ -417,7 +415,7 @@ def test_between_measures_the_path_and_the_plane_on_every_domain(study, table):
 
 def test_between_twice_is_the_same_and_reads_back_with_all_columns(study, table, tmp_path):
     assert between(settings(study)).equals(table)
-    write_between(table, tmp_path / "between.csv")
+    write_csv(table, tmp_path / "between.csv", COLUMNS)
     read = pd.read_csv(tmp_path / "between.csv")
     assert list(read.columns) == COLUMNS
     np.testing.assert_array_equal(read.value, table.value)
@@ -438,7 +436,7 @@ def edit(folder, **changes):
 
 def test_without_snapshots_there_are_start_and_end(copied):
     shutil.rmtree(copied / "adam" / "seed0" / "snapshots")
-    table = between(settings(copied, test_domains=[], path_points=3))
+    table = between(settings(copied, path_points=3))
     ways = table[table.kind == "trajectory"].groupby("optimizer").size()
     assert ways.to_dict() == {"adam": 2, "sam": 5}
 
@@ -468,7 +466,7 @@ def test_runs_that_cannot_be_told_apart_are_refused(copied):
 def test_the_same_run_twice_is_refused(study):
     once = settings(study)
     with pytest.raises(ValueError, match="is a run given twice"):
-        between(dataclasses.replace(once, treatment=once.baseline))
+        between(once.model_copy(update={"treatment": once.baseline}))
 
 
 def test_a_run_that_is_not_there_is_named(study):
@@ -482,5 +480,5 @@ def test_a_network_that_measuring_changes_is_an_error(study, monkeypatch):
         return path(start, *args, **kwargs)
 
     monkeypatch.setattr(module, "path", careless)
-    with pytest.raises(RuntimeError, match="measuring changed a network"):
+    with pytest.raises(RuntimeError, match="measuring changed it"):
         between(settings(study))
