@@ -5,12 +5,14 @@ moves every filter by its own norm, whatever the weights' scale. Everything is m
 batch with one fixed draw of the penalty's points, the same for every network that is compared.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import loss_landscapes
 import numpy as np
 import pandas as pd
 import torch
@@ -106,22 +108,21 @@ def cosine(a: list[Tensor], b: list[Tensor]) -> float:
 def line(net: nn.Module, loss: LossOf, direction: Sequence[Tensor], *, radius: float, points: int) -> pd.DataFrame:
     """The loss from `-radius` to `radius` along one direction; rows `alpha, term, value`.
 
-    points: an odd number, so that the weights are one. From there it goes outwards step by step, as loss-landscapes'
-    `linear_interpolation` does, whose values these are but for the start, which it leaves out.
+    points: an odd number. Two interpolations of loss-landscapes, from the weights outwards: it leaves out where it
+    starts from and adds up the rounding of its steps, so that only thus the middle is the weights, to the bit.
     """
     alphas, half = places(radius, points), points // 2
     space, along = WeightSpace(net), vector(direction)
 
-    def outwards(end: float) -> list[np.ndarray]:
-        step = (torch.add(space.w, along, alpha=end) - space.w) / half
-        here, found = space.w.clone(), []
-        for _ in range(half):
-            here += step
-            with space.at(origin=here) as there:
-                found.append(loss(there))
-        return found
+    def outwards(end: float) -> np.ndarray:
+        with space.at(along, end) as net:
+            there = copy.deepcopy(net)
+        found = loss_landscapes.linear_interpolation(  # hands a wrapper round the network to its metric
+            space.net, there, lambda wrapped: loss(wrapped.modules[0]), half, deepcopy_model=True
+        )
+        return found.reshape(half, -1)
 
-    values = np.stack([*outwards(-radius)[::-1], loss(space.net), *outwards(radius)])
+    values = np.concatenate([outwards(-radius)[::-1], [loss(space.net)], outwards(radius)])
     return _rows(alpha=np.repeat(alphas, len(TERMS)), values=values)
 
 
