@@ -119,7 +119,7 @@ def _in_words(kind: type[Parameters], problem: Any) -> str:
     said = WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, ")).format(**of)
     trick = " (YAML reads 1e-3 as text: write 1.0e-3)" if problem["type"] == "float_type" else ""
     if problem["type"] == "literal_error":
-        said, trick = re.sub("'([^']+)'", r"\1", said), nearest(str(value), re.findall("'([^']*)'", of["expected"]))
+        said, trick = re.sub(r"'([\w+-]+)'", r"\1", said), nearest(str(value), re.findall("'([^']*)'", of["expected"]))
     return f"{name}: {said}, got {value!r}{trick}"
 
 
