@@ -1,4 +1,4 @@
-"""Data sets that can be fetched."""
+"""Data sets that can be fetched: HippocampusMR of the Medical Segmentation Decathlon."""
 
 import json
 import os
@@ -9,10 +9,8 @@ from pathlib import Path
 from fmsam_lib.images.manifest import data_folder, read_manifest
 from fmsam_lib.records import data_error
 
-# HippocampusMR
 
-
-def fetch_hippocampus(folder=None) -> Path:
+def fetch_hippocampus(folder: Path | str | None = None) -> Path:
     """Make `<folder>/HippocampusMR` from the Medical Segmentation Decathlon's task 4 (CC-BY-SA 4.0, 27 MB).
 
     The 260 images in order of number: 200 to train, the last 60 to test, each with its mirror image in the

@@ -1,4 +1,4 @@
-"""Data sets: the manifest of each, read and checked."""
+"""Data sets: a folder `<Name>/` each, with Learn2Reg's manifest `<Name>_dataset.json`, read and checked here."""
 
 import json
 import os
@@ -13,12 +13,9 @@ from fmsam_lib.records import PROJECT, DataError, data_error
 MANIFEST_KEYS = ("name", "dimensions", "modality", "labels", "pairing", "training", "registration_val")
 
 
-def data_folder(folder=None) -> Path:
+def data_folder(folder: Path | str | None = None) -> Path:
     """The folder of data sets: the one given, else the environment's FMSAM_DATA, else the project's `data`."""
     return Path(folder or os.environ.get("FMSAM_DATA") or PROJECT / "data")
-
-
-# Manifests
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,7 @@ class Manifest:
     labels: structures by number, without the background. training: images.
     training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
     test_pairs: (fixed, moving) images. label_of: every image's label file or None. subject: whose image it is.
-    spacing_known: False where millimetres mean nothing (`"spacing_known": false` in the manifest, or
-    a description that says "spacing was lost" or "no spacing").
+    spacing_known: `"spacing_known": false` in the manifest says that its millimetres mean nothing.
     """
 
     name: str
@@ -46,7 +42,7 @@ class Manifest:
     spacing_known: bool
 
 
-def read_manifest(folder) -> Manifest:
+def read_manifest(folder: Path | str) -> Manifest:
     """Read and check `<Name>/<Name>_dataset.json` of the folder `<Name>`.
 
     An image's label file and subject are those of its entry `{"image", "label", "subject"}` under `training`
@@ -127,7 +123,6 @@ def _checked(path: Path, content: dict) -> Manifest:
     if shared:
         todo = "Move their images to one side, or tell subjects apart by a key 'subject' in the entries."
         raise data_error(path, "no subject in both training and test", ", ".join(shared[:5]), todo)
-    lost = re.search("spacing was lost|no spacing", content.get("description", ""), re.IGNORECASE)
     return Manifest(
         name=content["name"],
         folder=folder,
@@ -140,11 +135,11 @@ def _checked(path: Path, content: dict) -> Manifest:
         test_pairs=test_pairs,
         label_of=label_of,
         subject=subjects,
-        spacing_known=content.get("spacing_known", not lost),
+        spacing_known=content.get("spacing_known", True),
     )
 
 
-def subject_of(image) -> str:
+def subject_of(image: Path | str) -> str:
     """Whose image it is: the file's name without slice, phase and Learn2Reg's modality number at its end.
 
     The modality number goes only if a number remains to tell subjects apart.
