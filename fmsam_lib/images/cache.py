@@ -6,7 +6,7 @@ import hashlib
 import os
 import uuid
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,7 @@ from fmsam_lib.images.files import Sample, decode
 CACHE_VERSION = 1  # raise it whenever `decode` returns something else than before
 
 
-def load(
-    image_path: Path | str,
-    label_path: Path | str | None = None,
-    *,
-    modality: str,
-    shape: Sequence[int],
-    labels: Iterable[int] | None = None,
-    cache: Path | str | None = None,
-) -> Sample:
+def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None, cache=None) -> Sample:
     """`decode`, remembered on disk.
 
     cache: the folder, else the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or

@@ -4,6 +4,7 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 """
 
 import dataclasses
+import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,17 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, cache=None, seed:
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
         raise data_error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
     return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
+
+
+def opens_again(domain) -> bool:
+    """Whether another process finds the same domain by its name, shape and folder of data sets, with seed 0."""
+    about = operator.attrgetter("name", "shape", "data", "seed")
+    try:
+        again = open_domain(domain.name, shape=domain.shape, data=domain.data or None)
+        both = [[(type(part), *about(part)) for part in getattr(d, "domains", [d])] for d in (again, domain)]
+    except (AttributeError, DataError):
+        return False
+    return type(again) is type(domain) and both[0] == both[1]
 
 
 def readable_test_pairs(dataset, count: int) -> list[Pair]:
@@ -114,7 +126,7 @@ class FileDomain:
         if len(shape) > manifest.dimensions:
             raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
         self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
-        self.name, self.data = manifest.name, str(manifest.folder.parent)
+        self.name, self.data = manifest.name, str(manifest.folder.parent.resolve())
         self.labels, self.modality, self.pairing = manifest.labels, manifest.modality, manifest.pairing
         self.unit = "mm" if manifest.spacing_known else "voxel"
         self.training, self.training_pairs, self.validation_pairs = held_out(manifest)

@@ -50,15 +50,15 @@ def _download_hippocampus(folder: Path, work: Path) -> Path:
         expected = "task 4 (Hippocampus) of the Medical Segmentation Decathlon"
         where = folder / "HippocampusMR"
         todo = f"Without network, put {by_hand.name} into {folder}, or its imagesTr and labelsTr into {where}."
-        raise data_error(
-            tar if tar == by_hand else where, expected, f"{type(error).__name__}: {error}", todo
-        ) from error
+        found = f"{type(error).__name__}: {error}"
+        raise data_error(tar if tar == by_hand else where, expected, found, todo) from error
     return work / task
 
 
 def _write_hippocampus_manifest(target: Path, source: Path) -> None:
-    images = sorted(file.name for file in (target / "imagesTr").glob("hippocampus_*.nii.gz"))
-    labels = sorted(file.name for file in (target / "labelsTr").glob("hippocampus_*.nii.gz"))
+    images, labels = (
+        sorted(file.name for file in (target / part).glob("hippocampus_*.nii.gz")) for part in ("imagesTr", "labelsTr")
+    )
     if len(images) != 260 or images != labels:
         expected, found = "260 imagesTr and their labelsTr", f"{len(images)} images and {len(labels)} labels"
         raise data_error(source, expected, found, "Complete or remove the folder.")

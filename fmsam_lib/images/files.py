@@ -7,7 +7,7 @@ with a file is a `DataError`: it names the file, what was expected, what was fou
 import contextlib
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,7 @@ class Sample:
     original_shape: tuple[int, ...]
 
 
-def decode(
-    image_path: Path | str,
-    label_path: Path | str | None = None,
-    *,
-    modality: str,
-    shape: Sequence[int],
-    labels: Iterable[int] | None = None,
-) -> Sample:
+def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
     """An image file, and its label file if there is one, on the study's grid `shape`.
 
     Orientation: the closest canonical one (RAS). A 2-D `shape` takes a 2-D file however its single slice
@@ -135,9 +128,8 @@ def spatial_shape(path, file, dim: int) -> tuple[int, int, int]:
 
 def check_affine(path, affine: np.ndarray) -> None:
     if not np.isfinite(affine).all() or np.linalg.cond(affine[:3, :3]) > 1e6:
-        raise data_error(
-            path, "an invertible affine", str(affine.tolist()), "Set the header's spacing and orientation."
-        )
+        todo = "Set the header's spacing and orientation."
+        raise data_error(path, "an invertible affine", str(affine.tolist()), todo)
 
 
 def values_of(path, file, shape: tuple[int, int, int]) -> np.ndarray:
@@ -201,8 +193,7 @@ def _check_label(path, label: np.ndarray, labels) -> None:
     named = set(range(1, 256)) if labels is None else set(labels)
     expected = "labels from 1 to 255" if labels is None else f"labels {sorted(named)}"
     if not found <= named:
-        raise data_error(
-            path, expected, f"also {sorted(found - named)[:10]}", "Name them in the manifest or remove them."
-        )
+        todo = "Name them in the manifest or remove them."
+        raise data_error(path, expected, f"also {sorted(found - named)[:10]}", todo)
     if not found:
         raise data_error(path, expected, "only background", "Leave the image out.")
