@@ -94,12 +94,8 @@ class SharedBatchNorm(nn.Module):
 
     def __init__(self, alone: nn.modules.batchnorm._BatchNorm):
         super().__init__()
-        self.weight, self.bias, self.eps, self.momentum = (
-            alone.weight,
-            alone.bias,
-            alone.eps,
-            cast(float, alone.momentum),
-        )
+        self.weight, self.bias = alone.weight, alone.bias
+        self.eps, self.momentum = alone.eps, cast(float, alone.momentum)
         for name, buffer in alone.named_buffers():
             self.register_buffer(name, buffer)
 
