@@ -4,7 +4,6 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 """
 
 import dataclasses
-import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,13 +57,15 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, cache=None, seed:
 
 def opens_again(domain) -> bool:
     """Whether another process finds the same domain by its name, shape and folder of data sets, with seed 0."""
-    about = operator.attrgetter("name", "shape", "data", "seed")
+
+    def about(opened) -> list[tuple]:
+        parts = [opened, *getattr(opened, "domains", [])]
+        return [(type(part), part.name, part.shape, part.data, part.seed) for part in parts]
+
     try:
-        again = open_domain(domain.name, shape=domain.shape, data=domain.data or None)
-        both = [[(type(part), *about(part)) for part in getattr(d, "domains", [d])] for d in (again, domain)]
+        return about(open_domain(domain.name, shape=domain.shape, data=domain.data or None)) == about(domain)
     except (AttributeError, DataError):
         return False
-    return type(again) is type(domain) and both[0] == both[1]
 
 
 def readable_test_pairs(dataset, count: int) -> list[Pair]:
@@ -117,10 +118,7 @@ class SyntheticDomain:
 
 
 class FileDomain:
-    """Pairs of a manifest's files; each file is read once and then kept in memory.
-
-    Of ten training subjects or more, the last in the manifest's order are held out for validation (see `held_out`).
-    """
+    """Pairs of a manifest's files; each file is read once and then kept in memory."""
 
     def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
         if len(shape) > manifest.dimensions:
@@ -188,9 +186,9 @@ class FileDomain:
 def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:
     """Training images, training pairs (None: all ordered ones) and validation pairs, which share no subject.
 
-    One subject in twenty is held out, two at least, of ten training subjects or more; of fewer none, nor where no
-    listed pair would be left on either side. Without listed pairs, each held-out image is fixed once, the next one of
-    another subject moving.
+    One subject in twenty is held out, two at least, the manifest's last, of ten training subjects or more; of fewer
+    none, nor where no listed pair would be left on either side. Without listed pairs, each held-out image is fixed
+    once, the next one of another subject moving.
     """
     listed = manifest.training_pairs
     images = list(dict.fromkeys([*manifest.training, *(image for pair in listed or [] for image in pair)]))

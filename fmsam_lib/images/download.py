@@ -26,12 +26,13 @@ def fetch_hippocampus(folder: Path | str | None = None) -> Path:
         # Everything is prepared aside, then moved in one step: what is half finished never looks complete.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
             source = extracted if extracted.is_dir() else _download_hippocampus(folder, Path(work))
+            ready = Path(work) / "ready"
             for part in ("imagesTr", "labelsTr"):
-                (Path(work) / "ready" / part).mkdir(parents=True)
-                for file in sorted(source.glob(f"{part}/hippocampus_*.nii.gz")):
-                    shutil.copyfile(file, Path(work) / "ready" / part / file.name)
-            _write_hippocampus_manifest(Path(work) / "ready", source)
-            os.replace(Path(work) / "ready", target)
+                (ready / part).mkdir(parents=True)
+                for file in source.glob(f"{part}/hippocampus_*.nii.gz"):
+                    shutil.copyfile(file, ready / part / file.name)
+            _write_hippocampus_manifest(ready, source)
+            os.replace(ready, target)
     else:
         _write_hippocampus_manifest(target, target)
     return read_manifest(target).folder

@@ -29,6 +29,7 @@ BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 AVG_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+Channels = tuple[int, ...]
 SLAB = 8  # planes at half resolution: small enough to stay in a processor's cache, large enough to fill it
 
 
@@ -41,7 +42,7 @@ class UNet(nn.Module):
     down: channels after each halving. up: channels after each doubling, from the finest.
     """
 
-    def __init__(self, dim: int, down: tuple[int, ...], up: tuple[int, ...]):
+    def __init__(self, dim: int, down: Channels, up: Channels):
         super().__init__()
         self.dim = dim
         channels = (2, *down)
@@ -140,15 +141,7 @@ class GradICON(nn.Module):
     `net.first_stage = True` the last step is left out, as in uniGradICON's first stage.
     """
 
-    def __init__(
-        self,
-        dim: int = 3,
-        *,
-        down: tuple[int, ...],
-        up: tuple[int, ...] | None = None,
-        levels: int = 3,
-        last_step: bool = True,
-    ):
+    def __init__(self, dim: int = 3, *, down: Channels, up: Channels | None = None, levels: int = 3, last_step=True):
         super().__init__()
         up = down if up is None else up
         if dim not in CONV:
@@ -199,9 +192,8 @@ class GradICON(nn.Module):
         if moving.shape != fixed.shape or fixed.dim() != self.dim + 2 or fixed.shape[1] != 1:
             raise ValueError(f"{expected}, got {tuple(moving.shape)} and {tuple(fixed.shape)}")
         if min(fixed.shape[2:]) < 16:
-            raise ValueError(
-                f"{expected} with at least 16 samples a side, got {tuple(fixed.shape[2:])}; resample or pad the images"
-            )
+            found = f"got {tuple(fixed.shape[2:])}; resample or pad the images"
+            raise ValueError(f"{expected} with at least 16 samples a side, {found}")
 
     def save(self, path: Path | str) -> None:
         """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it."""

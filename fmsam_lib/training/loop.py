@@ -51,20 +51,19 @@ def train(
     Raises: ConfigError for options that cannot be right, and for several processes where each could not open `domain`
     again by its name, or could not start from `net`; else as `starting` and `fit`.
     """
-    of_domain = {"train_domain": domain.name, "shape": list(domain.shape), "data": getattr(domain, "data", "")}
-    of_net = {name: net.settings[name] for name in ("down", "levels", "last_step")} if net is not None else {}
-    twice = sorted(options.keys() & (of_domain | of_net | ({"weights": ""} if net is not None else {})).keys())
-    if twice:
-        raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
+    given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
+    if net is not None:
+        given |= {"weights": "", **{name: net.settings[name] for name in ("down", "levels", "last_step")}}
+    if given.keys() & options.keys():
+        twice = ", ".join(sorted(given.keys() & options.keys()))
+        raise ConfigError(f"expected {twice} from the domain and the network given, got options too")
     with TemporaryDirectory() if out is None else nullcontext(os.path.abspath(out)) as folder:
-        run = read(Train, options | of_domain | of_net | {"out": folder}, source="the options of train")
+        run = read(Train, options | given | {"out": folder}, source="the options of train")
         if run.processes > 1 and net is not None:
             raise ConfigError("several processes cannot start from `net`: save it and give the file as `weights`")
         if run.processes > 1 and not opens_again(domain):
-            raise ConfigError(
-                f"each of several processes opens the domain again by its name, got one that open_domain("
-                f"{domain.name!r}) does not give (with seed 0, and of the same shape and data): train in one process"
-            )
+            found = f"got one that open_domain({domain.name!r}) does not give with its shape and data and seed 0"
+            raise ConfigError(f"each of several processes opens the domain by its name, {found}: train in one process")
         net = starting(run) if net is None else net
         return net, fit(net, domain, run, progress=progress)
 
@@ -184,9 +183,8 @@ def device_of(run: Train) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if run.device == "cuda" and gpus < run.processes:
-        raise ConfigError(
-            f"expected a GPU for each process, {run.processes}, torch finds {gpus}: choose 'cpu' or 'auto'"
-        )
+        found = f"torch finds {gpus}: choose 'cpu' or 'auto'"
+        raise ConfigError(f"expected a GPU for each process, {run.processes}, {found}")
     on_gpu = run.device != "cpu" and gpus >= run.processes
     return torch.device("cuda", parallel.rank()) if on_gpu else torch.device("cpu")
 

@@ -201,14 +201,8 @@ class SAM:
     def logged(self) -> dict[str, Any]:
         """What is worth a line in the log, of the last climb."""
         rho = [group["rho"] for group in self.groups]
-        return {
-            "rho": rho[0] if len(rho) == 1 else rho,
-            "gradient_norm": self.gradient_norm,
-            "gradient_norm_there": self.gradient_norm_there,
-            "step_norm": self.step_norm,
-            "step_ratio": self.step_ratio,
-            "rise": float(self.rise),
-        }
+        numbers = ("gradient_norm", "gradient_norm_there", "step_norm", "step_ratio", "rise")
+        return {"rho": rho[0] if len(rho) == 1 else rho} | {name: float(getattr(self, name)) for name in numbers}
 
     def state_dict(self) -> dict:
         """What going on to the same weights needs beside the optimizer's own state."""

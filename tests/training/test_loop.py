@@ -746,7 +746,7 @@ class Other(type(open_domain("brain-mr", shape=(16, 16)))):
 
 @pytest.mark.parametrize("other", [Other("brain-mr", (16, 16), 0), open_domain("brain-mr", shape=(16, 16), seed=1)])
 def test_several_processes_refuse_a_domain_that_its_name_does_not_give(other):
-    with pytest.raises(ConfigError, match="each of several processes opens the domain again by its name"):
+    with pytest.raises(ConfigError, match="each of several processes opens the domain by its name"):
         train(other, processes=2, **OPTIONS | {"batch": 2})
     assert len(train(other, **OPTIONS)[1]) == 2  # one process takes it
 
