@@ -24,7 +24,7 @@ from fmsam_lib.phantoms.anatomies import DOMAINS
 from fmsam_lib.phantoms.pairs import make_pair
 
 REPEATS = 21
-THREADS = 2
+THREADS = 1  # making a pair is hundreds of small operations
 
 
 def seconds(call) -> float:
