@@ -14,14 +14,17 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-import pandas as pd
 import torch
+from recording import record
 
-from fmsam_lib.images import files as data
-from fmsam_lib.phantoms import pairs as synthetic
-from fmsam_lib.records import provenance, written_whole
+from fmsam_lib.images.cache import load
+from fmsam_lib.images.files import decode
+from fmsam_lib.images.manifest import data_folder
+from fmsam_lib.phantoms.anatomies import DOMAINS
+from fmsam_lib.phantoms.pairs import make_pair
 
 REPEATS = 21
+THREADS = 1  # making a pair is hundreds of small operations
 
 
 def seconds(call) -> float:
@@ -37,7 +40,7 @@ def seconds(call) -> float:
 
 def image_and_label(folder: Path) -> tuple[Path, Path]:
     """A hippocampus where there is one, else two files of its size."""
-    real = data.data_folder() / "HippocampusMR"
+    real = data_folder() / "HippocampusMR"
     paths = real / "imagesTr/hippocampus_001.nii.gz", real / "labelsTr/hippocampus_001.nii.gz"
     if all(path.exists() for path in paths):
         return paths
@@ -49,25 +52,20 @@ def image_and_label(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     rows = []
-    for domain in synthetic.DOMAINS:
-        value = seconds(lambda domain=domain: synthetic.make_pair(domain, seed=0, index=0, shape=(64, 64, 64)))
+    for domain in DOMAINS:
+        value = seconds(lambda domain=domain: make_pair(domain, seed=0, index=0, shape=(64, 64, 64)))
         rows.append((f"{domain}: a 64^3 pair", value, "<= 0.1", "s"))
     with tempfile.TemporaryDirectory() as folder:
         image, label = image_and_label(Path(folder))
         options = {"modality": "MR", "shape": (48, 64, 48), "labels": {1: "anterior", 2: "posterior"}}
-        decoding = seconds(lambda: data.decode(image, label, **options))
-        cached = seconds(lambda: data.load(image, label, cache=folder, **options))
+        decoding = seconds(lambda: decode(image, label, **options))
+        cached = seconds(lambda: load(image, label, cache=folder, **options))
     rows.append(("decoding an image with its label", decoding, "", "s"))
     rows.append(("reading them from the cache", cached, "", "s"))
     rows.append(("decoding / reading from the cache", decoding / cached, ">= 20", "ratio"))
-    made = provenance()
-    table = pd.DataFrame(rows, columns=["figure", "value", "reach", "unit"])
-    table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=2, torch=torch.__version__)
-    print(table.iloc[:, :4].to_string(index=False))
-    with written_whole(Path(__file__).with_suffix(".csv")) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n")
+    record(rows, __file__, threads=THREADS)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Writes benchmarks/model.csv, in 8 minutes on two quiet cores. All that is compared takes turns in one run with two
 threads; values are medians. Steps and inferences of the full network run in processes of their own, each with its own
-peak of memory. Both compute the same numbers (tests/test_network_peer.py), but for BatchNorm's statistics in training,
-which ours takes over both directions in one batch; the row "directions apart" is without that.
+peak of memory. Both compute the same numbers (tests/model/test_network_peer.py), but for BatchNorm's statistics in
+training, which ours takes over both directions in one batch; the row "directions apart" is without that.
 """
 
 import json
@@ -14,16 +14,15 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import peers
 import torch
+from recording import record
 from torch import nn
 
 from fmsam_lib.model.network import CHANNELS_LAST, GradICON, give_back_memory
 from fmsam_lib.model.weights import UNIGRADICON, from_icon
-from fmsam_lib.records import provenance, written_whole
 from fmsam_lib.training.losses import Batch, jittered_points, lncc_loss, objective
 
 THREADS = 2
@@ -216,14 +215,8 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(alone(*sys.argv[1:])))
         return
-    made = provenance()
-    table = pd.DataFrame([*lncc_rows(), *small_rows(), *full_rows()])
-    versions = {name: made["packages"].get(name) for name in ("torch", "monai")}
-    versions |= {"icon-registration": peers.version("icon-registration"), "unigradicon": peers.version("unigradicon")}
-    table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=THREADS, **versions)
-    print(table.iloc[:, :7].to_string(index=False))
-    with written_whole(Path(__file__).with_suffix(".csv")) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n", float_format="%.4g")
+    versions = {name: peers.version(name) for name in ("monai", "icon-registration", "unigradicon")}
+    record([*lncc_rows(), *small_rows(), *full_rows()], __file__, threads=THREADS, **versions)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/sam.py
 
-Writes benchmarks/sam.csv, in 4 minutes on two quiet cores. A step is `train.train_step`, without the making of the
+Writes benchmarks/sam.csv, in 4 minutes on two quiet cores. A step is `step.train_step`, without the making of the
 batch. The optimizers take turns, step by step, in one run; times are medians. SAM every 5th step and LookSAM are
 averaged: a fifth of the median step with a climb, four fifths of the median step without. Memory is the highest number
 of bytes alive in tensors, by torch's own account (its profiler): of the first six steps of a training, SAM's less
@@ -12,19 +12,17 @@ Adam's, and of the climb alone, from entering the block to leaving it with nothi
 import itertools
 import statistics
 import time
-from pathlib import Path
 
-import pandas as pd
 import torch
+from recording import record
 
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import UNIGRADICON
 from fmsam_lib.parameters import Train
-from fmsam_lib.records import provenance, written_whole
 from fmsam_lib.training.checkpoint import State
-from fmsam_lib.training.loop import perturbation, train_step
 from fmsam_lib.training.losses import Batch, jittered_points
 from fmsam_lib.training.sam import SAM
+from fmsam_lib.training.step import perturbation, train_step
 
 THREADS = 2
 EVERY = 5
@@ -35,17 +33,7 @@ BASES = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 
 
 def settings(optimizer: str, case: dict) -> Train:
-    other = {"validation": 0} | {
-        "every": EVERY,
-        "sigma": 5.0,
-        "lmbda": 1.5,
-        "out": "",
-        "train_domain": "",
-        "seed": 0,
-        "data": "",
-    }
-    other |= {"steps": 1, "batch": 2, "lr": 1e-5, "rho": 0.01, "threads": THREADS}
-    return Train(optimizer=optimizer, **other, **case)
+    return Train(optimizer=optimizer, every=EVERY, steps=1, lr=1e-5, threads=THREADS, **case)
 
 
 def stepping(optimizer: str, case: dict, base: str):
@@ -134,12 +122,7 @@ def main() -> None:
         rows.append((f"climb alone, full network: {name}", extra, reach, "copies of the weights"))
     looking = copies_in_the_climb(every=EVERY, alpha=0.7)
     rows.append((f"climb alone, full network: LookSAM({EVERY}), its direction included", looking, "", rows[-1][3]))
-    made = provenance()
-    table = pd.DataFrame(rows, columns=["figure", "value", "reach", "unit"])
-    table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=THREADS, torch=torch.__version__)
-    print(table.iloc[:, :4].to_string(index=False))
-    with written_whole(Path(__file__).with_suffix(".csv")) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n", float_format="%.4g")
+    record(rows, __file__, threads=THREADS)
 
 
 if __name__ == "__main__":

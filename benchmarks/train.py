@@ -10,16 +10,13 @@ three trainings each.
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from unittest import mock
 
-import pandas as pd
-import torch
+from recording import record
 
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.parameters import Train
-from fmsam_lib.records import provenance, written_whole
-from fmsam_lib.training.loop import starting, train
+from fmsam_lib.training.loop import fit, starting
 
 REPEATS = 3
 MIX = "brain-mr+lung-ct+knee-mr+abdomen-ct"
@@ -30,7 +27,7 @@ CASES = {
 
 
 def in_between(make, steps):
-    """What `train.ahead` would be without a thread of its own."""
+    """What `loop.ahead` would be without a thread of its own."""
     for step in steps:
         yield make(step)
 
@@ -38,19 +35,10 @@ def in_between(make, steps):
 def measure(case: dict, optimizer: str) -> tuple[float, float]:
     """Seconds a step, and the share of them spent waiting for a batch."""
     with tempfile.TemporaryDirectory() as out:
-        settings = {"validation": 0} | {
-            "out": out,
-            "train_domain": MIX,
-            "optimizer": optimizer,
-            "seed": 0,
-            "data": "",
-            "threads": 1,
-        }
-        settings |= {"down": [16, 32, 64], "levels": 3, "last_step": False, "lr": 1e-3, "rho": 0.01, "sigma": 5.0}
-        run = Train(**(settings | {"lmbda": 1.5, "augment": True} | case))
+        run = Train(out=out, train_domain=MIX, optimizer=optimizer, augment=True, validation=0, threads=1, **case)
         net, dataset = starting(run), open_domain(MIX, shape=tuple(run.shape))
         start = time.perf_counter()
-        history = train(net, dataset, run, progress=False)
+        history = fit(net, dataset, run, progress=False)
         seconds = time.perf_counter() - start
     steps = [b["step"] - a for a, b in zip([0, *(line["step"] for line in history)], history, strict=False)]
     waited = sum(n * line["seconds_waiting_for_data"] for n, line in zip(steps, history, strict=True))
@@ -74,12 +62,7 @@ def main() -> None:
             rows.append((f"waiting, of a step, {where}, batches made in between", waiting_between, "", "ratio"))
             rows.append((f"step, {where}: batches made ahead / in between", time_ahead / time_between, "", "ratio"))
             rows.append((f"step, {where}", time_ahead, "", "s"))
-    made = provenance()
-    table = pd.DataFrame(rows, columns=["figure", "value", "reach", "unit"])
-    table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=1, torch=torch.__version__)
-    print(table.iloc[:, :4].to_string(index=False))
-    with written_whole(Path(__file__).with_suffix(".csv")) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n", float_format="%.4g")
+    record(rows, __file__, threads=1)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ class Pair:
     moving_landmarks, fixed_landmarks: `(L, D)` corresponding points, unit coordinates.
     affine: `(4, 4)` of the fixed grid, index to mm (RAS); spacing: mm per sample along each axis.
     unit: of the spacing: "voxel" (of the file) where its millimetres are not known.
+    subjects: whose images they are, the fixed one's and the moving one's; () where it is not known.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Pair:
     moving_landmarks: Tensor | None = None
     fixed_landmarks: Tensor | None = None
     unit: str = "mm"
+    subjects: tuple[str, ...] = ()

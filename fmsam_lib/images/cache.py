@@ -1,4 +1,4 @@
-"""Images brought onto the grid, kept on disk."""
+"""Images brought onto the grid, remembered on disk: the second time no image file is opened."""
 
 import contextlib
 import functools
@@ -6,7 +6,9 @@ import hashlib
 import os
 import uuid
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +18,18 @@ from fmsam_lib.images.files import Sample, decode
 CACHE_VERSION = 1  # raise it whenever `decode` returns something else than before
 
 
-# The disk cache
-
-
-def load(image_path, label_path=None, *, modality: str, shape, labels=None, cache=None) -> Sample:
-    """`decode`, remembered on disk: the second time the image files themselves are not opened.
+def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None, cache=None) -> Sample:
+    """`decode`, remembered on disk.
 
     cache: the folder, else the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or
     time) and damaged cache entries are decoded anew; a folder that cannot be written means no cache.
     """
-    shape, labels = tuple(shape), None if labels is None else sorted(labels)
-    options = {"modality": modality, "shape": shape, "labels": labels}
+    shape = tuple(shape)
+    options: dict[str, Any] = {
+        "modality": modality,
+        "shape": shape,
+        "labels": None if labels is None else sorted(labels),
+    }
     files = [os.path.abspath(path) for path in (image_path, label_path) if path is not None]
     if not all(map(os.path.isfile, files)):
         return decode(image_path, label_path, **options)  # has the words for what is missing
@@ -50,7 +53,7 @@ def load(image_path, label_path=None, *, modality: str, shape, labels=None, cach
 @functools.cache
 def _layout(shape: tuple[int, ...], has_label: bool) -> np.dtype:
     """One record of fixed layout, stored raw: parsing an .npy header would double the time of a read."""
-    fields = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("original_shape", "i8", (len(shape),))]
+    fields: list[tuple] = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("original_shape", "i8", (len(shape),))]
     fields += [("image", "f4", (1, *shape))] + [("label", "u1", (1, *shape))] * has_label
     return np.dtype([*fields, ("padding", "u1", (-np.dtype(fields).itemsize % 8,))])
 
@@ -62,8 +65,9 @@ def _checksum(stored: np.ndarray) -> np.uint64:
 
 def _store(entry: Path, sample: Sample, layout: np.dtype) -> None:
     record = np.zeros(1, layout)
-    for name in {"affine", "original_shape", "image", "label"}.intersection(layout.names):
-        record[name] = getattr(sample, name)
+    for name, value in vars(sample).items():
+        if value is not None:
+            record[name] = value
     record["checksum"] = _checksum(record.view(np.uint64))
     part = entry.with_suffix(f".{uuid.uuid4().hex}.part")
     try:

@@ -1,10 +1,11 @@
-"""Domains: the same access to pairs of images, whether made on the spot or read from files.
+"""Domains: the same access to training, validation and test pairs, whether made on the spot or read from files.
 
-Modules below this one see no file and no manifest: a domain gives training pairs and test pairs.
+Whoever trains or evaluates sees no file and no manifest, only `open_domain` and what it returns.
 """
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +18,9 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
 from fmsam_lib.records import DataError, data_error
 
-SYNTHETIC_TRAINING_PAIRS = 200
-
-
-SYNTHETIC_TEST_PAIRS = 50
-
-
+SYNTHETIC_TRAINING_PAIRS, SYNTHETIC_VALIDATION_PAIRS, SYNTHETIC_TEST_PAIRS = 200, 10, 50
 FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
-
-
 FIRST_VALIDATION_INDEX = 2_000_000
-
-
-SYNTHETIC_VALIDATION_PAIRS = 10
-
-
 HELD_OUT = 20  # of the training subjects of a data set, one in so many is kept for validation, two at least
 
 
@@ -41,14 +30,16 @@ def domain_names(data=None) -> list[str]:
     return [*synthetic.DOMAINS, *folders]
 
 
-def open_domain(name: str, *, shape, data=None, cache=None, seed: int = 0):
+def open_domain(name: str, *, shape: Sequence[int], data=None, cache=None, seed: int = 0):
     """A source of pairs on the grid `shape`: a synthetic domain, a data set's folder, or "a+b", a mixture.
 
-    All have `name`, `labels`, `modality`, `pairing`, `unit` ("mm", or "voxel" where the spacing is unknown),
-    `training_count` (images; pairs of a synthetic domain), `training_pair(i)`: the i-th of an endless
-    sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the same for every seed, `validation_count` and
-    `validation_pair(i)`: likewise, of subjects who are in neither training nor test, and
-    `check()`: the messages of everything wrong with its files.
+    data: the folder of data sets (see `data_folder`). cache: see `cache.load`.
+
+    All have `name`, `shape`, `data` ("" where all is synthetic), `seed`, `labels`, `modality`, `pairing`, `unit` ("mm",
+    or "voxel" where the spacing is unknown), `training_count` (images; pairs of a synthetic domain),
+    `training_pair(i)`: the i-th of an endless sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the
+    same for every seed, `validation_count` and `validation_pair(i)`: likewise, of subjects who are in neither training
+    nor test, and `check()`: the messages of everything wrong with its files.
     Raises DataError for an unknown name, with the known ones.
     """
     shape = tuple(shape)
@@ -62,6 +53,19 @@ def open_domain(name: str, *, shape, data=None, cache=None, seed: int = 0):
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
         raise data_error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
     return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
+
+
+def opens_again(domain) -> bool:
+    """Whether another process finds the same domain by its name, shape and folder of data sets, with seed 0."""
+
+    def about(opened) -> list[tuple]:
+        parts = [opened, *getattr(opened, "domains", [])]
+        return [(type(part), part.name, part.shape, part.data, part.seed) for part in parts]
+
+    try:
+        return about(open_domain(domain.name, shape=domain.shape, data=domain.data or None)) == about(domain)
+    except (AttributeError, DataError):
+        return False
 
 
 def readable_test_pairs(dataset, count: int) -> list[Pair]:
@@ -85,9 +89,10 @@ def readable_test_pairs(dataset, count: int) -> list[Pair]:
 class SyntheticDomain:
     """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
 
-    unit = "mm"
+    unit, data = "mm", ""
     training_count = SYNTHETIC_TRAINING_PAIRS
     validation_count = SYNTHETIC_VALIDATION_PAIRS
+    test_count = SYNTHETIC_TEST_PAIRS
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int):
         domain = synthetic.DOMAINS[name]
@@ -105,10 +110,6 @@ class SyntheticDomain:
     def validation_pair(self, index: int) -> Pair:
         return synthetic.make_pair(self.name, seed=0, index=FIRST_VALIDATION_INDEX + index, shape=self.shape)
 
-    @property
-    def test_count(self) -> int:
-        return SYNTHETIC_TEST_PAIRS
-
     def test_pair(self, index: int) -> Pair:
         return synthetic.make_pair(self.name, seed=0, index=FIRST_TEST_INDEX + index, shape=self.shape)
 
@@ -117,19 +118,18 @@ class SyntheticDomain:
 
 
 class FileDomain:
-    """Pairs of a manifest's files; each file is read once and then kept in memory.
-
-    Of ten training subjects or more, the last in the manifest's order are held out for validation (see `held_out`).
-    """
+    """Pairs of a manifest's files; each file is read once and then kept in memory."""
 
     def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
         if len(shape) > manifest.dimensions:
             raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
         self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
-        self.name, self.labels, self.modality = manifest.name, manifest.labels, manifest.modality
-        self.training, self.training_pairs, self.validation_pairs = held_out(manifest)
-        self.pairing, self.training_count = manifest.pairing, len(self.training)
+        self.name, self.data = manifest.name, str(manifest.folder.parent.resolve())
+        self.labels, self.modality, self.pairing = manifest.labels, manifest.modality, manifest.pairing
         self.unit = "mm" if manifest.spacing_known else "voxel"
+        self.training, self.training_pairs, self.validation_pairs = held_out(manifest)
+        self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
+        self.test_count = len(manifest.test_pairs)
         self.samples: dict[Path, Sample] = {}
 
     def training_pair(self, index: int) -> Pair:
@@ -141,16 +141,8 @@ class FileDomain:
             raise data_error(self.manifest.folder, "training pairs", "none", "Use this data set for testing only.")
         return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
 
-    @property
-    def validation_count(self) -> int:
-        return len(self.validation_pairs)
-
     def validation_pair(self, index: int) -> Pair:
         return self._pair(*self.validation_pairs[index])
-
-    @property
-    def test_count(self) -> int:
-        return len(self.manifest.test_pairs)
 
     def test_pair(self, index: int) -> Pair:
         return self._pair(*self.manifest.test_pairs[index])
@@ -187,15 +179,16 @@ class FileDomain:
             spacing=tuple(np.linalg.norm(fixed.affine[:3, : len(self.shape)], axis=0).tolist()),
             unit=self.unit,
             affine=torch.from_numpy(fixed.affine),
+            subjects=(self.manifest.subject[fixed_path], self.manifest.subject[moving_path]),
         )
 
 
 def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:
     """Training images, training pairs (None: all ordered ones) and validation pairs, which share no subject.
 
-    One subject in twenty is held out, two at least, of ten training subjects or more; of fewer none, nor where no
-    listed pair would be left on either side. Without listed pairs, each held-out image is fixed once, the next one of
-    another subject moving.
+    One subject in twenty is held out, two at least, the manifest's last, of ten training subjects or more; of fewer
+    none, nor where no listed pair would be left on either side. Without listed pairs, each held-out image is fixed
+    once, the next one of another subject moving.
     """
     listed = manifest.training_pairs
     images = list(dict.fromkeys([*manifest.training, *(image for pair in listed or [] for image in pair)]))
@@ -204,12 +197,12 @@ def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | 
     training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]
     if listed is not None:
         outside = [sum(manifest.subject[image] in kept_apart for image in pair) for pair in listed]
-        chosen = [[pair for pair, n in zip(listed, outside, strict=True) if n == wanted] for wanted in (0, 2)]
-        return (training, *chosen) if all(chosen) else (manifest.training, listed, [])
-    apart = [image for image in manifest.training if manifest.subject[image] in kept_apart]
+        within, apart = ([pair for pair, n in zip(listed, outside, strict=True) if n == wanted] for wanted in (0, 2))
+        return (training, within, apart) if within and apart else (manifest.training, listed, [])
+    images = [image for image in manifest.training if manifest.subject[image] in kept_apart]
     pairs = []
-    for i, fixed in enumerate(apart):
-        others = [image for image in apart[i + 1 :] + apart[:i] if manifest.subject[image] != manifest.subject[fixed]]
+    for i, fixed in enumerate(images):
+        others = [image for image in images[i + 1 :] + images[:i] if manifest.subject[image] != manifest.subject[fixed]]
         pairs += [(fixed, moving) for moving in others[:1]]
     return training, None, pairs
 
@@ -220,33 +213,27 @@ class Mixture:
     uniGradICON balances its data sets likewise, by as many pairs of each in an epoch (Tian et al. 2024). Not for tests.
     """
 
+    test_count = 0
+
     def __init__(self, name: str, domains: list):
         self.name, self.domains = name, domains
-        self.labels, self.unit = {}, "mm" if all(domain.unit == "mm" for domain in domains) else "voxel"
+        self.shape, self.seed = domains[0].shape, domains[0].seed
+        self.data = next((domain.data for domain in domains if domain.data), "")
+        self.labels: dict[int, str] = {}
+        self.unit = "mm" if all(domain.unit == "mm" for domain in domains) else "voxel"
         self.modality = "+".join(dict.fromkeys(domain.modality for domain in domains))
         self.pairing = "+".join(dict.fromkeys(domain.pairing for domain in domains))
         self.training_count = sum(domain.training_count for domain in domains)
+        self.validated = [domain for domain in domains if domain.validation_count]
+        self.validation_count = min((d.validation_count for d in self.validated), default=0) * len(self.validated)
 
     def training_pair(self, index: int) -> Pair:
         turn, domain = divmod(index, len(self.domains))
         return self.domains[domain].training_pair(turn)
 
-    @property
-    def validation_count(self) -> int:
-        counts = [domain.validation_count for domain in self._validated]
-        return min(counts, default=0) * len(counts)
-
     def validation_pair(self, index: int) -> Pair:
-        turn, domain = divmod(index, len(self._validated))
-        return self._validated[domain].validation_pair(turn)
-
-    @property
-    def _validated(self) -> list:
-        return [domain for domain in self.domains if domain.validation_count]
-
-    @property
-    def test_count(self) -> int:
-        return 0
+        turn, domain = divmod(index, len(self.validated))
+        return self.validated[domain].validation_pair(turn)
 
     def test_pair(self, index: int) -> Pair:
         raise data_error(self.name, "a single domain to test on", "a mixture", "Test its domains one by one.")

@@ -1,4 +1,4 @@
-"""Data sets that can be fetched."""
+"""Data sets that can be fetched: HippocampusMR of the Medical Segmentation Decathlon."""
 
 import json
 import os
@@ -9,10 +9,8 @@ from pathlib import Path
 from fmsam_lib.images.manifest import data_folder, read_manifest
 from fmsam_lib.records import data_error
 
-# HippocampusMR
 
-
-def fetch_hippocampus(folder=None) -> Path:
+def fetch_hippocampus(folder: Path | str | None = None) -> Path:
     """Make `<folder>/HippocampusMR` from the Medical Segmentation Decathlon's task 4 (CC-BY-SA 4.0, 27 MB).
 
     The 260 images in order of number: 200 to train, the last 60 to test, each with its mirror image in the
@@ -28,12 +26,13 @@ def fetch_hippocampus(folder=None) -> Path:
         # Everything is prepared aside, then moved in one step: what is half finished never looks complete.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
             source = extracted if extracted.is_dir() else _download_hippocampus(folder, Path(work))
+            ready = Path(work) / "ready"
             for part in ("imagesTr", "labelsTr"):
-                (Path(work) / "ready" / part).mkdir(parents=True)
-                for file in sorted(source.glob(f"{part}/hippocampus_*.nii.gz")):
-                    shutil.copyfile(file, Path(work) / "ready" / part / file.name)
-            _write_hippocampus_manifest(Path(work) / "ready", source)
-            os.replace(Path(work) / "ready", target)
+                (ready / part).mkdir(parents=True)
+                for file in source.glob(f"{part}/hippocampus_*.nii.gz"):
+                    shutil.copyfile(file, ready / part / file.name)
+            _write_hippocampus_manifest(ready, source)
+            os.replace(ready, target)
     else:
         _write_hippocampus_manifest(target, target)
     return read_manifest(target).folder
@@ -52,15 +51,15 @@ def _download_hippocampus(folder: Path, work: Path) -> Path:
         expected = "task 4 (Hippocampus) of the Medical Segmentation Decathlon"
         where = folder / "HippocampusMR"
         todo = f"Without network, put {by_hand.name} into {folder}, or its imagesTr and labelsTr into {where}."
-        raise data_error(
-            tar if tar == by_hand else where, expected, f"{type(error).__name__}: {error}", todo
-        ) from error
+        found = f"{type(error).__name__}: {error}"
+        raise data_error(tar if tar == by_hand else where, expected, found, todo) from error
     return work / task
 
 
 def _write_hippocampus_manifest(target: Path, source: Path) -> None:
-    images = sorted(file.name for file in (target / "imagesTr").glob("hippocampus_*.nii.gz"))
-    labels = sorted(file.name for file in (target / "labelsTr").glob("hippocampus_*.nii.gz"))
+    images, labels = (
+        sorted(file.name for file in (target / part).glob("hippocampus_*.nii.gz")) for part in ("imagesTr", "labelsTr")
+    )
     if len(images) != 260 or images != labels:
         expected, found = "260 imagesTr and their labelsTr", f"{len(images)} images and {len(labels)} labels"
         raise data_error(source, expected, found, "Complete or remove the folder.")

@@ -1,15 +1,16 @@
-"""Where images come from: manifests, files brought onto the study's grid, a disk cache, pairs.
+"""One image file brought onto the study's grid, with its label file.
 
-A data set is a folder `<Name>/` with Learn2Reg's manifest `<Name>_dataset.json`. Whatever its files
-look like, the rest of the library sees canonical (RAS) images in [0, 1] on one grid, in pairs.
-Every problem with data is a `DataError`: it names the file, what was expected, what was found, what to do.
+Whatever the files look like, the rest of the library sees canonical (RAS) images in [0, 1] on one grid. Every problem
+with a file is a `DataError`: it names the file, what was expected, what was found, what to do.
 """
 
 import contextlib
 import gzip
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -23,9 +24,6 @@ from torch import Tensor
 from fmsam_lib.records import data_error
 
 MODALITIES = ("CT", "MR")
-
-
-# Files
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Sample:
     original_shape: tuple[int, ...]
 
 
-def decode(image_path, label_path=None, *, modality: str, shape, labels=None) -> Sample:
+def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
     """An image file, and its label file if there is one, on the study's grid `shape`.
 
     Orientation: the closest canonical one (RAS). A 2-D `shape` takes a 2-D file however its single slice
@@ -54,43 +52,41 @@ def decode(image_path, label_path=None, *, modality: str, shape, labels=None) ->
     by nearest neighbour. labels: the numbers allowed beside the background, None for any.
     Raises DataError for whatever cannot be read or would not make a sensible sample.
     """
-    dim, label = len(shape), None
+    dim = len(shape)
     if dim not in (2, 3) or min(shape) < 2 or modality not in MODALITIES:
         expected = f"a 2-D or 3-D grid and {' or '.join(MODALITIES)}"
         raise data_error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
     volume, volume_affine = _read(Path(image_path), dim)
     image, affine = _slice(volume, volume_affine, dim)
-    image = normalise(image_path, image, modality)
-    if label_path is not None:
-        label, label_affine = _read(Path(label_path), dim)
-        _check_label(label_path, label, labels)
-        check_same_grid(label_path, label.shape, label_affine, image_path, volume.shape, volume_affine)
-        label = _slice(label, label_affine, dim)[0]
-
+    image, label = normalise(image_path, image, modality), None
     steps = _steps(image.shape, shape)
-    if label is not None:
+    if label_path is not None:
+        values, label_affine = _read(Path(label_path), dim)
+        _check_label(label_path, values, labels)
+        check_same_grid(label_path, values.shape, label_affine, image_path, volume.shape, volume_affine)
         nearest = [np.floor(np.arange(n) * step + 0.5).astype(int) for n, step in zip(shape, steps, strict=True)]
-        label = torch.from_numpy(np.rint(label[np.ix_(*nearest)]).astype(np.uint8))[None]
+        values = _slice(values, label_affine, dim)[0][np.ix_(*nearest)]
+        label = torch.from_numpy(np.rint(values).astype(np.uint8))[None]
     grid_affine = affine @ np.diag([*steps, *[1.0] * (4 - dim)])
     return Sample(resample(image, shape), label, grid_affine, image.shape)
 
 
-def resample(image: np.ndarray, shape) -> Tensor:
+def resample(image: np.ndarray, shape: Sequence[int]) -> Tensor:
     """An image `(*M)` in [0, 1] on the grid `shape` over the same field of view, `(1, *shape)`; see `decode`."""
     for axis, step in enumerate(_steps(image.shape, shape)):
         if step > 1:
             image = gaussian_filter1d(image, (step - 1) / 2, axis=axis, mode="nearest")
-    image = torch.from_numpy(np.ascontiguousarray(image))
-    mode = "bilinear" if image.dim() == 2 else "trilinear"
-    return F.interpolate(image[None, None], tuple(shape), mode=mode, align_corners=True)[0].clamp_(0, 1)
+    values = torch.from_numpy(np.ascontiguousarray(image))[None, None]
+    mode = "bilinear" if image.ndim == 2 else "trilinear"
+    return F.interpolate(values, tuple(shape), mode=mode, align_corners=True)[0].clamp_(0, 1)
 
 
-def _steps(samples: tuple[int, ...], shape) -> list[float]:
+def _steps(samples: Sequence[int], shape: Sequence[int]) -> list[float]:
     return [(m - 1) / (n - 1) for m, n in zip(samples, shape, strict=True)]
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(path: Path | str) -> Iterator[None]:
     """Turn what nibabel, gzip and zlib say about a broken file into a DataError."""
     try:
         yield
@@ -102,7 +98,7 @@ def reading(path):
         raise data_error(path, "a readable image", found, todo) from error
 
 
-def open_file(path: Path):
+def open_file(path: Path) -> Any:
     """The nibabel image of a file that is there and whole; its values are not read yet."""
     if not path.is_file():
         if path.is_dir():
@@ -132,9 +128,8 @@ def spatial_shape(path, file, dim: int) -> tuple[int, int, int]:
 
 def check_affine(path, affine: np.ndarray) -> None:
     if not np.isfinite(affine).all() or np.linalg.cond(affine[:3, :3]) > 1e6:
-        raise data_error(
-            path, "an invertible affine", str(affine.tolist()), "Set the header's spacing and orientation."
-        )
+        todo = "Set the header's spacing and orientation."
+        raise data_error(path, "an invertible affine", str(affine.tolist()), todo)
 
 
 def values_of(path, file, shape: tuple[int, int, int]) -> np.ndarray:
@@ -198,8 +193,7 @@ def _check_label(path, label: np.ndarray, labels) -> None:
     named = set(range(1, 256)) if labels is None else set(labels)
     expected = "labels from 1 to 255" if labels is None else f"labels {sorted(named)}"
     if not found <= named:
-        raise data_error(
-            path, expected, f"also {sorted(found - named)[:10]}", "Name them in the manifest or remove them."
-        )
+        todo = "Name them in the manifest or remove them."
+        raise data_error(path, expected, f"also {sorted(found - named)[:10]}", todo)
     if not found:
         raise data_error(path, expected, "only background", "Leave the image out.")

@@ -1,4 +1,4 @@
-"""Data sets: the manifest of each, read and checked."""
+"""Data sets: a folder `<Name>/` each, with Learn2Reg's manifest `<Name>_dataset.json`, read and checked here."""
 
 import json
 import os
@@ -13,12 +13,9 @@ from fmsam_lib.records import PROJECT, DataError, data_error
 MANIFEST_KEYS = ("name", "dimensions", "modality", "labels", "pairing", "training", "registration_val")
 
 
-def data_folder(folder=None) -> Path:
+def data_folder(folder: Path | str | None = None) -> Path:
     """The folder of data sets: the one given, else the environment's FMSAM_DATA, else the project's `data`."""
     return Path(folder or os.environ.get("FMSAM_DATA") or PROJECT / "data")
-
-
-# Manifests
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,7 @@ class Manifest:
     labels: structures by number, without the background. training: images.
     training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
     test_pairs: (fixed, moving) images. label_of: every image's label file or None. subject: whose image it is.
-    spacing_known: False where millimetres mean nothing (`"spacing_known": false` in the manifest, or
-    a description that says "spacing was lost" or "no spacing").
+    spacing_known: `"spacing_known": false` in the manifest says that its millimetres mean nothing.
     """
 
     name: str
@@ -46,7 +42,7 @@ class Manifest:
     spacing_known: bool
 
 
-def read_manifest(folder) -> Manifest:
+def read_manifest(folder: Path | str) -> Manifest:
     """Read and check `<Name>/<Name>_dataset.json` of the folder `<Name>`.
 
     An image's label file and subject are those of its entry `{"image", "label", "subject"}` under `training`
@@ -59,16 +55,14 @@ def read_manifest(folder) -> Manifest:
     path = folder / f"{folder.resolve().name}_dataset.json"
     if not path.is_file():
         found = "no such file" if folder.is_dir() else "no such folder"
-        raise data_error(
-            path, "a data set's manifest", found, "Put the data set there or set FMSAM_DATA to its parent."
-        )
+        todo = "Put the data set there or set FMSAM_DATA to its parent."
+        raise data_error(path, "a data set's manifest", found, todo)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         missing = [key for key in MANIFEST_KEYS if key not in content]
         if missing:
-            raise data_error(
-                path, f"the keys {', '.join(MANIFEST_KEYS)}", f"no {', '.join(missing)}", "Add what is missing."
-            )
+            expected = f"the keys {', '.join(MANIFEST_KEYS)}"
+            raise data_error(path, expected, f"no {', '.join(missing)}", "Add what is missing.")
         return _checked(path, content)
     except DataError:
         raise
@@ -83,9 +77,8 @@ def _checked(path: Path, content: dict) -> Manifest:
         raise data_error(path, "dimensions 2 or 3", repr(dimensions), "Correct the manifest.")
     modalities = sorted(set(content["modality"].values()))
     if len(modalities) != 1 or modalities[0] not in MODALITIES:
-        raise data_error(
-            path, f"one modality, {' or '.join(MODALITIES)}", f"{modalities}", "Correct or split the manifest."
-        )
+        expected = f"one modality, {' or '.join(MODALITIES)}"
+        raise data_error(path, expected, f"{modalities}", "Correct or split the manifest.")
     if isinstance(labels.get("0"), dict):  # Learn2Reg nests them by modality
         labels = labels["0"]
     labels = {int(number): name for number, name in labels.items() if int(number) != 0}
@@ -112,10 +105,8 @@ def _checked(path: Path, content: dict) -> Manifest:
 
     absent = [file for file in (*label_of, *label_of.values()) if file and not file.is_file()]
     if absent:
-        found = f"{len(absent)} missing, first {absent[0]}"
-        raise data_error(
-            path, "every listed file on disk", found, "Copy the files there or take them out of the manifest."
-        )
+        found, todo = f"{len(absent)} missing, first {absent[0]}", "Copy the files there or correct the manifest."
+        raise data_error(path, "every listed file on disk", found, todo)
     twice = [image.name for image, times in Counter(training).items() if times > 1]
     if twice:
         raise data_error(path, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
@@ -127,7 +118,9 @@ def _checked(path: Path, content: dict) -> Manifest:
     if shared:
         todo = "Move their images to one side, or tell subjects apart by a key 'subject' in the entries."
         raise data_error(path, "no subject in both training and test", ", ".join(shared[:5]), todo)
-    lost = re.search("spacing was lost|no spacing", content.get("description", ""), re.IGNORECASE)
+    spacing_known = content.get("spacing_known", True)
+    if not isinstance(spacing_known, bool):
+        raise data_error(path, "spacing_known true or false", repr(spacing_known), "Correct the manifest.")
     return Manifest(
         name=content["name"],
         folder=folder,
@@ -140,11 +133,11 @@ def _checked(path: Path, content: dict) -> Manifest:
         test_pairs=test_pairs,
         label_of=label_of,
         subject=subjects,
-        spacing_known=content.get("spacing_known", not lost),
+        spacing_known=spacing_known,
     )
 
 
-def subject_of(image) -> str:
+def subject_of(image: Path | str) -> str:
     """Whose image it is: the file's name without slice, phase and Learn2Reg's modality number at its end.
 
     The modality number goes only if a number remains to tell subjects apart.

@@ -5,11 +5,13 @@ arXiv 2403.05780), of any width, depth and number of levels, in 2-D and 3-D.
 """
 
 import ctypes
+import functools
 import itertools
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,26 +23,13 @@ from fmsam_lib.model.transform import LINEAR, Transform
 from fmsam_lib.records import written_whole
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-
-
 FUNCTIONAL_CONV = {2: F.conv2d, 3: F.conv3d}
-
-
 CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-
-
 BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
 AVG_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-
-
+Channels = tuple[int, ...]
 SLAB = 8  # planes at half resolution: small enough to stay in a processor's cache, large enough to fill it
 
 
@@ -53,7 +42,7 @@ class UNet(nn.Module):
     down: channels after each halving. up: channels after each doubling, from the finest.
     """
 
-    def __init__(self, dim: int, down: tuple[int, ...], up: tuple[int, ...]):
+    def __init__(self, dim: int, down: Channels, up: Channels):
         super().__init__()
         self.dim = dim
         channels = (2, *down)
@@ -67,8 +56,8 @@ class UNet(nn.Module):
         )
         self.norm = nn.ModuleList(BATCH_NORM[dim](out) for out in up)
         self.last = CONV[dim](2 + up[0], dim, kernel_size=3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
         # In channels-last layout convolutions and upsampling are quickest, BatchNorm and concatenation too, but
@@ -94,12 +83,11 @@ class UNet(nn.Module):
 
     def ascend(self, depth: int, x: Tensor, skip: Tensor) -> Tensor:
         """From `x` at `depth` to twice its resolution, beside its `skip`."""
-        layout = {"memory_format": CHANNELS_LAST[self.dim]}
         y = self.up[depth](F.leaky_relu(x))
-        coarse = fit_channels(x, y.shape[1]).contiguous(**layout)
+        coarse = fit_channels(x, y.shape[1]).contiguous(memory_format=CHANNELS_LAST[self.dim])
         x = self.norm[depth](y.add_(F.interpolate(coarse, scale_factor=2, mode=LINEAR[self.dim])))
-        keep_layout(x, **layout)
-        x = x[(..., *[slice(0, n) for n in skip.shape[2:]])]  # odd sizes come back one too large
+        keep_layout(x)
+        x = x[:, :, *[slice(0, n) for n in skip.shape[2:]]]  # odd sizes come back one too large
         return torch.cat([x, skip], 1)
 
     def finish(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -109,18 +97,19 @@ class UNet(nn.Module):
         axis, and are added up afterwards, each from its neighbouring plane.
         """
         x = self.ascend(0, x, skip)
-        taps = self.last.weight.movedim(2, 0).flatten(0, 1).unsqueeze(2)
+        weight, bias = self.last.parameters()
+        taps = weight.movedim(2, 0).flatten(0, 1).unsqueeze(2)
         taps = FUNCTIONAL_CONV[self.dim](x, taps, padding=(0, *[1] * (self.dim - 1)))
-        before, here, after = keep_layout(taps, memory_format=CHANNELS_LAST[self.dim]).chunk(3, 1)
+        before, here, after = keep_layout(taps).chunk(3, 1)
         flat = [0, 0] * (self.dim - 1)
         y = F.pad(before[:, :, :-1], [*flat, 1, 0]) + here + F.pad(after[:, :, 1:], [*flat, 0, 1])
-        return (y + self.last.bias.view(1, -1, *[1] * self.dim)) / 10
+        return (y + bias.view(1, -1, *[1] * self.dim)) / 10
 
 
-def keep_layout(x: Tensor, **layout) -> Tensor:
-    """`x` itself, whose gradient will arrive in the same memory layout."""
+def keep_layout(x: Tensor) -> Tensor:
+    """`x` itself, whose gradient will arrive in channels-last layout."""
     if x.requires_grad:
-        x.register_hook(lambda gradient: gradient.contiguous(**layout))
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=CHANNELS_LAST[x.dim() - 2]))
     return x
 
 
@@ -152,15 +141,7 @@ class GradICON(nn.Module):
     `net.first_stage = True` the last step is left out, as in uniGradICON's first stage.
     """
 
-    def __init__(
-        self,
-        dim: int = 3,
-        *,
-        down: tuple[int, ...],
-        up: tuple[int, ...] | None = None,
-        levels: int = 3,
-        last_step: bool = True,
-    ):
+    def __init__(self, dim: int = 3, *, down: Channels, up: Channels | None = None, levels: int = 3, last_step=True):
         super().__init__()
         up = down if up is None else up
         if dim not in CONV:
@@ -170,7 +151,13 @@ class GradICON(nn.Module):
                 f"expected levels >= 1 and as many `up` as `down` channels, all positive; "
                 f"got levels={levels}, down={tuple(down)}, up={tuple(up)}"
             )
-        self.settings = {"dim": dim, "down": list(down), "up": list(up), "levels": levels, "last_step": last_step}
+        self.settings: dict[str, Any] = {
+            "dim": dim,
+            "down": list(down),
+            "up": list(up),
+            "levels": levels,
+            "last_step": last_step,
+        }
         self.dim, self.levels = dim, levels
         self.shape: tuple[int, ...] | None = None  # the grid that it was trained on
         self.save_memory, self.precision, self.first_stage = False, "float32", False
@@ -182,29 +169,20 @@ class GradICON(nn.Module):
         self.check_shapes(moving, fixed)
         pyramid = [(moving, fixed)]
         for _ in range(self.levels - 1):
-            pyramid.append(tuple(map(halve, pyramid[-1])))
+            pyramid.append((halve(pyramid[-1][0]), halve(pyramid[-1][1])))
         phi = Transform(fixed.shape[2:])
         steps = len(self.steps) - self.first_stage
         for i, (unet, scale) in enumerate(zip(self.steps[:steps], self.scales[:steps], strict=True)):
             coarse_moving, coarse_fixed = pyramid[scale]
             if phi.fields:
                 coarse_moving = look_up(coarse_moving, phi.grid(coarse_fixed.shape[2:]))
-            compute = partial(self._half, unet) if self.precision in HALF else unet
+            compute = functools.partial(self._half, unet) if self.precision in HALF else unet
             if self.save_memory and torch.is_grad_enabled() and i < steps - 1:
-                displacement = checkpoint(
-                    compute,
-                    coarse_moving,
-                    coarse_fixed,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                    context_fn=lambda unet=unet: (nullcontext(), BuffersKept(unet)),
-                )
-            else:
-                displacement = compute(coarse_moving, coarse_fixed)
-            phi = phi.then(displacement)
+                compute = functools.partial(computed_twice, compute, unet)
+            phi = phi.then(compute(coarse_moving, coarse_fixed))
         return phi
 
-    def _half(self, unet: "UNet", moving: Tensor, fixed: Tensor) -> Tensor:
+    def _half(self, unet: nn.Module, moving: Tensor, fixed: Tensor) -> Tensor:
         # a block for each U-Net: autocast keeps its copies of the weights to the end of it, and SAM changes the weights
         with torch.autocast(moving.device.type, HALF[self.precision]):
             return unet(moving, fixed).float()
@@ -214,9 +192,8 @@ class GradICON(nn.Module):
         if moving.shape != fixed.shape or fixed.dim() != self.dim + 2 or fixed.shape[1] != 1:
             raise ValueError(f"{expected}, got {tuple(moving.shape)} and {tuple(fixed.shape)}")
         if min(fixed.shape[2:]) < 16:
-            raise ValueError(
-                f"{expected} with at least 16 samples a side, got {tuple(fixed.shape[2:])}; resample or pad the images"
-            )
+            found = f"got {tuple(fixed.shape[2:])}; resample or pad the images"
+            raise ValueError(f"{expected} with at least 16 samples a side, {found}")
 
     def save(self, path: Path | str) -> None:
         """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it."""
@@ -236,19 +213,28 @@ def give_back_memory() -> None:
         mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 
-class BuffersKept:
-    """Puts the buffers back afterwards: a forward pass in training mode moves BatchNorm's running statistics.
+def computed_twice(compute: Callable[..., Tensor], unet: nn.Module, *images: Tensor) -> Tensor:
+    """`compute(*images)`, whose activations are computed again on the way back instead of kept."""
+    contexts = nullcontext(), BuffersKept(unet)  # of the first time and of the second
+    return checkpoint(compute, *images, use_reentrant=False, preserve_rng_state=False, context_fn=lambda: contexts)
 
-    A context manager that can be entered again, as going backward twice does.
+
+class BuffersKept:
+    """Puts a module's buffers back: a forward pass in training mode moves BatchNorm's running statistics.
+
+    As they are now, by `put_back()`; or around a block, which can be entered again, as going backward twice does.
     """
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.buffers = list(module.buffers())
+        self.__enter__()
 
     def __enter__(self) -> None:
-        self.saved = [buffer.clone() for buffer in self.module.buffers()]
+        self.saved = [buffer.clone() for buffer in self.buffers]
 
-    def __exit__(self, *_) -> None:
+    def put_back(self, *_) -> None:
         with torch.no_grad():
-            for buffer, value in zip(self.module.buffers(), self.saved, strict=True):
+            for buffer, value in zip(self.buffers, self.saved, strict=True):
                 buffer.copy_(value)
+
+    __exit__ = put_back

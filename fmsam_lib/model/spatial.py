@@ -91,10 +91,11 @@ def jacobian_determinant(phi_map: Tensor) -> Tensor:
     phi = voxels(phi_map, shape)
     edges = [torch.diff(phi, dim=axis + 2)[_cells(axis, len(shape))] for axis in range(len(shape))]
     matrix = torch.stack(edges, dim=2)  # (N, D, D, *S-1): component, then axis
-    return sum(
+    products = [
         _sign(order) * functools.reduce(torch.mul, [matrix[:, row, column] for row, column in enumerate(order)])
         for order in itertools.permutations(range(len(shape)))
-    )
+    ]
+    return functools.reduce(torch.add, products)
 
 
 def _cells(axis: int, dim: int) -> tuple:

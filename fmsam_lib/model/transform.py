@@ -1,4 +1,4 @@
-"""A map from the fixed grid into the moving image, as the network found it."""
+"""What a network returns: a map from the fixed grid into the moving image, kept as displacements of several grids."""
 
 from functools import cached_property
 

@@ -12,6 +12,7 @@ icon-registration nests the steps, coarse to fine, where we have a list of them:
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +20,13 @@ from torch import Tensor
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.records import written_whole
 
-UNIGRADICON = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64, 128, 256), "levels": 3}
-
-
+UNIGRADICON: dict[str, Any] = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64, 128, 256), "levels": 3}
 UNIGRADICON_SIDE = 175  # samples along each axis of the grid that it was trained on
-
-
 THEIR_NAMES = {"down": "downConvs", "up": "upConvs", "norm": "batchNorms", "last": "lastConv"}
-
-
 OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
-
+DAMAGED = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
 
 RELEASES = "https://github.com/uncbiag/uniGradICON/releases/download"
-
-
 OFFICIAL = {name: f"{RELEASES}/{name}_weights/Step_2_final.trch" for name in ("unigradicon", "multigradicon")}
 
 
@@ -68,16 +61,7 @@ def load(weights: Path | str) -> GradICON:
             net.shape = tuple(saved["shape"]) if saved.get("shape") else None
         else:
             net = from_icon(saved)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except DAMAGED as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
             f"expected weights saved by fmsam or by icon-registration in {path}, got: {reason}; "

@@ -1,4 +1,7 @@
-"""The synthetic anatomies: lists of soft shapes in canonical coordinates."""
+"""The synthetic anatomies as tables: soft shapes in canonical RAS coordinates, later ones painted over earlier ones.
+
+`DOMAINS` says what each stands for, how two images of it differ and how they are acquired.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,9 +49,6 @@ class Domain:
     motion: Callable[[Tensor], Tensor] | None = None  # the displacement of intra-subject pairs
 
 
-# --- anatomies: later parts cover earlier ones
-
-
 def _both(*parts: Part) -> list[Part]:
     """Every part on the right as written, and its mirror image on the left."""
     pairs = []
@@ -56,22 +56,19 @@ def _both(*parts: Part) -> list[Part]:
         x, y, z = part.centre
         axis, degrees = part.tilt
         mirrored = part._replace(centre=(-x, y, z), tilt=(axis, degrees if axis == 0 else -degrees))
-        pairs += [
-            half._replace(name=part.name.format(side=side)) for half, side in ((part, "right"), (mirrored, "left"))
-        ]
+        pairs += [p._replace(name=p.name.format(side=side)) for p, side in ((part, "right"), (mirrored, "left"))]
     return pairs
 
 
 def _rim(parts: list[Part], name: str, value: float, width: float, **changes) -> list[Part]:
     """A layer around the union of `parts`: the same ones, larger, to be painted before them."""
+    changes |= {"name": name, "value": value, "texture": 0.0}
     return [
-        part._replace(name=name, value=value, radii=tuple(r + width for r in part.radii), texture=0.0, **changes)
-        for part in parts
+        part._replace(radii=(a + width, b + width, c + width), **changes) for part in parts for a, b, c in [part.radii]
     ]
 
 
 # fmt: off
-
 BRAIN = (
     Part("cortex", 62, (0, 0, 0.14), (0.80, 0.90, 0.70), wave=(0.07, 15), texture=4),
     *_both(
@@ -98,7 +95,6 @@ BRAIN = (
     Part("brainstem", 92, (0, -0.18, -0.47), (0.155, 0.17, 0.42), texture=3),
 )
 
-
 LUNG = (
     Part("subcutaneous fat", -100, (0, 0, 0), (0.95, 0.86, INF), 4, texture=15),
     Part("muscle", 50, (0, 0, 0), (0.88, 0.77, INF), 4, texture=15),
@@ -121,7 +117,6 @@ LUNG = (
     *[Part("disc", 90, (0.02, -0.42, z), (0.18, 0.24, 0.03), keep=True) for z in np.linspace(-0.8, 0.8, 6).round(2)],
 )
 
-
 def _breathe(q: Tensor) -> Tensor:
     """Breathing out: the point of an exhale lies lower, and further out, in the inhale; the spine stays."""
     x, y, z = q
@@ -130,19 +125,16 @@ def _breathe(q: Tensor) -> Tensor:
     side = torch.exp(-((x / 0.8) ** 4))
     return torch.stack([0.08 * x * front, 0.12 * (y + 0.4) * front, -0.42 * below * front * side])
 
-
 CONDYLES = [
     *_both(Part("femur", 190, (0.32, -0.10, 0.16), (0.34, 0.44, 0.32), texture=14)),
     Part("femur", 190, (0, 0.06, 0.75), (0.34, 0.24, 0.70), texture=14),
     Part("femur", 190, (0, 0.08, 0.22), (0.45, 0.32, 0.24), texture=14),
 ]
 
-
 TIBIA = [
     Part("tibia", 190, (0, -0.06, -0.66), (0.68, 0.48, 0.21), 4, texture=14),
     Part("tibia", 190, (0, 0.0, -0.95), (0.36, 0.28, 0.5), texture=14),
 ]
-
 
 KNEE = (
     Part("skin", 90, (0, 0, 0), (0.94, 0.94, INF)),
@@ -163,7 +155,6 @@ KNEE = (
     Part("cortical bone", 12, (0, 0.65, 0.30), (0.36, 0.155, 0.285)),
     Part("patella", 195, (0, 0.65, 0.30), (0.32, 0.12, 0.25), texture=14),
 )
-
 
 ABDOMEN = (
     Part("subcutaneous fat", -105, (0, 0, 0), (0.94, 0.90, INF), texture=15),
@@ -197,7 +188,6 @@ ABDOMEN = (
     Part("aorta", 200, (-0.07, -0.18, 0), (0.10, 0.10, INF)),
 )
 
-
 HEART = (
     Part("subcutaneous fat", 210, (0, 0, 0), (0.98, 0.94, INF), 4, texture=12),
     Part("chest wall", 75, (0, -0.04, 0), (0.90, 0.82, INF), 4, texture=9),
@@ -215,7 +205,6 @@ HEART = (
     Part("papillary muscle", 80, (-0.14, -0.11, 0), (0.045, 0.045, 0.4), keep=True),
 )
 
-
 def _beat(q: Tensor) -> Tensor:
     """Filling: the point of an end-diastolic heart lies further in at end-systole; far away nothing moves."""
     x, y, z = q
@@ -225,7 +214,6 @@ def _beat(q: Tensor) -> Tensor:
     dx = left * (x + 0.10) + right * (x - 0.20)
     dy = left * y + right * (y - 0.06)
     return torch.stack([dx, dy, 0.08 * along * torch.exp(-(x**2 + y**2) / 0.4**2)])
-
 
 # These stand in for uniGradICON's four training sets (HCP, COPDGene, OAI, Learn2Reg's AbdomenCTCT) and for
 # a fifth that it never saw (ACDC, with its label numbers). The heart's z is its long axis: an x-y slice is short-axis.

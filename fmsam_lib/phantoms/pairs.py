@@ -19,7 +19,9 @@ from torch import Tensor
 
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms.anatomies import DOMAINS, INF, Domain
-from fmsam_lib.phantoms.images import _acquire, _look, _normalise, _paint, _refine
+from fmsam_lib.phantoms.appearance import acquire, new_look, normalise, paint, refine
+
+Field = Callable[[Tensor], Tensor]  # from points (3, ...) in [-1, 1] to displacements of the same shape
 
 
 def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> Pair:
@@ -36,16 +38,7 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
     negative index or seed.
     """
     _check(domain, seed, index, shape)
-    # Hundreds of small operations: a second thread gains little, costs much on a busy machine, may change bits.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _make_pair(DOMAINS[domain], seed, index, tuple(shape))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair:
+    d = DOMAINS[domain]
     rng = np.random.default_rng(np.random.SeedSequence([zlib.crc32(d.name.encode()), seed, index]))
     across, level = d.plane if len(shape) == 2 else (None, 0.0)
     axes = [axis for axis in range(3) if axis != across]
@@ -53,11 +46,12 @@ def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair
     if across is not None:
         grid.insert(across, 1)  # from here on a plane is a volume of one slice
 
-    moving_subject, moving_look = _subject(rng, d.variation, axes), _look(rng)
-    if d.pairing == "inter-subject":
-        fixed_subject, fixed_look, motion = _subject(rng, d.variation, axes), _look(rng), torch.zeros_like
+    moving_subject, moving_look = _subject(rng, d.variation, axes), new_look(rng)
+    if d.motion is None:
+        fixed_subject, fixed_look = _subject(rng, d.variation, axes), new_look(rng)
     else:
-        fixed_subject, fixed_look, motion = moving_subject, moving_look, _motion(rng, d, axes)
+        fixed_subject, fixed_look = moving_subject, moving_look
+    motion = _motion(rng, d.motion, axes)
 
     # The maps are so smooth that it is enough to know them on a coarse lattice; cubic splines do the rest.
     nodes = [torch.linspace(-1, 1, 24) if n > 1 else torch.tensor([float(level)]) for n in grid]
@@ -66,16 +60,16 @@ def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair
     q_fixed = x + fixed_subject(x)
     q_fixed = q_fixed + motion(q_fixed)
     phi = _solve(moving_subject, q_fixed)
-    q_moving, q_fixed, phi = _refine(q_moving, grid), _refine(q_fixed, grid), _refine(phi, grid)
+    q_moving, q_fixed, phi = refine(q_moving, grid), refine(q_fixed, grid), refine(phi, grid)
 
     landmarks = _landmarks(d, across, level)
     moving_landmarks = _solve(moving_subject, landmarks, 30)
     fixed_landmarks = _solve(fixed_subject, _solve(motion, landmarks, 30), 30)
     seen = (torch.cat([moving_landmarks, fixed_landmarks]).abs() < 1).all(dim=0)
 
-    moving, moving_label = _paint(d, q_moving, moving_look, second=False)
-    fixed, fixed_label = _paint(d, q_fixed, fixed_look, second=d.pairing == "intra-subject")
-    moving, fixed = (_normalise(_acquire(image, d, rng), d.modality) for image in (moving, fixed))
+    moving, moving_label = paint(d, q_moving, moving_look, second=False)
+    fixed, fixed_label = paint(d, q_fixed, fixed_look, second=d.pairing == "intra-subject")
+    moving, fixed = (normalise(acquire(image, d, rng), d.modality) for image in (moving, fixed))
 
     spacing = tuple(d.field_of_view[axis] / (n - 1) for axis, n in zip(axes, shape, strict=True))
     return Pair(
@@ -93,10 +87,7 @@ def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair
     )
 
 
-# --- maps: functions from points (3, ...) in [-1, 1] to displacements of the same shape
-
-
-def _subject(rng: np.random.Generator, variation: float, axes: list[int]) -> Callable[[Tensor], Tensor]:
+def _subject(rng: np.random.Generator, variation: float, axes: list[int]) -> Field:
     """A random displacement `u(x) = (L x + shift) + sum_k a_k sin(w_k . x + p_k)`.
 
     Its gradient is below `|L| + sum_k |a_k| |w_k| < 1` everywhere, so `x + u(x)` cannot fold.
@@ -108,28 +99,32 @@ def _subject(rng: np.random.Generator, variation: float, axes: list[int]) -> Cal
     p = rng.uniform(0, 2 * np.pi, (5, 1))
     a = rng.standard_normal((3, 5)) / np.linalg.norm(w, axis=1)
     a *= variation / (np.linalg.norm(a, axis=0) * np.linalg.norm(w, axis=1)).sum()
-    linear, shift, w, p, a = (torch.tensor(m, dtype=torch.float32) for m in (linear, shift, w, p, a))
+    L, t, W, P, A = (torch.tensor(m, dtype=torch.float32) for m in (linear, shift, w, p, a))
 
     def displacement(x: Tensor) -> Tensor:
         x = x.flatten(1)
-        return linear @ x + shift + a @ torch.sin(w @ x + p)
+        # So few columns at a time that no second thread takes part: what threads share is rounded in another way.
+        phases = torch.cat([W @ part for part in x.tensor_split(-(-x.shape[1] // 100), dim=1)], 1)
+        return L @ x + t + A @ torch.sin(phases + P)
 
     return _within(axes, displacement)
 
 
-def _motion(rng: np.random.Generator, d: Domain, axes: list[int]) -> Callable[[Tensor], Tensor]:
-    """One breath or beat of the domain's, weaker or stronger."""
+def _motion(rng: np.random.Generator, motion: Field | None, axes: list[int]) -> Field:
+    """One breath or beat of the domain's, weaker or stronger; no motion between two subjects."""
+    if motion is None:
+        return torch.zeros_like
     strength = rng.uniform(0.8, 1.2)
-    return _within(axes, lambda q: strength * d.motion(q))
+    return _within(axes, lambda q: strength * motion(q))
 
 
-def _within(axes: list[int], displacement: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def _within(axes: list[int], displacement: Field) -> Field:
     """A plane deforms within itself: no displacement across."""
     keep = torch.tensor([float(axis in axes) for axis in range(3)])
     return lambda x: displacement(x).view_as(x) * keep.view(3, *[1] * (x.dim() - 1))
 
 
-def _solve(displacement: Callable[[Tensor], Tensor], target: Tensor, iterations: int = 12) -> Tensor:
+def _solve(displacement: Field, target: Tensor, iterations: int = 12) -> Tensor:
     """The points `y` with `y + displacement(y) = target`, both `(3, ...)`, by fixed-point iteration."""
     y = target
     for _ in range(iterations):
@@ -146,14 +141,14 @@ def _landmarks(d: Domain, across: int | None, level: float) -> Tensor:
         centre, radii = np.array(part.centre), np.array(part.radii)
         radii[radii == INF] = 0
         if across is not None:  # the plane cuts an ellipsoid in an ellipse
-            inside = 1 - ((level - centre[across]) / part.radii[across]) ** 2
-            if inside <= 0:
+            square = 1 - ((level - centre[across]) / part.radii[across]) ** 2
+            if square <= 0:
                 continue
-            centre[across], radii = level, radii * np.sqrt(inside)
+            centre[across], radii = level, radii * np.sqrt(square)
             radii[across] = 0
         points += [centre, *(centre + np.diag(radii)[radii > 0]), *(centre - np.diag(radii)[radii > 0])]
-    points = np.array(points)
-    return torch.tensor(points[(np.abs(points) < 0.8).all(axis=1)].T, dtype=torch.float32)
+    inside = [point for point in points if (np.abs(point) < 0.8).all()]
+    return torch.tensor(np.array(inside).T, dtype=torch.float32)
 
 
 def _affine(d: Domain, axes: list[int], spacing: tuple[float, ...], across: int | None, level: float) -> Tensor:

@@ -16,7 +16,8 @@ def augment(moving: Tensor, fixed: Tensor, generator: torch.Generator) -> tuple[
     2403.05780); on a grid of unequal sides a permutation therefore stretches the image, as there.
     """
     turned = turn(moving.dim() - 1, generator)
-    return tuple(transformed(image, turned + noise(turned, generator)) for image in (moving, fixed))
+    moving = transformed(moving, turned + noise(turned, generator))
+    return moving, transformed(fixed, turned + noise(turned, generator))
 
 
 def turn(dim: int, generator: torch.Generator) -> Tensor:

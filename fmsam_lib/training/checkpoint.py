@@ -1,4 +1,8 @@
-"""What a training writes: its record, two logs, and checkpoints to go on from after a kill, to the same bits."""
+"""What a training writes, and how it goes on from there after a kill, to the same bits.
+
+`config.json`: parameters and provenance. `history.jsonl`: a line per logged step. `checkpoint.pt`: all that going on
+needs. `snapshots/`: weights on the way.
+"""
 
 import fcntl
 import json
@@ -8,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.model.network import GradICON
@@ -18,6 +24,8 @@ from fmsam_lib.records import provenance, write_json, written_whole
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.losses import Loss
 from fmsam_lib.training.sam import SAM
+
+MAY_DIFFER = ("out", "data", "save_memory", "snapshots", "threads", "device")  # the same training at another place
 
 
 @dataclass
@@ -31,11 +39,11 @@ class State:
     scale: float = 2.0**16  # of the loss, in fp16
     scaled_well: int = 0  # steps since the scale last changed
     history: list[dict] = field(default_factory=list)
-    best: dict | None = None  # step, dice and net of the best validation
 
 
-def line_of(state: State, loss: Loss, dice: float, optimizer, sam: SAM | None) -> dict:
-    line = {"step": state.step, **{name: value.item() for name, value in loss._asdict().items()}}
+def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SAM | None) -> dict:
+    """The history's line of a step."""
+    line: dict[str, Any] = {"step": state.step, **{name: value.item() for name, value in loss._asdict().items()}}
     line |= {"dice": None if math.isnan(dice) else dice, "lr": optimizer.param_groups[0]["lr"]}
     line |= {"gradient_evaluations": state.gradients, "skipped": state.skipped}
     return line | (sam.logged() if sam is not None else {})
@@ -56,48 +64,15 @@ def in_words(history: list[dict]) -> str:
     return ", ".join(words)
 
 
-def in_a_log(history: list[dict], run: Train) -> str:
-    line = history[-1]
-    left = round(line["seconds"] * (run.updates - line["step"]))
-    time_left = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    return f"step {line['step']}/{run.updates}: {in_words(history)}, {line['seconds']:.3g} s/step, {time_left} left\n"
-
-
-def write_history(folder: Path, run: Train, state: State) -> None:
-    """Both logs, up to the checkpoint: whatever came after it is done again."""
+def write_history(folder: Path, state: State) -> None:
+    """All lines up to the checkpoint: whatever came after it is done again."""
     with written_whole(folder / "history.jsonl") as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in state.history))
-    with written_whole(folder / "train.log") as partial:
-        words = (in_a_log(state.history[: i + 1], run) for i in range(len(state.history)))
-        partial.write_text("".join(words))
 
 
-def append_history(folder: Path, run: Train, state: State) -> None:
-    for name, text in (
-        ("history.jsonl", json.dumps(state.history[-1]) + "\n"),
-        ("train.log", in_a_log(state.history, run)),
-    ):
-        with open(folder / name, "a") as log:
-            log.write(text)
-
-
-def record(config: Path, run: Train, net: GradICON, step: int) -> None:
-    """Parameters and provenance, once; a training that goes on from a checkpoint adds where it did."""
-    there = json.loads(config.read_text()) if step and config.exists() else {}
-    if not there:
-        write_json(config, {"parameters": run.model_dump(), "network": net.settings, "provenance": provenance()})
-    elif step < run.updates:
-        resumed = [*there.get("resumed", []), {"step": step} | provenance()]
-        write_json(config, there | {"parameters": run.model_dump(), "resumed": resumed})
-
-
-def save_best(folder: Path, net: GradICON, state: State) -> None:
-    if state.best is None:
-        return
-    best = GradICON(**net.settings)
-    best.shape = net.shape
-    best.load_state_dict(state.best["net"])
-    best.save(folder / "best.pt")
+def append_history(folder: Path, state: State) -> None:
+    with open(folder / "history.jsonl", "a") as log:
+        log.write(json.dumps(state.history[-1]) + "\n")
 
 
 @contextmanager
@@ -114,53 +89,57 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-MAY_DIFFER = ("out", "data", "save_memory", "snapshots", "threads", "device")  # the same training at another place
+def identity(run: Train, dataset) -> dict:
+    """What makes two trainings the same: the parameters, and the seed that the domain draws its pairs with."""
+    return {"parameters": run.model_dump(), "domain_seed": getattr(dataset, "seed", 0)}
 
 
-def refuse_another(parameters: dict, run: Train, folder: Path) -> None:
-    """A folder holds one training: going on with other parameters would mix two."""
-    old, new = parameters, run.model_dump()
-    names = [name for name in new if name not in MAY_DIFFER]
-    differing = [f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in names if old.get(k) != new[k]]
-    if differing:
+def refuse_another(there: dict, now: dict, folder: Path) -> None:
+    """A folder holds one training: going on with another `identity` would mix two."""
+    old, new = ({**who["parameters"], "domain_seed": who["domain_seed"]} for who in (there, now))
+    names = [name for name in new if name not in MAY_DIFFER and old[name] != new[name]]
+    if names:
+        differing = "\n- ".join(f"{name}: {old[name]!r} there, {new[name]!r} now" for name in names)
         raise ConfigError(
-            f"{folder} holds a training with other parameters:\n- "
-            + "\n- ".join(differing)
-            + "\ndelete the folder to train anew, or choose another `out`"
+            f"{folder} holds a training with other parameters:\n- {differing}\n"
+            "delete the folder to train anew, or choose another `out`"
         )
 
 
-def save(folder: Path, net: GradICON, optimizer, sam: SAM | None, run: Train, state: State) -> None:
+def record(folder: Path, run: Train, dataset, net: GradICON, step: int) -> None:
+    """Parameters and provenance, once; a training that goes on from a checkpoint adds where it did."""
+    config = folder / "config.json"
+    there = json.loads(config.read_text()) if step and config.exists() else {}
+    if not there:
+        write_json(config, identity(run, dataset) | {"network": net.settings, "provenance": provenance()})
+    elif step < run.updates:
+        resumed = [*there.get("resumed", []), {"step": step} | provenance()]
+        write_json(config, there | identity(run, dataset) | {"resumed": resumed})
+
+
+def save(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimizer, sam: SAM | None, state: State) -> None:
     """All that going on to the same weights needs; the learning rate and the batches follow from the step."""
     states = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "sam": sam and sam.state_dict()}
     random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     with written_whole(folder / "checkpoint.pt") as partial:
-        torch.save(states | {"random": random, "parameters": run.model_dump(), "state": vars(state)}, partial)
+        torch.save(identity(run, dataset) | states | {"random": random, "state": vars(state)}, partial)
 
 
-def snapshot(folder: Path, net: GradICON, step: int) -> None:
-    """The weights after `step` as one vector, `snapshots/step<step>.pt`."""
-    with written_whole(folder / "snapshots" / f"step{step:06d}.pt") as partial:
-        torch.save(torch.nn.utils.parameters_to_vector(net.parameters()).detach().cpu(), partial)
-
-
-def resume(folder: Path, net: GradICON, optimizer, sam: SAM | None, run: Train) -> State:
+def resume(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimizer, sam: SAM | None) -> State:
     """Where to go on from; fills net, optimizer, sam and torch's random generators.
 
     Raises ConfigError for a folder of a training with other parameters, and for a checkpoint that cannot be read.
     """
-    if (folder / "config.json").exists():
-        refuse_another(json.loads((folder / "config.json").read_text())["parameters"], run, folder)
-    path = folder / "checkpoint.pt"
+    config, path = folder / "config.json", folder / "checkpoint.pt"
+    if config.exists():
+        refuse_another(json.loads(config.read_text()), identity(run, dataset), folder)
     if not path.exists():
         return State()
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
-    if "parameters" not in saved:
-        raise ConfigError(f"{path} is of an earlier version of this project: delete it to train from the start")
-    refuse_another(saved["parameters"], run, folder)
+    refuse_another(saved, identity(run, dataset), folder)
     net.load_state_dict(saved["net"])
     optimizer.load_state_dict(saved["optimizer"])
     if sam is not None:
@@ -169,3 +148,9 @@ def resume(folder: Path, net: GradICON, optimizer, sam: SAM | None, run: Train) 
     if len(saved["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(saved["random"]["cuda"])
     return State(**saved["state"])
+
+
+def snapshot(folder: Path, net: GradICON, step: int) -> None:
+    """The weights after `step` as one vector, `snapshots/step<step>.pt`."""
+    with written_whole(folder / "snapshots" / f"step{step:06d}.pt") as partial:
+        torch.save(torch.nn.utils.parameters_to_vector(net.parameters()).detach().cpu(), partial)

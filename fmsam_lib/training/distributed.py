@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -87,9 +88,14 @@ def share_batch_norm(net: nn.Module) -> None:
 class SharedBatchNorm(nn.Module):
     """BatchNorm (Ioffe & Szegedy 2015) over the samples of all processes, which all have as many; `(N, C, *S)`."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(self, alone: nn.modules.batchnorm._BatchNorm):
         super().__init__()
-        self.weight, self.bias, self.eps, self.momentum = alone.weight, alone.bias, alone.eps, alone.momentum
+        self.weight, self.bias = alone.weight, alone.bias
+        self.eps, self.momentum = alone.eps, cast(float, alone.momentum)
         for name, buffer in alone.named_buffers():
             self.register_buffer(name, buffer)
 

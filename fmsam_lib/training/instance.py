@@ -1,4 +1,4 @@
-"""Instance optimisation: the network trained further on one pair."""
+"""Instance optimisation: the network trained further on one pair, for that pair alone."""
 
 import copy
 
@@ -15,19 +15,11 @@ LARGE = 128**3  # samples; optimising on more computes activations twice rather 
 
 @torch.enable_grad()
 def optimise(
-    net: GradICON,
-    moving: Tensor,
-    fixed: Tensor,
-    *,
-    steps: int,
-    lr: float,
-    lmbda: float,
-    sigma: float,
-    similarity: str = "lncc",
-    seed: int = 0,
-    progress: bool = True,
+    net: GradICON, moving: Tensor, fixed: Tensor, *, steps: int, lr: float, seed: int = 0, progress=True, **loss_options
 ) -> tuple[Transform, list[float], int, Transform]:
     """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
+
+    loss_options: lmbda, sigma and whatever else `objective` takes.
 
     A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does). Returns the transform
     of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came) to `steps`, which was
@@ -53,7 +45,7 @@ def optimise(
     for step in bar:
         found.clear()
         batch = Batch(moving, fixed, jittered_points(tuple(fixed.shape[2:]), generator).to(device))
-        loss = objective(net, batch, lmbda=lmbda, sigma=sigma, similarity=similarity).total
+        loss = objective(net, batch, **loss_options).total
         if not loss.isfinite():
             break
         losses.append(loss.item())

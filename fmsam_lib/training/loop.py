@@ -1,22 +1,25 @@
-"""One training step, the loop around it, and checkpoints that survive a kill.
+"""A whole training: where it starts, its batches, the loop around the step, its end.
 
-Several processes: `python -m fmsam_lib.training` is what each of them runs (see `parallel.launch`).
+`train` is for scripts; notebook 10 calls the same steps one by one: `starting`, then `fit`. Several processes:
+`python -m fmsam_lib.training` is what each of them runs (see `distributed.launch`).
 """
 
 import json
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from fmsam_lib.checking import ConfigError
+from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.images.domains import opens_again
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON, give_back_memory
 from fmsam_lib.model.weights import load
@@ -25,126 +28,44 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.augmentation import augment
-from fmsam_lib.training.checkpoint import State
-from fmsam_lib.training.losses import Batch, Loss, jittered_points, objective
-from fmsam_lib.training.sam import SAM, rho_beside_lr
+from fmsam_lib.training.losses import Batch, jittered_points
+from fmsam_lib.training.sam import rho_beside_lr
+from fmsam_lib.training.step import perturbation, train_step
 
-LOG_EVERY = 10
-
-
-CHECKPOINT_EVERY = 50
-
-
-VALIDATE_EVERY = 100
-
-
+LOG_EVERY, CHECKPOINT_EVERY, VALIDATE_EVERY = 10, 50, 100  # steps
 AHEAD = 2  # batches made while the network computes
-
-
 GIVE_UP_AFTER = 10  # non-finite steps in a row
 
 
-def train(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[dict]:
-    """Train `net` on `dataset` into the folder `run.out`; returns the logged steps.
+def train(
+    domain, *, net: GradICON | None = None, out: Path | str | None = None, progress: bool = True, **options
+) -> tuple[GradICON, list[dict]]:
+    """Train a network on a domain of `open_domain`; returns it, ready for use, and the history, a dict a logged step.
 
-    Writes there: `config.json`, `history.jsonl` (a line per logged step), `train.log` (the same to read),
-    `checkpoint.pt` (to go on from after a kill), `snapshots/` of the weights (`run.snapshots` of them, one vector
-    each) and, at the end, `weights.pt` and, of the highest Dice on the validation pairs, `best.pt`. A training that
-    was interrupted goes on from its checkpoint to the same weights, bit for bit, since every step's batch depends on
-    `run.seed` and the step alone; one that is done is not repeated.
+        net, history = train(open_domain("brain-mr", shape=(64, 64)), optimizer="sam", rho=0.01, steps=400)
 
-    With `run.processes` above 1, that many are started on this machine; each begins with `starting(run)` and opens
-    `run.train_domain` itself, and `net` receives the result.
+    net: the network to train further, in place; None: a new one, or that of the option `weights`.
+    out: the run's folder, where a training that was interrupted goes on (see `fit`); None: nothing is kept.
+    options: fields of `parameters.Train`, each with its default there; shape and data are the domain's.
 
-    Raises: ConfigError where the folder holds a training with other parameters; FloatingPointError
-    when the loss or its gradient stays non-finite; RuntimeError when one of several processes fails.
+    Raises: ConfigError for options that cannot be right, and for several processes where each could not open `domain`
+    again by its name, or could not start from `net`; else as `starting` and `fit`.
     """
-    folder = Path(run.out)
-    if run.processes != parallel.count():
-        parallel.launch(run)
-        net.load_state_dict(load(folder / "weights.pt").state_dict())
-        net.eval().shape = tuple(run.shape)
-        return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    torch.set_num_threads(run.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.alone(folder):
-        return _train(net, dataset, run, folder, progress and parallel.rank() == 0)
-
-
-def _train(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> list[dict]:
-    first = parallel.rank() == 0
-    device = device_of(run)
-    if run.first_stage and not net.settings["last_step"]:
-        raise ConfigError("expected a network with a last step, which first_stage leaves out, got one without")
-    net.to(device).train()
-    net.shape, net.save_memory, net.precision = tuple(run.shape), run.save_memory, run.precision
-    if run.save_memory:
-        give_back_memory()
-    if run.processes > 1:
-        parallel.share_batch_norm(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr=run.lr)
-    sam = perturbation(net, run)
-    state = checkpoint.resume(folder, net, optimizer, sam, run)
-    validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
-    snapshots = snapshot_steps(run)
-    if first:
-        checkpoint.record(folder / "config.json", run, net, state.step)
-        checkpoint.write_history(folder, run, state)
-    batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates))
-    logged, clock, waited = state.step, time.perf_counter(), 0.0
-    label = f"{run.train_domain} {run.optimizer}"
-    with (
-        closing(batches),
-        tqdm(total=run.updates, initial=state.step, disable=not progress, desc=label, unit="step") as bar,
-    ):
-        while state.step < run.updates:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, run)
-            for group in sam.groups if sam is not None and run.rho_schedule == "lr" else []:
-                group["rho"] = rho_beside_lr(learning_rate(state.step, run), run.lr, run.rho)
-            net.first_stage = state.step < run.stages[0]
-            start = time.perf_counter()
-            micro = next(batches)
-            waited += time.perf_counter() - start
-            loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
-            if state.in_a_row == GIVE_UP_AFTER:
-                raise FloatingPointError(
-                    f"loss or gradient not finite {state.in_a_row} steps in a row, up to step {state.step}: "
-                    f"try a smaller lr ({run.lr}) or rho ({run.rho})"
-                )
-            state.step += 1
-            last = state.step == run.updates
-            bar.update()
-            dice = math.nan
-            if validation and (state.step % VALIDATE_EVERY == 0 or last):
-                dice = validate(net, validation)
-                better = not math.isnan(dice) and (state.best is None or dice > state.best["dice"])
-                if better and not net.first_stage:
-                    weights = {name: value.cpu().clone() for name, value in net.state_dict().items()}
-                    state.best = {"step": state.step, "dice": dice, "net": weights}
-            if state.step % LOG_EVERY == 0 or last:
-                steps = state.step - logged
-                times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
-                state.history.append(checkpoint.line_of(state, loss, dice, optimizer, sam) | times)
-                logged, clock, waited = state.step, time.perf_counter(), 0.0
-                if first:
-                    checkpoint.append_history(folder, run, state)
-                bar.set_postfix_str(checkpoint.in_words(state.history))
-            if first and state.step in snapshots:
-                checkpoint.snapshot(folder, net, state.step)
-            if first and (state.step % CHECKPOINT_EVERY == 0 or last):
-                checkpoint.save(folder, net, optimizer, sam, run, state)
-    net.first_stage = False
-    net.eval().to("cpu")
-    if first:
-        checkpoint.save_best(folder, net, state)
-        net.save(folder / "weights.pt")  # last: it says that the training is done
-    return state.history
-
-
-def snapshot_steps(run: Train) -> set[int]:
-    """After which steps the weights are kept: `run.snapshots` times, evenly, the last time at the end."""
-    return {round(run.updates * (i + 1) / run.snapshots) for i in range(run.snapshots)}
+    given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
+    if net is not None:
+        given |= {"weights": "", **{name: net.settings[name] for name in ("down", "levels", "last_step")}}
+    if given.keys() & options.keys():
+        twice = ", ".join(sorted(given.keys() & options.keys()))
+        raise ConfigError(f"expected {twice} from the domain and the network given, got options too")
+    with TemporaryDirectory() if out is None else nullcontext(os.path.abspath(out)) as folder:
+        run = read(Train, options | given | {"out": folder}, source="the options of train")
+        if run.processes > 1 and net is not None:
+            raise ConfigError("several processes cannot start from `net`: save it and give the file as `weights`")
+        if run.processes > 1 and not opens_again(domain):
+            found = f"got one that open_domain({domain.name!r}) does not give with its shape and data and seed 0"
+            raise ConfigError(f"each of several processes opens the domain by its name, {found}: train in one process")
+        net = starting(run) if net is None else net
+        return net, fit(net, domain, run, progress=progress)
 
 
 def starting(run: Train) -> GradICON:
@@ -161,6 +82,100 @@ def starting(run: Train) -> GradICON:
     return net
 
 
+def fit(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[dict]:
+    """Train `net` on `dataset` into the folder `run.out`; returns the logged steps.
+
+    Writes there: `config.json`, `history.jsonl` (a line per logged step), `checkpoint.pt` (to go on from after a kill),
+    `snapshots/` of the weights (`run.snapshots` of them, one vector each) and, at the end, `weights.pt`. A training
+    that was interrupted goes on from its checkpoint to the same weights, bit for bit, since every step's batch depends
+    on `run.seed` and the step alone; one that is done is not repeated.
+
+    With `run.processes` above 1, that many are started on this machine; each begins with `starting(run)` and opens
+    `run.train_domain` itself, and `net` receives the result.
+
+    Raises: ConfigError where the folder holds a training with other parameters; FloatingPointError
+    when the loss or its gradient stays non-finite; RuntimeError when one of several processes fails.
+    """
+    folder = Path(run.out)
+    if run.processes != parallel.count():
+        parallel.launch(run)
+        net.load_state_dict(load(folder / "weights.pt").state_dict())
+        net.eval().shape = tuple(run.shape)
+        return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.threads)
+    try:
+        with checkpoint.alone(folder):
+            return _fit(net, dataset, run, folder, progress and parallel.rank() == 0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> list[dict]:
+    first = parallel.rank() == 0
+    device = device_of(run)
+    if run.first_stage and not net.settings["last_step"]:
+        raise ConfigError("expected a network with a last step, which first_stage leaves out, got one without")
+    net.to(device).train()
+    net.shape, net.save_memory, net.precision = tuple(run.shape), run.save_memory, run.precision
+    if run.save_memory:
+        give_back_memory()
+    if run.processes > 1:
+        parallel.share_batch_norm(net)
+    optimizer = torch.optim.Adam(net.parameters(), lr=run.lr)
+    sam = perturbation(net, run)
+    state = checkpoint.resume(folder, run, dataset, net, optimizer, sam)
+    validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
+    snapshots = snapshot_steps(run)
+    if first:
+        checkpoint.record(folder, run, dataset, net, state.step)
+        checkpoint.write_history(folder, state)
+    batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates))
+    logged, clock, waited = state.step, time.perf_counter(), 0.0
+    label = f"{run.train_domain} {run.optimizer}"
+    bar = tqdm(total=run.updates, initial=state.step, disable=not progress, desc=label, unit="step")
+    with closing(batches), bar:
+        while state.step < run.updates:
+            lr = learning_rate(state.step, run)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for group in sam.groups if sam and run.rho_schedule == "lr" else []:
+                group["rho"] = rho_beside_lr(lr, run.lr, run.rho)
+            net.first_stage = state.step < run.stages[0]
+            start = time.perf_counter()
+            micro = next(batches)
+            waited += time.perf_counter() - start
+            loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
+            if state.in_a_row == GIVE_UP_AFTER:
+                raise FloatingPointError(
+                    f"loss or gradient not finite {state.in_a_row} steps in a row, up to step {state.step}: "
+                    f"try a smaller lr ({run.lr}) or rho ({run.rho})"
+                )
+            state.step += 1
+            last = state.step == run.updates
+            bar.update()
+            validates = validation and (state.step % VALIDATE_EVERY == 0 or last)
+            dice = validate(net, validation) if validates else math.nan
+            if state.step % LOG_EVERY == 0 or last:
+                steps = state.step - logged
+                times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
+                state.history.append(checkpoint.line_of(state, loss, dice, optimizer, sam) | times)
+                logged, clock, waited = state.step, time.perf_counter(), 0.0
+                if first:
+                    checkpoint.append_history(folder, state)
+                bar.set_postfix_str(checkpoint.in_words(state.history))
+            if first and state.step in snapshots:
+                checkpoint.snapshot(folder, net, state.step)
+            if first and (state.step % CHECKPOINT_EVERY == 0 or last):
+                checkpoint.save(folder, run, dataset, net, optimizer, sam, state)
+    net.first_stage = False
+    net.eval().to("cpu")
+    if first:
+        net.save(folder / "weights.pt")  # last: it says that the training is done
+    return state.history
+
+
 def device_of(run: Train) -> torch.device:
     """The processor or this process's GPU; "auto" takes GPUs where there is one for every process.
 
@@ -168,96 +183,22 @@ def device_of(run: Train) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if run.device == "cuda" and gpus < run.processes:
-        raise ConfigError(
-            f"expected a GPU for each process, {run.processes}, torch finds {gpus}: choose 'cpu' or 'auto'"
-        )
+        found = f"torch finds {gpus}: choose 'cpu' or 'auto'"
+        raise ConfigError(f"expected a GPU for each process, {run.processes}, {found}")
     on_gpu = run.device != "cpu" and gpus >= run.processes
     return torch.device("cuda", parallel.rank()) if on_gpu else torch.device("cpu")
 
 
-def perturbation(net: GradICON, run: Train) -> SAM | None:
-    """What `run.optimizer` puts beside Adam: nothing, SAM, or one of its variants (see `sam.py`)."""
-    options = {
-        "adam": None,
-        "adam-2x": None,
-        "sam": {},
-        "asam": {"adaptive": True},
-        "sam-every": {"every": run.every},
-        "looksam": {"every": run.every, "alpha": run.alpha},
-        "random": {"random_seed": run.seed},
-    }[run.optimizer]
-    return None if options is None else SAM(net.parameters(), run.rho, net=net, **options)
+def learning_rate(step: int, run: Train) -> float:
+    """Constant (as uniGradICON's), or from `run.lr` to 0 along half a cosine (Loshchilov & Hutter 2017, 1608.03983)."""
+    if run.lr_schedule == "constant":
+        return run.lr
+    return run.lr * 0.5 * (1 + math.cos(math.pi * step / run.updates))
 
 
-def train_step(net: GradICON, micro: list[Batch], run: Train, optimizer, sam: SAM | None, state: State) -> Loss:
-    """One update; the loss at w. Where something is not finite, weights and buffers stay, and `state` counts it.
-
-    micro: the parts of the batch, one after the other; the gradient is that of their mean, and of all processes'.
-    """
-    buffers = [buffer.clone() for buffer in net.buffers()]
-    climbs = sam is not None and sam.due
-    loss, finite = gradient(net, micro, run, optimizer, state, share=not climbs or run.sync_climb)  # at w
-    if finite and climbs:
-        with sam.perturbed():  # at w + eps: the worst weights within rho
-            there, finite = gradient(net, micro, run, optimizer, state)  # this one is what moves w
-        sam.rise = there.total - loss.total
-    elif finite and sam is not None:
-        sam.between()
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    finite = finite and bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
-    if finite:
-        if run.clip:
-            torch.nn.utils.clip_grad_norm_(net.parameters(), run.clip)
-        optimizer.step()
-    else:
-        for buffer, value in zip(net.buffers(), buffers, strict=True):
-            buffer.copy_(value)  # BatchNorm's running statistics have seen what is not finite
-    state.skipped, state.in_a_row = (state.skipped, 0) if finite else (state.skipped + 1, state.in_a_row + 1)
-    if run.precision == "fp16":
-        rescale(state, finite)
-    return loss
-
-
-def gradient(net, micro: list[Batch], run: Train, optimizer, state: State, *, share: bool = True) -> tuple[Loss, bool]:
-    """Fill `.grad` at the weights where the network stands; the loss there, and whether it was finite.
-
-    share: average over the processes. Where SAM's first pass does not (`run.sync_climb` is False), each climbs by
-    its own part of the batch: m-sharpness (Foret et al. 2021), another objective than SAM's of the whole batch.
-    (BatchNorm's statistics are shared even then, so that a little of the other parts comes in by them.)
-    """
-    optimizer.zero_grad()
-    scale = state.scale if run.precision == "fp16" else 1.0
-    losses, finite = [], True
-    for batch in micro:
-        loss = objective(net, batch, joint=run.joint, **run.loss())
-        losses.append(torch.stack([part.detach() for part in loss]))
-        # Going back through NaN, torch's 2-D grid_sample crashes.
-        finite = parallel.all_agree(bool(torch.isfinite(loss.total)), loss.total.device)
-        if not finite:
-            break
-        (loss.total * (scale / len(micro))).backward()
-    state.gradients += 1
-    mean = torch.stack(losses).mean(0)
-    parallel.average([mean])
-    gradients = [p.grad for p in net.parameters() if p.grad is not None]
-    if finite and scale != 1:
-        torch._foreach_mul_(gradients, 1 / scale)
-    if finite and share:
-        parallel.average(gradients)
-    return Loss(*mean), finite
-
-
-def rescale(state: State, finite: bool) -> None:
-    """Halve the factor of the loss after an overflow, double it after 2,000 good steps, as torch's GradScaler does.
-
-    fp16 loses gradients below 6e-8 (Micikevicius et al. 2018, arXiv 1710.03740). GradScaler itself unscales once an
-    update, where SAM has two passes.
-    """
-    state.scaled_well = state.scaled_well + 1 if finite else 0
-    if not finite:
-        state.scale /= 2
-    elif state.scaled_well == 2000:
-        state.scale, state.scaled_well = state.scale * 2, 0
+def snapshot_steps(run: Train) -> set[int]:
+    """After which steps the weights are kept: `run.snapshots` times, evenly, the last time at the end."""
+    return {round(run.updates * (i + 1) / run.snapshots) for i in range(run.snapshots)}
 
 
 def make_batches(dataset, run: Train, step: int) -> list[Batch]:
@@ -269,19 +210,17 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     own = run.batch // run.processes
     size = own // run.accumulate
     first = number * run.batch + parallel.rank() * own
-    images = [_images(dataset.training_pair(i), run, i) for i in range(first, first + own)]
+    images = []
+    for i in range(first, first + own):
+        pair = dataset.training_pair(i)
+        both = pair.moving, pair.fixed
+        images.append(augment(*both, torch.Generator().manual_seed(i)) if run.augment else both)
     points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(number))
     moving, fixed = (torch.stack(part).split(size) for part in zip(*images, strict=True))
     return [Batch(m, f, points) for m, f in zip(moving, fixed, strict=True)]
 
 
-def _images(pair: Pair, run: Train, index: int) -> tuple[Tensor, Tensor]:
-    if not run.augment:
-        return pair.moving, pair.fixed
-    return augment(pair.moving, pair.fixed, torch.Generator().manual_seed(index))
-
-
-def ahead(make: Callable[[int], list[Batch]], steps: range) -> Iterator[list[Batch]]:
+def ahead(make: Callable[[int], list[Batch]], steps: range) -> Generator[list[Batch], None, None]:
     """`make(step)` of every step, the next ones already at work in a thread of their own."""
     with ThreadPoolExecutor(1, "batches") as pool:
         pending = deque(pool.submit(make, step) for step in steps[:AHEAD])
@@ -305,10 +244,3 @@ def validate(net: GradICON, pairs: list[Pair]) -> float:
     values = [mean_dice(pair, phi) for pair, phi in zip(pairs, phis, strict=True)]
     there = [value for value in values if not math.isnan(value)]
     return sum(there) / len(there) if there else math.nan
-
-
-def learning_rate(step: int, run: Train) -> float:
-    """Constant (as uniGradICON's), or from `run.lr` to 0 along half a cosine (Loshchilov & Hutter 2017, 1608.03983)."""
-    if run.lr_schedule == "constant":
-        return run.lr
-    return run.lr * 0.5 * (1 + math.cos(math.pi * step / run.updates))

@@ -1,7 +1,11 @@
-"""What training minimises: image similarity both ways plus a penalty on the transforms."""
+"""What training minimises: image similarity both ways plus a penalty on the transforms.
+
+`objective` is the whole loss; a new measure or penalty is a function beside the others and a line in it.
+"""
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +39,7 @@ class Batch(NamedTuple):
     fixed_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return Batch._make(None if tensor is None else tensor.to(device) for tensor in self)
 
 
 def objective(
@@ -51,17 +55,17 @@ def objective(
 
     Raises: ValueError for an unknown name, or for one mask without the other.
     """
-    measures = {
+    measures: dict[str, Callable[..., Tensor]] = {
         "lncc": functools.partial(lncc_loss, sigma=sigma),
         "lncc2": functools.partial(lncc2_loss, sigma=sigma),
         "mind": mind_loss,
     }
-    penalties = {
-        "gradicon": lambda: gradicon_penalty(phi_ab, phi_ba, batch.points),
-        "icon": lambda: icon_penalty(phi_ab, phi_ba, batch.points),
-        "diffusion": lambda: 2 * diffusion(from_grid(grid)),
+    penalties: dict[str, Callable[[Transform, Transform, Tensor], Tensor]] = {
+        "gradicon": lambda phi_ab, phi_ba, grid: gradicon_penalty(phi_ab, phi_ba, batch.points),
+        "icon": lambda phi_ab, phi_ba, grid: icon_penalty(phi_ab, phi_ba, batch.points),
+        "diffusion": lambda phi_ab, phi_ba, grid: 2 * diffusion(from_grid(grid)),
     }
-    for kind, name, known in (("similarity", similarity, measures), ("regulariser", regulariser, penalties)):
+    for kind, name, known in (("similarity", similarity, [*measures]), ("regulariser", regulariser, [*penalties])):
         if name not in known:
             raise ValueError(f"expected {kind} to be one of {', '.join(known)}, got {name!r}")
     if (batch.moving_mask is None) != (batch.fixed_mask is None):
@@ -69,7 +73,8 @@ def objective(
 
     moving = torch.cat([batch.moving, batch.fixed])
     fixed = torch.cat([batch.fixed, batch.moving])
-    mask = None if batch.fixed_mask is None else torch.cat([batch.fixed_mask, batch.moving_mask])
+    targets = [mask for mask in (batch.fixed_mask, batch.moving_mask) if mask is not None]
+    mask = torch.cat(targets) if targets else None
     if joint:
         phi, pairs = net(moving, fixed), len(batch.moving)
         phi_ab, phi_ba, grid = phi[:pairs], phi[pairs:], phi.grid(phi.shape)
@@ -80,8 +85,9 @@ def objective(
     parts = 2 if similarity == "mind" else 1  # MIND's variance has bounds of its own in each direction
     masks = [None] * parts if mask is None else mask.chunk(parts)
     directions = zip(look_up(moving, grid, padding="zeros").chunk(parts), fixed.chunk(parts), masks, strict=True)
-    dissimilarity = 2 / parts * sum(measures[similarity](*images, mask=m) for *images, m in directions)
-    penalty = penalties[regulariser]()
+    terms = [measures[similarity](*images, mask=m) for *images, m in directions]
+    dissimilarity = 2 / parts * functools.reduce(torch.add, terms)
+    penalty = penalties[regulariser](phi_ab, phi_ba, grid)
     return Loss(dissimilarity + lmbda * penalty, dissimilarity, penalty)
 
 
@@ -239,11 +245,11 @@ def diffusion(phi_map: Tensor) -> Tensor:
     """
     shape = tuple(phi_map.shape[2:])
     displacement = phi_map - identity_map(shape, phi_map.dtype, phi_map.device)
-    return sum(((displacement.diff(dim=k + 2) * (n - 1)) ** 2).mean() for k, n in enumerate(shape)) / len(shape)
+    squares = [((displacement.diff(dim=k + 2) * (n - 1)) ** 2).mean() for k, n in enumerate(shape)]
+    return functools.reduce(torch.add, squares) / len(shape)
 
 
 def jittered_points(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Every second grid point, moved by Gaussian noise of `2 / S[-1]`, `(1, D, *ceil(S / 2))` (as uniGradICON)."""
-    dim = len(shape)
-    every_second = identity_map(tuple(shape))[(..., *[slice(None, None, 2)] * dim)]
+    every_second = identity_map(tuple(shape))[:, :, *[slice(None, None, 2)] * len(shape)]
     return every_second + torch.randn(every_second.shape, generator=generator) * 2 / shape[-1]

@@ -9,7 +9,9 @@ only, and in between adds to g what the last climb found beside it.
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ class SAM:
     net: its buffers (BatchNorm's running statistics) are put back after the block, so that the
         second pass leaves no trace in them.
     random_seed: a control: climb in a random direction of the same radius, `eps = rho u / |u|` with u normal
-        (adaptive: `eps = rho w u / |u|`); depends on this seed and the step alone.
+        (adaptive: `eps = rho w u / |u|`); depends on this seed and the step alone, in a stream of its own.
 
     every, alpha: climb in one step of `every` (Foret's SAM every step; alpha = 0: plain steps in between,
     SAM-k of Liu et al.; alpha > 0: LookSAM). The loop then asks:
@@ -68,14 +70,17 @@ class SAM:
         random_seed: int | None = None,
     ):
         params = list(params)
-        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-        self.groups = [{"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups]
-        self.params = [p for group in self.groups for p in group["params"]]
+        groups: list[dict] = params if params and isinstance(params[0], dict) else [{"params": params}]
+        self.groups: list[dict[str, Any]] = [
+            {"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups
+        ]
+        self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         if not self.params:
             raise ValueError("expected parameters to perturb, got none")
         if len({id(p) for p in self.params}) < len(self.params):
             raise ValueError("expected every parameter once, got one twice")
-        for name, value in [("alpha", alpha), *(("rho", group["rho"]) for group in self.groups)]:
+        numbers = [("alpha", alpha), ("random_seed", random_seed or 0), *(("rho", g["rho"]) for g in self.groups)]
+        for name, value in numbers:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
         if every != int(every) or every < 1:
@@ -102,7 +107,7 @@ class SAM:
         if not moved:
             raise RuntimeError("no parameter has a gradient: call backward() before `with sam.perturbed()`")
         first, self._random = self._random, None
-        after = _random_state(self.params) if first else None
+        after = _random_state(self.params) if first else []
         buffers = list(self.net.buffers()) if self.net is not None else []
         weights, statistics = ([tensor.detach().clone() for tensor in tensors] for tensors in (moved, buffers))
         try:
@@ -129,13 +134,14 @@ class SAM:
 
         eps takes shape in the parameters' own storage, as `weights` has their values: no further copy.
         """
-        gradients = [p.grad for p in moved]
+        gradients = [p.grad for p in moved if p.grad is not None]
         self.vertical = None  # its memory goes to the next one
         keep = [g.clone() for g in gradients] if self.alpha > 0 and self.every > 1 else None
         eps = [p if p.dtype in FULL else torch.empty_like(p, dtype=torch.float32) for p in moved]
         self.gradient_norm = length = norm(gradients)
         if self.random_seed is not None:
-            generator = torch.Generator().manual_seed(self.random_seed * 1_000_003 + self.steps)
+            hashed = np.random.SeedSequence([self.random_seed, self.steps]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(hashed[0]))  # hashed: nobody else draws from this stream
             for e in eps:  # drawn on the CPU: the same direction on every device
                 e.copy_(torch.randn(e.shape, generator=generator, dtype=e.dtype))
         else:
@@ -192,17 +198,11 @@ class SAM:
         """
         self._random = _random_state(self.params)
 
-    def logged(self) -> dict[str, float]:
+    def logged(self) -> dict[str, Any]:
         """What is worth a line in the log, of the last climb."""
         rho = [group["rho"] for group in self.groups]
-        return {
-            "rho": rho[0] if len(rho) == 1 else rho,
-            "gradient_norm": self.gradient_norm,
-            "gradient_norm_there": self.gradient_norm_there,
-            "step_norm": self.step_norm,
-            "step_ratio": self.step_ratio,
-            "rise": float(self.rise),
-        }
+        numbers = ("gradient_norm", "gradient_norm_there", "step_norm", "step_ratio", "rise")
+        return {"rho": rho[0] if len(rho) == 1 else rho} | {name: float(getattr(self, name)) for name in numbers}
 
     def state_dict(self) -> dict:
         """What going on to the same weights needs beside the optimizer's own state."""

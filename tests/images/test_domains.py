@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fmsam_lib.images.domains import held_out, open_domain
+from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again
 from fmsam_lib.images.download import fetch_hippocampus
-from fmsam_lib.images.manifest import data_folder, read_manifest, subject_of
+from fmsam_lib.images.manifest import data_folder, read_manifest
 from fmsam_lib.phantoms import pairs as synthetic
 from fmsam_lib.records import PROJECT, DataError
 from tests.images.test_files import GRID, REAL, REAL_SETS, count_reads, dataset, image, label, own_cache, save, says  # noqa: F401
@@ -38,11 +38,41 @@ def test_pairs_of_files(tmp_path):
     np.testing.assert_allclose(pair.affine, np.diag([0.5, 2, 3, 1]))
     drawn = [domain.training_pair(i).name for i in range(60)]
     assert len(set(drawn)) == 6  # all ordered pairs of three images, and never p8 or p9
+    assert pair.subjects == ("p8", "p9")
     again = open_domain("Own", shape=(11, 7, 8), data=tmp_path)
     assert [again.training_pair(i).name for i in reversed(range(60))] == drawn[::-1]
     other = open_domain("Own", shape=(11, 7, 8), data=tmp_path, seed=1)
     assert [other.training_pair(i).name for i in range(60)] != drawn
     pairs_equal(other.test_pair(0), pair)
+
+
+def test_a_pair_knows_the_subjects_that_the_manifest_names(tmp_path):
+    """Fixed first, as in its name; nobody could guess them from these files."""
+    named = [{"image": f"imagesTr/p{n}.nii.gz", "subject": who} for n, who in ((8, "Ann"), (9, "Bob"))]
+    dataset(tmp_path / "Own", test=[("p8", "p9"), ("p9", "p8")])
+    path = tmp_path / "Own" / "Own_dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test": named}))
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    assert [domain.test_pair(i).subjects for i in range(2)] == [("Ann", "Bob"), ("Bob", "Ann")]
+    assert domain.training_pair(0).subjects[0] in ("p1", "p2", "p3")
+    assert open_domain("brain-mr", shape=(16, 16)).test_pair(0).subjects == ()
+
+
+def test_what_another_process_opens_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset(tmp_path / "sets" / "Own")
+    dataset(tmp_path / "others" / "Own")
+    for name, data in (("brain-mr", None), ("Own", "sets"), ("brain-mr+Own", tmp_path / "sets")):
+        domain = open_domain(name, shape=(16, 18), data=data)
+        assert opens_again(domain)
+        assert (domain.name, domain.shape, domain.seed) == (name, (16, 18), 0)
+        assert domain.data == ("" if data is None else str(tmp_path / "sets"))
+        assert not opens_again(open_domain(name, shape=(16, 18), data=data, seed=1))
+    brain, own = open_domain("brain-mr", shape=(16, 18)), open_domain("Own", shape=(16, 18), data="sets")
+    assert not opens_again(Mixture("brain-mr+lung-ct", [brain, brain]))
+    assert not opens_again(Mixture("Own+Own", [own, open_domain("Own", shape=(16, 18), data="others")]))
+    assert not opens_again(types.SimpleNamespace(name="brain-mr", shape=(16, 18)))
+    assert not opens_again(types.SimpleNamespace(name="mine", shape=(16, 18), data="", seed=0))
 
 
 def test_files_are_decoded_once_a_session(tmp_path, monkeypatch):
@@ -56,11 +86,9 @@ def test_files_are_decoded_once_a_session(tmp_path, monkeypatch):
 
 def test_lost_spacing_makes_voxels_the_unit(tmp_path):
     for changes, unit in (
-        ({"description": "voxel Spacing was lost upstream"}, "voxel"),
-        ({"description": "no spacing upstream"}, "voxel"),
-        ({"description": "no spacing upstream", "spacing_known": True}, "mm"),
+        ({"description": "voxel spacing was lost upstream"}, "mm"),  # prose does not count
+        ({"spacing_known": True}, "mm"),
         ({"spacing_known": False}, "voxel"),
-        ({"description": "1 mm"}, "mm"),
     ):
         dataset(tmp_path / "Own", **changes)
         domain = open_domain("Own", shape=GRID, data=tmp_path)
@@ -222,15 +250,13 @@ def test_real_data_sets_open(name, dim):
         pytest.skip(f"no {name} in {REAL}: set FMSAM_DATA")
     shape = (48, 64, 48)[:dim]
     domain = open_domain(name, shape=shape, data=REAL)
-    assert domain.unit == ("voxel" if name.startswith("Cardiac") else "mm")
+    assert domain.unit == ("mm" if domain.manifest.spacing_known else "voxel")
     for pair in (domain.test_pair(0), domain.training_pair(0)):
         for values in (pair.moving, pair.fixed):
             assert values.shape == (1, *shape)
             assert 0 <= values.min() < 0.2 < values.max() <= 1
         assert set(pair.fixed_label.unique().tolist()) <= {0, *domain.labels}
-        if domain.pairing == "intra-subject":
-            fixed, moving = (subject_of(stem) for stem in pair.name.split("<-"))
-            assert fixed == moving
+        assert (pair.subjects[0] == pair.subjects[1]) == (domain.pairing == "intra-subject")
 
 
 def test_real_hippocampus_overlap_before_registration():

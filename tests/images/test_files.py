@@ -119,6 +119,7 @@ def test_labels_beside_their_images_are_found_from_a_relative_folder_too(tmp_pat
         ({"pairing": None}, ["the keys name, dimensions", "found no pairing"]),
         ({"labels": None, "training": None}, ["found no labels, training"]),
         ({"dimensions": 4}, ["dimensions 2 or 3", "found 4"]),
+        ({"spacing_known": "no"}, ["spacing_known true or false", "found 'no'"]),
         ({"modality": {"0": "US"}}, ["CT or MR", "found ['US']"]),
         ({"modality": {"0": "MR", "1": "CT"}}, ["one modality", "['CT', 'MR']"]),
         ({"labels": {"1": "a", "300": "b"}}, ["labels from 1 to 255", "300"]),

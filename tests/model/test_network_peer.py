@@ -177,9 +177,8 @@ def test_the_peer_reads_what_we_trained(tmp_path):
     theirs.load_state_dict(torch.load(tmp_path / "ours.trch", weights_only=True))
 
 
-def test_from_16_samples_a_side_where_the_peer_fails():
-    module, net = peer_and_ours((16, 17, 16), (4, 8, 8, 8, 8), (4, 8, 8, 8, 8), 3, True, torch.float32)
-    moving, fixed = smooth_pair((16, 17, 16), torch.float32)
-    assert net(moving, fixed).map.shape == (1, 3, 16, 17, 16)
-    with pytest.raises(RuntimeError):
-        module(moving, fixed)
+def test_the_peers_deep_networks_take_images_from_16_samples_a_side():
+    net = peer_and_ours((16, 17, 16), (4, 8, 8, 8, 8), (4, 8, 8, 8, 8), 3, True, torch.float32)[1]
+    phi = net(*smooth_pair((16, 17, 16), torch.float32))
+    assert phi.map.shape == (1, 3, 16, 17, 16)
+    assert phi.map.isfinite().all()

@@ -1,6 +1,5 @@
 """Two processes, really started, train what one trains."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,9 +7,13 @@ import torch
 from torch import nn
 
 from fmsam_lib.checking import ConfigError
+from fmsam_lib.images.domains import open_domain
 from fmsam_lib.model.weights import load
 from fmsam_lib.training import distributed as parallel
-from fmsam_lib.training.loop import starting
+from fmsam_lib.training.loop import make_batches, starting, train
+from fmsam_lib.training.losses import Batch, objective
+from fmsam_lib.training.sam import norm
+from tests.images.test_files import dataset
 from tests.training.test_loop import run, tiny, weights
 
 
@@ -47,7 +50,7 @@ def test_shared_batch_norm_of_one_process_is_torchs(dim, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["adam", "sam"])
 def test_two_processes_train_the_network_of_one(tmp_path, optimizer):
     one = tiny(tmp_path / "one", optimizer=optimizer, batch=4, steps=6, validation=2, down=[8, 8])
-    two = dataclasses.replace(one, out=str(tmp_path / "two"), processes=2)
+    two = one.model_copy(update=dict(out=str(tmp_path / "two"), processes=2))
     (alone, expected), (together, history) = run(one), run(two)
     apart = {name: (together.state_dict()[name] - value).abs().max() for name, value in alone.state_dict().items()}
     # BatchNorm takes what `up`'s biases add away again: their gradient is rounding alone, of which Adam makes steps
@@ -69,7 +72,7 @@ def test_two_processes_train_the_network_of_one(tmp_path, optimizer):
 def test_running_means_are_those_of_one_process(tmp_path):
     """After a single step, in which Adam has not yet moved the biases before BatchNorm."""
     one = tiny(tmp_path / "one", batch=4, steps=1)
-    alone, together = run(one)[0], run(dataclasses.replace(one, out=str(tmp_path / "two"), processes=2))[0]
+    alone, together = run(one)[0], run(one.model_copy(update=dict(out=str(tmp_path / "two"), processes=2)))[0]
     means = [name for name in alone.state_dict() if "running_mean" in name]
     assert len(means) == 4
     for name in means:
@@ -81,12 +84,40 @@ def test_processes_that_climb_apart_may_not_keep_directions_of_their_own(tmp_pat
         tiny(tmp_path, optimizer="looksam", batch=2, processes=2, sync_climb=False)
 
 
-def test_climbing_apart_is_another_objective(tmp_path):
-    together = tiny(tmp_path / "together", batch=4, steps=5, processes=2, rho=0.1)
-    apart = dataclasses.replace(together, out=str(tmp_path / "apart"), sync_climb=False)
-    (first, _), (second, _) = run(together), run(apart)
-    assert (weights(first) - weights(second)).abs().max() > 1e-4
-    assert json.loads((tmp_path / "apart" / "config.json").read_text())["parameters"]["sync_climb"] is False
+def test_each_climbs_by_its_own_part_or_all_by_the_whole_batch(tmp_path):
+    """The gradient of the climb, which the first process logs; BatchNorm sees the whole batch in either case."""
+    settings = tiny(tmp_path / "one", batch=4, steps=1)
+    net = starting(settings).train()
+    (batch,) = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
+    whole = net(torch.cat([batch.moving, batch.fixed]), torch.cat([batch.fixed, batch.moving]))
+    own = Batch(batch.moving[:2], batch.fixed[:2], batch.points)  # of the first of two processes
+    lengths = {}
+    for name, part, phi in (("apart", own, whole[[0, 1, 4, 5]]), ("together", batch, whole)):
+        loss = objective(lambda *_, phi=phi: phi, part, **settings.loss()).total
+        gradients = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
+        lengths[name] = norm([g for g in gradients if g is not None])
+    assert lengths["apart"] > 1.05 * lengths["together"]  # something to tell apart
+    for name, length in lengths.items():
+        changes = {"out": str(tmp_path / name), "processes": 2, "sync_climb": name == "together"}
+        _, history = run(settings.model_copy(update=changes))
+        assert history[-1]["gradient_norm"] == pytest.approx(length, rel=1e-4)
+        assert history[-1]["step_norm"] == pytest.approx(settings.rho, rel=1e-4)
+        record = json.loads((tmp_path / name / "config.json").read_text())
+        assert record["parameters"]["sync_climb"] is (name == "together")
+
+
+def test_several_processes_open_the_domain_that_was_given(tmp_path, monkeypatch):
+    """Its shape, and its folder of data sets, which is not the environment's."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("FMSAM_DATA", str(tmp_path / "elsewhere"))
+    dataset(tmp_path / "sets" / "Own")
+    domain = open_domain("Own", shape=(18, 16), data=tmp_path / "sets")
+    options = {"down": [4], "levels": 1, "steps": 2, "batch": 2, "validation": 0, "sigma": 3.0, "progress": False}
+    net, history = train(domain, processes=2, **options)
+    alone, expected = train(domain, **options)
+    assert history[-1]["total"] == pytest.approx(expected[-1]["total"], abs=1e-5)
+    assert net.shape == alone.shape == (18, 16)
+    assert not net.training
 
 
 def test_a_failing_process_is_reported(tmp_path, capfd):

@@ -1,14 +1,13 @@
 """Against icon-registration, whose losses uniGradICON was trained with."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map
-from fmsam_lib.training.losses import Batch, diffusion, lncc2_loss, lncc_loss, mind_loss, objective
+from fmsam_lib.training.losses import Batch, lncc2_loss, lncc_loss, mind_loss, objective
 
 peers = pytest.importorskip("peers")
 try:
@@ -146,14 +145,3 @@ def test_icon_penalty(shape, monkeypatch):
     for joint in (True, False):
         ours = objective(net, batch, lmbda=1.5, sigma=2, regulariser="icon", joint=joint)
         torch.testing.assert_close(ours.regulariser, theirs.inverse_consistency_loss, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("dim", [2, 3])
-def test_diffusion(dim):
-    """On a cube, theirs is the sum over axes where ours is their mean, and S^2 where ours is (S - 1)^2."""
-    n = 11
-    phi_map = torch.rand(2, dim, *[n] * dim)
-    theirs = icon.losses.DiffusionRegularizedNet.compute_bending_energy_loss(
-        SimpleNamespace(identity_map=identity_map((n,) * dim)), phi_map
-    )
-    torch.testing.assert_close(diffusion(phi_map) * dim * (n / (n - 1)) ** 2, theirs)

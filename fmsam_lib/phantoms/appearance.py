@@ -1,4 +1,7 @@
-"""What an anatomy looks like: shapes painted, textures, a scanner."""
+"""What an anatomy looks like to a scanner: shapes painted, textures, bias field and noise.
+
+`q` is `(3, *grid)`: the canonical coordinates of every sample.
+"""
 
 import functools
 from typing import NamedTuple
@@ -11,25 +14,6 @@ from torch import Tensor
 from fmsam_lib.phantoms.anatomies import INF, Domain, Part
 
 
-@functools.lru_cache(maxsize=64)
-def _spline(coarse: int, fine: int) -> Tensor:
-    """The matrix `(fine, coarse)` that interpolates samples of [0, 1] by a cubic spline."""
-    if coarse == 1:
-        return torch.ones(1, 1)
-    weights = CubicSpline(np.linspace(0, 1, coarse), np.eye(coarse))(np.linspace(0, 1, fine))
-    return torch.tensor(weights, dtype=torch.float32)
-
-
-def _refine(lattice: Tensor, grid: list[int]) -> Tensor:
-    """Values `(C, *lattice)` on a finer grid, `(C, *grid)`."""
-    for n in grid:  # always the first axis of those left: what is done goes last
-        lattice = torch.tensordot(lattice, _spline(lattice.shape[1], n), dims=([1], [1]))
-    return lattice
-
-
-# --- images: q is (3, *grid), the canonical coordinates of every sample
-
-
 class Look(NamedTuple):
     """What differs between two people of the same shape: each part's brightness, and the texture inside."""
 
@@ -38,7 +22,7 @@ class Look(NamedTuple):
     phases: Tensor  # (4, 1)
 
 
-def _look(rng: np.random.Generator) -> Look:
+def new_look(rng: np.random.Generator) -> Look:
     waves, phases = rng.choice([-1, 1], (4, 3)) * rng.uniform(4, 9, (4, 3)), rng.uniform(0, 2 * np.pi, (4, 1))
     return Look(rng.standard_normal(99), *(torch.tensor(m, dtype=torch.float32) for m in (waves, phases)))
 
@@ -49,7 +33,7 @@ def _texture(q: Tensor, look: Look) -> Tensor:
     return ((a + 1.5 * b.sin()).sin() * (c + 1.5 * d.sin()).sin()).mul_(2).view(q.shape[1:])
 
 
-def _paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tensor]:
+def paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tensor]:
     """The anatomy at `q`: intensities before acquisition and labels, each `(*grid)`."""
     grid = q.shape[1:]
     image, label = torch.full(grid, float(d.air)), torch.zeros(grid, dtype=torch.uint8)
@@ -104,7 +88,8 @@ def _outside(part: Part, q: Tensor) -> Tensor:
         i, j = (axis + 1) % 3, (axis + 2) % 3
         c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         p[i], p[j] = c * p[i] + s * p[j], c * p[j] - s * p[i]
-    level = sum((x / r).square_() ** (part.power // 2) for x, r in zip(p, part.radii, strict=True) if r < INF)
+    terms = [(x / r).square_() ** (part.power // 2) for x, r in zip(p, part.radii, strict=True) if r < INF]
+    level = functools.reduce(torch.add, terms)
     level = (level.sqrt_() if part.power == 2 else level.sqrt_().sqrt_()) - 1
     if part.wave:
         amplitude, frequency = part.wave
@@ -127,18 +112,37 @@ def _vessels(q: Tensor) -> Tensor:
     return torch.exp(-8 * (_gyroid(8 * q).square() + _gyroid(7 * q.flip(0) + 1).square()))
 
 
-def _acquire(image: Tensor, d: Domain, rng: np.random.Generator) -> Tensor:
+def acquire(image: Tensor, d: Domain, rng: np.random.Generator) -> Tensor:
     """What a scanner makes of the anatomy: noise, and for MR a bias field and a magnitude (Rician noise)."""
     noise = d.noise * torch.randn(image.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
     if d.modality == "CT":
         return (image + noise).clamp(-1000, 1000)
     coarse = rng.standard_normal((1, *[4 if n > 1 else 1 for n in image.shape]), dtype=np.float32)
-    bias = torch.exp(0.1 * _refine(torch.from_numpy(coarse), list(image.shape))[0])
+    bias = torch.exp(0.1 * refine(torch.from_numpy(coarse), list(image.shape))[0])
     # The imaginary channel's noise is the real one's from the far side: unrelated, and no second draw.
     return torch.hypot(image * bias + noise, noise.flip(0, 1, 2))
 
 
-def _normalise(image: Tensor, modality: str) -> Tensor:
+def normalise(image: Tensor, modality: str) -> Tensor:
     """To [0, 1]: CT from [-1000, 1000] HU, MR from its minimum to its 99th percentile."""
     low, high = (-1000, 1000) if modality == "CT" else (float(image.min()), float(np.percentile(image, 99)))
     return ((image - low) / (high - low)).clamp(0, 1)
+
+
+def refine(lattice: Tensor, grid: list[int]) -> Tensor:
+    """Values `(C, *lattice)` on a finer grid, `(C, *grid)`, by cubic splines."""
+    for n in grid:  # always the first axis of those left: what is done goes last
+        lattice = torch.tensordot(lattice, _spline(lattice.shape[1], n), dims=([1], [1]))[..., :n].contiguous()
+    return lattice
+
+
+@functools.lru_cache(maxsize=64)
+def _spline(coarse: int, fine: int) -> Tensor:
+    """The matrix `(fine, coarse)` that interpolates samples of [0, 1] by a cubic spline.
+
+    Zeros fill it up to a multiple of 16 rows: a product with other numbers depends on how many threads share it.
+    """
+    weights = CubicSpline(np.linspace(0, 1, coarse), np.eye(coarse))(np.linspace(0, 1, fine)) if coarse > 1 else 1.0
+    matrix = torch.zeros(-(-fine // 16) * 16, coarse)
+    matrix[:fine] = torch.as_tensor(weights)
+    return matrix

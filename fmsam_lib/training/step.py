@@ -1,0 +1,100 @@
+"""One training step: the gradient at w, SAM's at w + eps, the update.
+
+Where something is not finite, the step leaves no trace.
+"""
+
+import torch
+from torch.optim import Optimizer
+
+from fmsam_lib.model.network import BuffersKept, GradICON
+from fmsam_lib.parameters import Train
+from fmsam_lib.training import distributed as parallel
+from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.losses import Batch, Loss, objective
+from fmsam_lib.training.sam import SAM
+
+
+def perturbation(net: GradICON, run: Train) -> SAM | None:
+    """What `run.optimizer` puts beside Adam: nothing, SAM, or one of its variants (see `sam.py`)."""
+    options: dict = {
+        "sam": {},
+        "asam": {"adaptive": True},
+        "sam-every": {"every": run.every},
+        "looksam": {"every": run.every, "alpha": run.alpha},
+        "random": {"random_seed": run.seed},
+    }
+    return SAM(net.parameters(), run.rho, net=net, **options[run.optimizer]) if run.optimizer in options else None
+
+
+def train_step(
+    net: GradICON, micro: list[Batch], run: Train, optimizer: Optimizer, sam: SAM | None, state: State
+) -> Loss:
+    """One update; the loss at w. Where something is not finite, weights and buffers stay, and `state` counts it.
+
+    micro: the parts of the batch, one after the other; the gradient is that of their mean, and of all processes'.
+    """
+    statistics = BuffersKept(net)
+    climbs = sam is not None and sam.due
+    loss, finite = gradient(net, micro, run, optimizer, state, share=not climbs or run.sync_climb)  # at w
+    if sam and finite and climbs:
+        with sam.perturbed():  # at w + eps: the worst weights within rho
+            there, finite = gradient(net, micro, run, optimizer, state)  # this one is what moves w
+        sam.rise = there.total - loss.total
+    elif sam and finite:
+        sam.between()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    finite = finite and bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    if finite:
+        if run.clip:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), run.clip)
+        optimizer.step()
+    else:
+        statistics.put_back()  # BatchNorm's running statistics have seen what is not finite
+    state.skipped, state.in_a_row = (state.skipped, 0) if finite else (state.skipped + 1, state.in_a_row + 1)
+    if run.precision == "fp16":
+        rescale(state, finite)
+    return loss
+
+
+def gradient(
+    net: GradICON, micro: list[Batch], run: Train, optimizer: Optimizer, state: State, *, share: bool = True
+) -> tuple[Loss, bool]:
+    """Fill `.grad` at the weights where the network stands; the loss there, and whether it was finite.
+
+    share: average over the processes. Where SAM's first pass does not (`run.sync_climb` is False), each climbs by
+    its own part of the batch: m-sharpness (Foret et al. 2021), another objective than SAM's of the whole batch.
+    (BatchNorm's statistics are shared even then, so that a little of the other parts comes in by them.)
+    """
+    optimizer.zero_grad()
+    scale = state.scale if run.precision == "fp16" else 1.0
+    losses, finite = [], True
+    for batch in micro:
+        loss = objective(net, batch, joint=run.joint, **run.loss())
+        losses.append(torch.stack([part.detach() for part in loss]))
+        # Going back through NaN, torch's 2-D grid_sample crashes.
+        finite = parallel.all_agree(bool(torch.isfinite(loss.total)), loss.total.device)
+        if not finite:
+            break
+        (loss.total * (scale / len(micro))).backward()
+    state.gradients += 1
+    mean = torch.stack(losses).mean(0)
+    parallel.average([mean])
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    if finite and scale != 1:
+        torch._foreach_mul_(gradients, 1 / scale)
+    if finite and share:
+        parallel.average(gradients)
+    return Loss(*mean), finite
+
+
+def rescale(state: State, finite: bool) -> None:
+    """Halve the factor of the loss after an overflow, double it after 2,000 good steps, as torch's GradScaler does.
+
+    fp16 loses gradients below 6e-8 (Micikevicius et al. 2018, arXiv 1710.03740). GradScaler itself unscales once an
+    update, where SAM has two passes.
+    """
+    state.scaled_well = state.scaled_well + 1 if finite else 0
+    if not finite:
+        state.scale /= 2
+    elif state.scaled_well == 2000:
+        state.scale, state.scaled_well = state.scale * 2, 0
