@@ -132,17 +132,14 @@ def normalise(image: Tensor, modality: str) -> Tensor:
 def refine(lattice: Tensor, grid: list[int]) -> Tensor:
     """Values `(C, *lattice)` on a finer grid, `(C, *grid)`, by cubic splines."""
     for n in grid:  # always the first axis of those left: what is done goes last
-        lattice = torch.tensordot(lattice, _spline(lattice.shape[1], n), dims=([1], [1]))[..., :n].contiguous()
+        lattice = torch.tensordot(lattice, _spline(lattice.shape[1], n), dims=([1], [1]))
     return lattice
 
 
 @functools.lru_cache(maxsize=64)
 def _spline(coarse: int, fine: int) -> Tensor:
-    """The matrix `(fine, coarse)` that interpolates samples of [0, 1] by a cubic spline.
-
-    Zeros fill it up to a multiple of 16 rows: a product with other numbers depends on how many threads share it.
-    """
-    weights = CubicSpline(np.linspace(0, 1, coarse), np.eye(coarse))(np.linspace(0, 1, fine)) if coarse > 1 else 1.0
-    matrix = torch.zeros(-(-fine // 16) * 16, coarse)
-    matrix[:fine] = torch.as_tensor(weights)
-    return matrix
+    """The matrix `(fine, coarse)` that interpolates samples of [0, 1] by a cubic spline."""
+    if coarse == 1:
+        return torch.ones(1, 1)
+    weights = CubicSpline(np.linspace(0, 1, coarse), np.eye(coarse))(np.linspace(0, 1, fine))
+    return torch.tensor(weights, dtype=torch.float32)

@@ -10,8 +10,11 @@ Inter-subject pairs have two independent `T`; intra-subject ones `T_fixed = moti
 A 2-D pair is one plane of the 3-D anatomy, deformed within itself, made by the same code.
 """
 
+import functools
+import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -38,7 +41,24 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
     negative index or seed.
     """
     _check(domain, seed, index, shape)
-    d = DOMAINS[domain]
+    return _one_thread(os.getpid()).submit(_make_pair, DOMAINS[domain], seed, index, tuple(shape)).result()
+
+
+@functools.cache
+def _one_thread(process: int) -> ThreadPoolExecutor:
+    """Where pairs are made: torch has a number of threads for each thread, and this one's is 1.
+
+    Hundreds of small operations: a second thread gains little, costs much on a busy machine, may change bits. Whoever
+    asks for a pair keeps the number that it has. (A forked process has none of its parent's threads.)
+    """
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(1, "pairs", initializer=torch.set_num_threads, initargs=(1,))
+    pool.submit(int).result()  # starts it
+    torch.set_num_threads(threads)  # what threads to come begin with
+    return pool
+
+
+def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair:
     rng = np.random.default_rng(np.random.SeedSequence([zlib.crc32(d.name.encode()), seed, index]))
     across, level = d.plane if len(shape) == 2 else (None, 0.0)
     axes = [axis for axis in range(3) if axis != across]
@@ -103,9 +123,7 @@ def _subject(rng: np.random.Generator, variation: float, axes: list[int]) -> Fie
 
     def displacement(x: Tensor) -> Tensor:
         x = x.flatten(1)
-        # So few columns at a time that no second thread takes part: what threads share is rounded in another way.
-        phases = torch.cat([W @ part for part in x.tensor_split(-(-x.shape[1] // 100), dim=1)], 1)
-        return L @ x + t + A @ torch.sin(phases + P)
+        return L @ x + t + A @ torch.sin(W @ x + P)
 
     return _within(axes, displacement)
 

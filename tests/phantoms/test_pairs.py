@@ -1,4 +1,7 @@
 import dataclasses
+import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,13 +65,37 @@ def test_the_same_call_gives_the_same_bits_and_leaves_random_state_alone(shape):
 @pytest.mark.parametrize("shape", [(17, 19), (64, 64), (20, 24, 40), (32, 32, 32)])
 @pytest.mark.parametrize("domain", NAMES)
 def test_pairs_are_the_same_whatever_the_number_of_threads(domain, shape, monkeypatch):
+    make_pair(domain, seed=0, index=0, shape=(16, 16))  # starts the thread that makes them
     made = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "set_num_threads", lambda n: pytest.fail("changed the process's number of threads"))
             made.append(tensors(make_pair(domain, seed=3, index=4, shape=shape)))
+        assert torch.get_num_threads() == threads
     assert all(torch.equal(value, other[name]) for other in made[1:] for name, value in made[0].items())
+
+
+def test_the_first_pair_leaves_the_number_of_threads_to_everyone():
+    """In a process of its own, whose pairs' thread is not there yet; a thread that begins afterwards, too."""
+    code = (
+        "import torch; from concurrent.futures import ThreadPoolExecutor as Pool; torch.set_num_threads(3)\n"
+        "from fmsam_lib.phantoms.pairs import make_pair; make_pair('brain-mr', seed=0, index=0, shape=(16, 16))\n"
+        "print(torch.get_num_threads(), Pool(1).submit(torch.get_num_threads).result())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "3"]
+
+
+def test_a_forked_process_makes_pairs_too():
+    first = tensors(make_pair("brain-mr", seed=0, index=0, shape=(16, 16)))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        image = pool.apply_async(fixed_of, ()).get(60)
+    assert torch.equal(torch.tensor(image), first["fixed"])
+
+
+def fixed_of():
+    return make_pair("brain-mr", seed=0, index=0, shape=(16, 16)).fixed.tolist()
 
 
 def test_domain_seed_and_index_each_make_another_pair():
