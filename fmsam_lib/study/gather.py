@@ -1,142 +1,176 @@
 """What the comparison notebook shows: everything a study's runs have left, and what is missing."""
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from fmsam_lib.evaluation.comparison import gaps
-from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, read_results
+from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, PAIRS, read_results
 from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
-from fmsam_lib.flatness.landscape import TRAINING
+from fmsam_lib.flatness.landscape import RUN, TRAINING
 from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
 from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
-from fmsam_lib.records import DataError
-from fmsam_lib.study.file import Study
-from fmsam_lib.study.grid import Run, between_folder, grid, twins
-from fmsam_lib.study.notebooks import parameters
+from fmsam_lib.parameters import Train, trained_with
+from fmsam_lib.records import DataError, sources
+from fmsam_lib.study.grid import Study, grid
+from fmsam_lib.study.notebooks import NOTEBOOKS, Job, jobs
 from fmsam_lib.training.checkpoint import MAY_DIFFER
+
+PROVENANCE = ("time", "commit", "sources", "cpu", "cores", "packages")  # what the report shows of a run's
 
 
 class Found(NamedTuple):
-    """All tables of a study, empty where no run has any; `configs` by run folder.
+    """All tables of a study, without rows where no run has any; `configs` by run folder.
 
-    problems: what went wrong or is not there; notes: what else a reader must know (`comparison.gaps`); both
-    in plain words.
+    pairs: the subjects of every test pair. problems: what went wrong or is not there; notes: what else a reader of the
+    tables must know (`comparison.gaps`); both in plain words.
     """
 
     results: pd.DataFrame
     costs: pd.DataFrame
+    pairs: pd.DataFrame
     robustness: pd.DataFrame
     landscape: pd.DataFrame
     flatness: pd.DataFrame
     between: pd.DataFrame
     history: pd.DataFrame
-    configs: dict[str, dict]
+    configs: dict[str, dict[str, Any]]
     problems: list[str]
     notes: list[str]
 
 
 def gather(study: Study, folder: Path | str) -> Found:
-    """Read what the runs of the study's grid wrote; a file that is not there is a problem named, not an error.
+    """Read what the notebooks of the study wrote; a file that is not there is a problem named, not an error.
 
     What is not this study's, a run with other parameters or a test domain it does not have, is left out and named.
     Raises DataError when there is no result at all.
     """
     folder = Path(folder)
-    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in READERS}
-    configs, problems = {}, []
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in READERS}
+    configs: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    work = jobs(study, folder, "", Path())[:-1]  # without the report
+    runs = {run.folder: asdict(run) for run in grid(study)}
     _json(folder, "left_out.json", problems)
-    for name in ("none", *(["io"] if "io" in study.baselines else [])):
-        problems += _read(folder, name, ("results.csv", "costs.csv", "robustness.csv"), tables)
-        _json(folder, f"{name}/problems.json", problems)
-    for run in grid(study):
-        if not (folder / run.folder / "weights.pt").exists():  # what else lies there is of an earlier training
-            problems.append(f"{run.folder}: this run was not trained to its end")
-            continue
-        try:
-            config = json.loads((folder / run.folder / "config.json").read_text())
-            other = _differing(study, run, config["parameters"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{run.folder}/config.json: this cannot be read, so the run is left out ({error!r})")
-            continue
-        if other:
-            problems.append(f"{run.folder}: a run of another study, left out ({other})")
-            continue
-        about = {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}
-        problems += _read(folder, run.folder, [name for name in READERS if name != "between.csv"], tables, about)
-        configs[run.folder] = config
-        _json(folder, f"{run.folder}/problems.json", problems)
-    for pair in twins(study):
-        if all(run.folder in configs for run in pair):
-            problems += _read(folder, between_folder(pair[0]), ["between.csv"], tables)
-    if not tables["results.csv"]:
+    for job in work:
+        if job.notebook == "10_train":
+            configs |= _training(folder, job, problems)
+        needed = {file.rpartition("/")[0] for file in (*job.needs, *job.makes)} & runs.keys()
+        if job.folder == "io" or needed <= configs.keys():  # of a run that is left out, io takes the network's form
+            _read(folder, job, runs.get(job.folder), parts, problems)
+            _json(folder, f"{job.folder}/problems.json", problems)
+    if not parts["results.csv"]:
         raise DataError(f"no results under {folder}: run the study first (make study STUDY=...)")
-    found = {Path(name).stem: _together(parts) for name, parts in tables.items()}
-    strange = sorted(set(found["results"].test_domain) - set(study.test_domains))
-    if strange:
+    found = {Path(name).stem: _together(parts[name], columns) for name, (_, columns) in READERS.items()}
+    found["pairs"] = found["pairs"].drop_duplicates(ignore_index=True)
+    if strange := sorted(set(found["results"].test_domain) - set(study.test_domains)):
         problems.append(f"results of {', '.join(strange)}, which the study does not test on, are left out")
-        found = {name: _of(table, study.test_domains) for name, table in found.items()}
-    problems += _unlike(study, configs)
-    return Found(**found, configs=configs, problems=list(dict.fromkeys(problems)), notes=gaps(found["results"]))
+        kept = [*study.test_domains, TRAINING, ""]
+        found = {name: t[t.test_domain.isin(kept)] if "test_domain" in t else t for name, t in found.items()}
+    by = _computed_by(folder, work, configs)
+    problems = list(dict.fromkeys([*problems, *_unlike(study, configs, by)]))
+    notes = gaps(found["results"])
+    if older := sorted({*by.values()} - {sources()}):
+        notes.append(f"computed by the library's sources {', '.join(older)}, not by the present ones, {sources()}")
+    return Found(**found, configs=configs, problems=problems, notes=notes)
 
 
-def _together(parts: list[pd.DataFrame]) -> pd.DataFrame:
-    filled = [part for part in parts if len(part)]  # an empty one would take the others' types away
-    return pd.concat(filled, ignore_index=True) if filled else (parts or [pd.DataFrame()])[0]
+def _training(folder: Path, job: Job, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """The run's record by its folder; {} and a line why, where it is not a whole training of this study."""
+    run = folder / job.folder
+    if not (run / "weights.pt").exists():  # what else lies there is of an earlier training
+        problems.append(f"{job.folder}: this run was not trained to its end")
+        return {}
+    try:
+        there = trained_with(run).model_dump()
+        config: dict[str, Any] = json.loads((run / "config.json").read_text())
+        if absent := [name for name in PROVENANCE if name not in config["provenance"]]:
+            raise ValueError(f"no {', '.join(absent)}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"{job.folder}/config.json: this cannot be read, so the run is left out ({error!r})")
+        return {}
+    other = [name for name in job.values if name not in MAY_DIFFER and there[name] != job.values[name]]
+    told = ", ".join(f"{name}: {there[name]!r} there, {job.values[name]!r} in the study" for name in other)
+    problems += [f"{job.folder}: a run of another study, left out ({told})"] if other else []
+    return {} if other else {job.folder: config}
 
 
-def _read(folder: Path, of: str, files, tables: dict[str, list[pd.DataFrame]], about: dict | None = None) -> list[str]:
-    """Add the tables in the folder's folder `of` to `tables`; a line about each that is not there or damaged."""
-    problems = []
-    for name in files:
-        reader, needed = READERS[name]
+def _read(
+    folder: Path, job: Job, about: dict[str, Any] | None, parts: dict[str, list[pd.DataFrame]], problems: list[str]
+) -> None:
+    """Add the tables that the job left; a line about each that is not there or damaged.
+
+    about: the run's columns, with the study's own name for the optimizer, which may be a variant.
+    """
+    notebook = NOTEBOOKS[job.notebook]
+    for name in (file for file in (*notebook.makes, *notebook.keeps) if file in READERS):
+        reader, columns = READERS[name]
         try:
-            table = reader(folder / of / name)
-            if absent := [column for column in needed if column not in table]:
+            table = reader(folder / job.folder / name)
+            if absent := [column for column in columns if column not in table]:
                 raise ValueError(f"no column {', '.join(absent)}")
         except FileNotFoundError:
-            problems.append(f"{of}/{name}: this was not computed")
+            problems.append(f"{job.folder}/{name}: this was not computed")
             continue
         except (ValueError, OSError) as error:
-            problems.append(f"{of}/{name}: this cannot be read ({error}); remove the tables in {of}, compute again")
+            todo = f"remove the tables in {job.folder}, compute again"
+            problems.append(f"{job.folder}/{name}: this cannot be read ({error}); {todo}")
             continue
-        if about and not table.empty:  # a study's own name for the optimizer, which may be a variant
+        if about and "optimizer" in columns and not table.empty:
             after = table.optimizer.str.extract(r"(\+io)$", expand=False).fillna("") if "pair" in table else ""
             table = table.assign(**about | {"optimizer": about["optimizer"] + after})
-        tables[name].append(table)
-    return problems
+        parts[name].append(table)
 
 
-def _differing(study: Study, run: Run, there: dict) -> str:
-    """In what a run's recorded parameters differ from those that the study gives it; "" for nothing."""
-    wanted = parameters(study, run, Path(), "", Path())[f"{run.folder}/10_train"]
-    names = [n for n in wanted if n not in MAY_DIFFER and n in there and there[n] != wanted[n]]
-    return ", ".join(f"{n}: {there[n]!r} there, {wanted[n]!r} in the study" for n in names)
+def _together(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    filled = [part for part in parts if len(part)]  # an empty one would take the others' types away
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
-def _unlike(study: Study, configs: dict[str, dict]) -> list[str]:
-    """Parameters that the study leaves to notebook 10, and in which its runs differ all the same."""
+def _unlike(study: Study, configs: dict[str, dict[str, Any]], by: dict[str, str]) -> list[str]:
+    """What the study leaves to notebook 10, and in which its runs differ all the same; `by` which sources, too."""
     meant = {"train_domain", "optimizer", "seed", *MAY_DIFFER, *(name for v in study.variants.values() for name in v)}
-    found = []
-    for name in sorted({name for config in configs.values() for name in config["parameters"]} - meant):
-        runs: dict[str, list[str]] = {}
-        for run, config in configs.items():
-            runs.setdefault(repr(config["parameters"].get(name)), []).append(run)
-        if len(runs) > 1:
-            told = "; ".join(f"{value} in {len(of)}, first {of[0]}" for value, of in runs.items())
-            found.append(f"the runs differ in {name} ({told}): are several studies mixed?")
-    return found
+    differ = {"the library (hash of its sources)": by}
+    for name in sorted(Train.model_fields.keys() - meant):
+        differ[name] = {run: repr(config["parameters"][name]) for run, config in configs.items()}
+    shared = {name: _shared(values) for name, values in differ.items()}
+    return [f"the runs differ in {name} ({told}): are several studies mixed?" for name, told in shared.items() if told]
 
 
-def _of(table: pd.DataFrame, test_domains: list[str]) -> pd.DataFrame:
-    kept = [*test_domains, TRAINING, ""]
-    return table[table.test_domain.isin(kept)] if "test_domain" in table else table
+def _computed_by(folder: Path, work: list[Job], configs: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The hash of the library's sources that computed each run and table.
+
+    A training records its own, and others with which it went on after a stop. For the other notebooks `sources.jsonl`,
+    with a line for each time that the study was started, tells which were at work when they wrote.
+    """
+    by = {run: config["provenance"]["sources"] for run, config in configs.items()}
+    for run, config in configs.items():
+        by |= {f"{run} from step {made['step']}": made["sources"] for made in config.get("resumed", [])}
+    log = folder / "sources.jsonl"
+    starts = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for job in work:
+        made = folder / job.makes[0]
+        if job.notebook != "10_train" and made.exists():
+            before = [start["sources"] for start in starts if start["time"] <= made.stat().st_mtime]
+            by |= {job.name: before[-1]} if before else {}
+    return by
+
+
+def _shared(values: dict[str, str]) -> str:
+    """What has each of the values, in words; "" where all have the same."""
+    by: dict[str, list[str]] = {}
+    for name, value in values.items():
+        by.setdefault(value, []).append(name)
+    return "; ".join(f"{value} in {len(of)}, first {of[0]}" for value, of in by.items()) if len(by) > 1 else ""
 
 
 def _read_history(path: Path) -> pd.DataFrame:
-    return pd.read_json(path, lines=True)
+    return pd.read_json(path, lines=True).assign(train_domain="", optimizer="", seed=-1)  # the grid knows whose it is
 
 
 def _read_measures(path: Path) -> pd.DataFrame:
@@ -145,14 +179,15 @@ def _read_measures(path: Path) -> pd.DataFrame:
     return table.assign(**{name: table[name].fillna("") for name in names if name in table})
 
 
-READERS = {  # how a table is read, and the columns that it must have
+READERS: dict[str, tuple[Callable[[Path], pd.DataFrame], Sequence[str]]] = {  # and the columns that it must have
     "results.csv": (read_results, COLUMNS),
     "costs.csv": (read_results, COLUMNS),
+    "pairs.csv": (partial(pd.read_csv, dtype=str, keep_default_na=False), PAIRS),
     "robustness.csv": (read_results, CURVES),
     "landscape.csv": (_read_measures, LANDSCAPE),
-    "flatness.csv": (_read_measures, FLATNESS),
+    "flatness.csv": (_read_measures, (*RUN, *FLATNESS)),
     "between.csv": (_read_measures, BETWEEN),
-    "history.jsonl": (_read_history, ("step", "total", "seconds")),
+    "history.jsonl": (_read_history, ("train_domain", "optimizer", "seed", "step", "total", "seconds")),
 }
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -6,17 +7,18 @@ import pandas as pd
 import pytest
 import yaml
 
-from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, read_results, write_results
+from fmsam_lib.checking import read
+from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, read_results
 from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
 from fmsam_lib.flatness.landscape import RUN
 from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
 from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
-from fmsam_lib.records import DataError
-from fmsam_lib.study import gather as report
+from fmsam_lib.parameters import Train
+from fmsam_lib.records import DataError, sources, write_csv
 from fmsam_lib.study.file import read_study
-from fmsam_lib.study.gather import Found, gather, radii
-from fmsam_lib.study.grid import between_folder, grid, twins
-from fmsam_lib.study.notebooks import parameters
+from fmsam_lib.study.gather import gather
+from fmsam_lib.study.grid import grid, twins
+from fmsam_lib.study.notebooks import jobs
 
 STUDY = {
     "description": "made up",
@@ -50,13 +52,13 @@ def make(tmp_path):
         study = read_study(path)
         for name in ("none", *(["io"] if "io" in study.baselines else [])):
             save(root / name, rows_of(), train_domain="", optimizer=name, seed=None)
-        for run in grid(study):
-            folder = root / run.folder
-            values = parameters(study, run, root, "", path)[f"{run.folder}/10_train"] | {"threads": 1, "lr": 0.001}
-            about = {"train_domain": run.train_domain, "optimizer": values["optimizer"], "seed": run.seed}
+        for job in (job for job in jobs(study, root, "", path) if job.notebook == "10_train"):
+            folder, values = root / job.folder, read(Train, job.values).model_dump()
+            about = {name: values[name] for name in ("train_domain", "optimizer", "seed")}
             save(folder, rows_of(), **about)
             made = {"commit": "abc", "cpu": "one", "cores": 2, "packages": {"torch": "2"}, "time": "now"}
-            (folder / "config.json").write_text(json.dumps({"parameters": values, "provenance": made}))
+            config = {"parameters": values, "provenance": made | {"sources": sources()}}
+            (folder / "config.json").write_text(json.dumps(config))
             (folder / "weights.pt").touch()
             history = {"step": 7, "total": 0.4, "seconds": 0.1}
             (folder / "history.jsonl").write_text(json.dumps(history) + "\n")
@@ -66,7 +68,7 @@ def make(tmp_path):
         for a, b in twins(study):
             about = {"train_domain": a.train_domain, "seed": a.seed, "baseline": a.optimizer, "treatment": b.optimizer}
             line = about | {"test_domain": "b", "kind": "path", "alpha": 0.5, "term": "total", "value": 1.0}
-            table(root / between_folder(a) / "between.csv", BETWEEN, line)
+            table(root / f"{a.train_domain}/between/seed{a.seed}/between.csv", BETWEEN, line)
         return study, root
 
     return write
@@ -78,11 +80,14 @@ def table(path, columns, line):
 
 
 def save(folder, rows, **about):
-    results = pd.DataFrame(rows).assign(**about)
-    write_results(results, folder / "results.csv")
+    write_csv(pd.DataFrame(rows).assign(**about), folder / "results.csv", COLUMNS)
     costs = [result("a", "seconds", 0.1, unit="s")]
-    write_results(pd.DataFrame(costs).assign(**about), folder / "costs.csv")
-    write_results(pd.DataFrame([], columns=CURVES), folder / "robustness.csv", CURVES)
+    write_csv(pd.DataFrame(costs).assign(**about), folder / "costs.csv", COLUMNS)
+    curve = {"test_domain": "a", "pair": "p", "corruption": "noise", "severity": 0.0, "metric": "dice", "value": 0.5}
+    write_csv(pd.DataFrame([curve]).assign(**about), folder / "robustness.csv", CURVES)
+    pairs = {(row["test_domain"], row["pair"]) for row in rows}
+    subjects = [{"test_domain": test, "pair": pair, "subjects": f"{pair}1|{pair}2"} for test, pair in sorted(pairs)]
+    write_csv(pd.DataFrame(subjects), folder / "pairs.csv", ["test_domain", "pair", "subjects"])
 
 
 def test_of_a_whole_study_nothing_is_missing(make):
@@ -92,15 +97,16 @@ def test_of_a_whole_study_nothing_is_missing(make):
     assert found.notes == []
     assert set(found.results.optimizer) == {"none", "io", "adam", "sam"}
     assert found.configs.keys() == {run.folder for run in grid(study)}
-    for name, lines in {"costs": 6, "landscape": 4, "flatness": 4, "between": 2, "history": 4, "robustness": 0}.items():
+    for name, lines in {"costs": 6, "landscape": 4, "flatness": 4, "between": 2, "history": 4, "robustness": 6}.items():
         assert len(getattr(found, name)) == lines, name
     assert found.results.value.dtype == float
     assert found.history.optimizer.tolist() == ["adam", "adam", "sam", "sam"]
+    assert found.pairs.values.tolist() == [["a", "p", "p1|p2"], ["b", "p", "p1|p2"]]  # of five methods, each once
 
 
 TABLES = [
     *("none/results.csv", "io/costs.csv", "a/between/seed1/between.csv", "a/sam/seed1/history.jsonl"),
-    *(f"a/sam/seed1/{name}.csv" for name in ("results", "costs", "robustness", "landscape", "flatness")),
+    *(f"a/sam/seed1/{name}.csv" for name in ("results", "costs", "pairs", "robustness", "landscape", "flatness")),
 ]
 
 
@@ -125,9 +131,9 @@ def test_a_table_that_is_missing_or_damaged_is_named_and_the_rest_is_there(make,
     says = "this was not computed" if damage == "missing" else "this cannot be read"
     assert found.problems[0].startswith(f"{name}: {says}")
     kind = path.stem
-    for other in whole._fields[:7]:
+    for other in whole._fields[:8]:
         same = len(getattr(found, other)) == len(getattr(whole, other))
-        assert same is (other != kind or kind == "robustness"), other
+        assert same is (other != kind or kind == "pairs"), other  # which are the same in every run
 
 
 def test_text_where_a_number_should_be_is_damage(make):
@@ -224,7 +230,7 @@ def test_a_domain_without_labels_is_told_of(make):
     for folder in (root / "none", *(root / run.folder for run in grid(study))):
         path = folder / "results.csv"
         rows = read_results(path)
-        write_results(rows[(rows.test_domain != "b") | (rows.metric != "dice")], path)
+        write_csv(rows[(rows.test_domain != "b") | (rows.metric != "dice")], path, COLUMNS)
     assert gather(study, root).notes == ["b has no labels: no Dice, no distances"]
 
 
@@ -240,10 +246,101 @@ def test_variants_keep_their_names_with_instance_optimisation_too(make):
     path = root / "a/sam-1/seed0/results.csv"
     rows = read_results(path)
     assert set(rows.optimizer) == {"sam"}  # the run does not know the study's name for it
-    write_results(pd.concat([rows, rows.assign(optimizer="sam+io")]), path)
+    write_csv(pd.concat([rows, rows.assign(optimizer="sam+io")]), path, COLUMNS)
     found = gather(study, root)
     assert found.problems == []
     assert set(found.results.optimizer) == {"none", "adam", "sam-1", "sam-1+io"}
     for name in ("costs", "landscape", "flatness", "history"):
         assert set(getattr(found, name).optimizer.dropna()) >= {"adam", "sam-1"}, name
         assert "sam" not in set(getattr(found, name).optimizer), name
+
+
+def test_a_variant_and_the_optimizer_it_varies_keep_their_own_seconds(make):
+    names = ["adam", "sam", "sam-1"]
+    study, root = make(optimizers=names, seeds=[0], variants={"sam-1": {"optimizer": "sam", "rho": 1.0}})
+    for i, name in enumerate(names):
+        line = {"step": 7, "total": 0.4, "seconds": float(i)}
+        (root / f"a/{name}/seed0/history.jsonl").write_text(json.dumps(line) + "\n")
+    history = gather(study, root).history
+    assert history[["train_domain", "optimizer", "seed", "seconds"]].values.tolist() == [
+        ["a", "adam", 0, 0.0],
+        ["a", "sam", 0, 1.0],
+        ["a", "sam-1", 0, 2.0],
+    ]
+
+
+def test_a_table_that_no_run_has_is_empty_and_has_its_columns(make):
+    study, root = make()
+    for name in ("history.jsonl", "landscape.csv", "flatness.csv", "between.csv"):
+        for path in root.rglob(name):
+            path.unlink()
+    found = gather(study, root)
+    assert list(found.history) == ["train_domain", "optimizer", "seed", "step", "total", "seconds"]
+    assert list(found.landscape) == LANDSCAPE
+    assert set(found.flatness) == {*RUN, *FLATNESS}
+    assert list(found.between) == BETWEEN
+    assert not any(len(table) for table in (found.history, found.landscape, found.flatness, found.between))
+    assert not found.history[found.history.optimizer == "sam"].seconds.median() > 0  # can be asked
+
+
+# --- versions of the library ---
+
+
+def trained_by(root, folder, there, **more):
+    """Another hash of the sources in a run's record."""
+    path = root / folder / "config.json"
+    config = json.loads(path.read_text())
+    config["provenance"]["sources"] = there
+    path.write_text(json.dumps(config | more))
+
+
+def test_runs_of_several_versions_of_the_library_are_named(make):
+    study, root = make()
+    trained_by(root, "a/sam/seed1", "0123456789ab")
+    found = gather(study, root)
+    (problem,) = found.problems
+    assert problem.startswith("the runs differ in the library (hash of its sources) (")
+    assert f"{sources()} in 3, first a/adam/seed0" in problem
+    assert "0123456789ab in 1, first a/sam/seed1" in problem
+    assert len(found.results) == len(gather(*make()).results)  # named, not left out
+
+
+def test_a_training_that_went_on_with_another_version_is_named(make):
+    study, root = make()
+    trained_by(root, "a/sam/seed1", sources(), resumed=[{"step": 5, "sources": sources()}])
+    assert gather(study, root).problems == []
+    trained_by(root, "a/sam/seed1", sources(), resumed=[{"step": 5, "sources": "0123456789ab"}])
+    (problem,) = gather(study, root).problems
+    assert "0123456789ab in 1, first a/sam/seed1 from step 5" in problem
+
+
+def test_tables_of_another_version_than_the_trainings_are_named(make):
+    study, root = make()
+    starts = [{"time": 1000, "sources": sources()}, {"time": 2000, "sources": "0123456789ab"}]
+    (root / "sources.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    for path in root.rglob("*.csv"):
+        os.utime(path, (1500, 1500))
+    assert gather(study, root).problems == []
+    os.utime(root / "a/sam/seed0/landscape.csv", (2500, 2500))
+    (problem,) = gather(study, root).problems
+    assert "0123456789ab in 1, first a/sam/seed0/30_loss_landscape" in problem
+
+
+def test_another_version_than_the_present_one_is_a_note_not_a_problem(make):
+    study, root = make()
+    for run in grid(study):
+        trained_by(root, run.folder, "0123456789ab")
+    found = gather(study, root)
+    assert found.problems == []
+    assert found.notes == [f"computed by the library's sources 0123456789ab, not by the present ones, {sources()}"]
+
+
+@pytest.mark.parametrize("name", ["parameters", "provenance"])
+def test_a_record_that_lacks_a_field_is_left_out_and_named(make, name):
+    study, root = make()
+    path = root / "a/adam/seed0/config.json"
+    config = json.loads(path.read_text())
+    del config[name]["sources" if name == "provenance" else "joint"]
+    path.write_text(json.dumps(config))
+    (problem,) = gather(study, root).problems
+    assert problem.startswith("a/adam/seed0/config.json: this cannot be read, so the run is left out")
