@@ -1,15 +1,19 @@
 """The report's tables and captions, made by notebook 40 from made-up results."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from nbconvert import HTMLExporter
+from nbformat import v4
 
 from fmsam_lib.evaluation.evaluate import COLUMNS, read_results
 from fmsam_lib.parameters import Compare
+from tests.conftest import PROJECT
 from tests.evaluation.test_comparison import made_up
 from tests.study.report import CELLS, STUDY, run
 
@@ -78,8 +82,6 @@ def test_a_domain_without_labels_stays_in_the_summary(summary):
 def test_robustness_is_compared_at_every_step():
     steps = [made_up(gain).assign(corruption="noise", severity=s) for s, gain in ((0.0, 0.0), (0.5, 0.1))]
     rows, against = pd.concat(steps).query("label == 'x'"), [("adam", "sam"), ("adam-2x", "sam")]
-    cell = next(i for i, (tag, tree) in enumerate(CELLS) if tag == "robustness_differences")
-    assert cell
     table = run("robustness_differences", robustness=rows, against=against).tables["robustness_differences"]
     assert table[["corruption", "severity", "baseline"]].values.tolist() == [
         ["noise", 0.0, "adam"],
@@ -219,3 +221,13 @@ def test_no_cell_and_no_function_of_the_report_is_long():
         assert tree.body[-1].end_lineno <= 25, tag
     names = [node.name for _, tree in CELLS for node in tree.body if type(node).__name__ == "FunctionDef"]
     assert len(set(names)) == len(names)  # a cell may be run again
+
+
+def test_the_reports_page_folds_code_away_and_shows_what_it_made():
+    outputs = [v4.new_output("stream", text="made by this")]
+    notebook = v4.new_notebook(cells=[v4.new_code_cell("folded = True", outputs=outputs), v4.new_markdown_cell("said")])
+    page, _ = HTMLExporter(template_file=str(PROJECT / "notebooks/folded.html.j2")).from_notebook_node(notebook)
+    (folded,) = re.findall(r"<details>.*?</details>", page, re.DOTALL)
+    assert "folded" in re.sub(r"<[^>]*>", "", folded.partition("</summary>")[2])
+    assert "made by this" in page
+    assert "made by this" not in folded
