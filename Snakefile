@@ -13,7 +13,7 @@ root, study_file = Path(config["root"]), Path(config["study"])
 needs = {(job.folder, job.notebook): [root / file for file in job.needs] for job in work}
 python = shlex.quote(sys.executable)
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --cwd notebooks --log-level ERROR --no-progress-bar"
-to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-input --no-prompt"
+to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-prompt --template-file notebooks/folded.html.j2"
 
 
 # Tables and weights are asked for too: Snakemake would not miss what was removed behind a report that is there.

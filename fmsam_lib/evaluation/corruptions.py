@@ -6,7 +6,7 @@ test pairs, the moving image noisier, more blurred, more turned away and so on, 
 
 import math
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,8 +89,9 @@ def placed(place: Tensor, points: Tensor) -> Tensor:
     With points `phi(x)` of a registration of the corrupted image: `place(phi(x))`, where x lies in the original one.
     """
     dim = place.shape[1]
-    origin = place[(0, slice(None), *[0] * dim)]
-    ends = [place[(0, slice(None), *[-1 if axis == a else 0 for a in range(dim)])] for axis in range(dim)]
+    points_of = place[0].movedim(0, -1)  # (*S, D)
+    origin = points_of[(0,) * dim]
+    ends = [points_of[tuple(-1 if axis == a else 0 for a in range(dim))] for axis in range(dim)]
     matrix = torch.stack([end - origin for end in ends], 1)  # from corner to corner is one unit
     return torch.einsum("ij,nj...->ni...", matrix, points) + origin.view(1, -1, *[1] * (points.dim() - 2))
 
@@ -121,24 +122,31 @@ def misalignment(shape: tuple[int, ...], spacing, degrees: float, random: np.ran
 # The other kinds: `(image, severity, random) -> image`, not yet cut to [0, 1]. MONAI takes seconds to import.
 
 
+def _plain(image: Any) -> Tensor:
+    """MONAI's tensor as torch's."""
+    return image.as_tensor()
+
+
 def _noise(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
     from monai.transforms import RandGaussianNoise
 
-    noise = RandGaussianNoise(prob=1, std=severity, sample_std=False).set_random_state(state=random)
-    return noise(image).as_tensor()
+    noise = RandGaussianNoise(prob=1, std=severity, sample_std=False)
+    noise.set_random_state(state=random)
+    return _plain(noise(image))
 
 
 def _bias_field(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
     from monai.transforms import RandBiasField
 
-    field = RandBiasField(prob=1, degree=3, coeff_range=(-severity, severity)).set_random_state(state=random)
-    return field(image).as_tensor()
+    field = RandBiasField(prob=1, degree=3, coeff_range=(-severity, severity))
+    field.set_random_state(state=random)
+    return _plain(field(image))
 
 
 def _gamma(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
     from monai.transforms import AdjustContrast
 
-    return AdjustContrast(gamma=2**severity)(image).as_tensor()
+    return _plain(AdjustContrast(gamma=2**severity)(image))
 
 
 def _inversion(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
@@ -149,7 +157,7 @@ def _blur(image: Tensor, severity: float, random: np.random.RandomState) -> Tens
     from monai.transforms import GaussianSmooth
 
     smooth = GaussianSmooth(sigma=severity)  # counts zeros outside, which would darken the border
-    return (smooth(image) / smooth(torch.ones_like(image))).as_tensor()
+    return _plain(smooth(image)) / _plain(smooth(torch.ones_like(image)))
 
 
 def _slices(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:

@@ -1,13 +1,16 @@
-"""Methods x test pairs x metrics -> tidy tables: `results.csv`, `costs.csv`, `robustness.csv`.
+"""Methods x test pairs x metrics -> tidy tables: `results.csv`, `costs.csv`, `robustness.csv`, `pairs.csv`.
 
-What a method finds is the same each time, to the bit, and stands in the results; what it takes, seconds and memory,
-is the machine's, and stands apart.
+What a method finds is the same each time, to the bit, and stands in the results; the seconds it takes are the
+machine's, and stand apart.
 """
 
+import copy
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -18,6 +21,7 @@ from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.evaluation import baselines
+from fmsam_lib.evaluation.robustness import COLUMNS as OF_CURVES
 from fmsam_lib.evaluation.robustness import robustness
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import learn2reg_field, measure
@@ -27,91 +31,86 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Evaluate, about_run, trained_with
 from fmsam_lib.records import DataError, written_whole
 
-COLUMNS = ["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric", "value", "unit"]
-
-
-CURVES = [
-    "train_domain",
-    "test_domain",
-    "optimizer",
-    "seed",
-    "pair",
-    "corruption",
-    "severity",
-    "metric",
-    "value",
-    "unit",
-]
-
-
+ROWS = ["test_domain", "pair", "label", "metric", "value", "unit"]
+COLUMNS = ["train_domain", "test_domain", "optimizer", "seed", *ROWS[1:]]
+CURVES = [*COLUMNS[:4], *OF_CURVES[1:]]
+PAIRS = ["test_domain", "pair", "subjects"]
 Method = Callable[[Pair], tuple[Tensor, Tensor | None]]  # a pair's map and the swapped pair's, (1, D, *S); None: none
 
 
-def evaluate(
-    method: GradICON | Method | None, dataset, *, pairs: int, progress: bool = True, fields: Path | str | None = None
-) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Metrics of a network or another method (None: no registration) on the first test pairs of `dataset`.
+def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress: bool = False) -> pd.DataFrame:
+    """Metrics of a network or another method (None: no registration) on the domain's first test pairs: tidy rows.
 
-    Returns the rows (`results.csv`'s columns from `pair` on, and `test_domain`), what each pair took, in the same
-    columns (seconds of one registration; peak_memory, the most that the whole process held in memory meanwhile, on
-    Linux), and the problems: a pair whose files cannot be read, or for which the method finds no map or one that is
-    not finite, is named there and the others go on. fields: a folder for Learn2Reg's displacement fields,
+    Columns test_domain, pair, label, metric, value, unit; `fmsam_lib.metrics` defines the metrics. A pair that could
+    not be measured is a warning that says why. Raises DataError where that were all of them.
+
+    >>> table = evaluate(None, open_domain("brain-mr", shape=(32, 32)), pairs=2)
+    >>> table[table.metric == "dice"].groupby("pair").value.mean().round(2).tolist()
+    [0.67, 0.36]
+    """
+    net = copy.deepcopy(net).eval() if isinstance(net, GradICON) else net  # the caller's own stays in the mode it is in
+    found = measured(net, domain, pairs=pairs, progress=progress)
+    if found.results.empty and found.problems:
+        raise DataError("no test pair could be measured:\n- " + "\n- ".join(found.problems))
+    for problem in found.problems:
+        warnings.warn(problem, stacklevel=2)
+    return found.results
+
+
+class Measured(NamedTuple):
+    """What `measured` finds: tables with the columns `ROWS`, `ROWS` and `PAIRS`, and problems in plain words."""
+
+    results: pd.DataFrame
+    costs: pd.DataFrame
+    pairs: pd.DataFrame
+    problems: list[str]
+
+
+def measured(
+    method: GradICON | Method | None, domain, *, pairs: int, progress: bool, fields: Path | str | None = None
+) -> Measured:
+    """Metrics of a method on the domain's first test pairs, the seconds of one registration, and who is on the pairs.
+
+    A pair whose files cannot be read, or for which the method finds no map or one that is not finite, is named among
+    the problems, and the others go on. fields: a folder for Learn2Reg's displacement fields,
     `disp_<fixed>_<moving>.nii.gz`, on the grid of the evaluation.
     """
-    rows, costs, problems = [], [], []
-    for i in tqdm(range(min(pairs, dataset.test_count)), disable=not progress, desc=dataset.name, unit="pair"):
+    rows: list[dict] = []
+    costs, subjects, problems = [], [], []
+    for i in tqdm(range(min(pairs, domain.test_count)), disable=not progress, desc=domain.name, unit="pair"):
         try:
-            pair = dataset.test_pair(i)
+            pair = domain.test_pair(i)
         except DataError as error:
             problems.append(str(error))
             continue
-        about = {"test_domain": dataset.name, "pair": pair.name}
+        about = {"test_domain": domain.name, "pair": pair.name}
         try:
-            phi_map, inverse, cost = (None, None, []) if method is None else _register(method, pair)
+            phi_map, inverse, seconds = (None, None, None) if method is None else _register(method, pair)
         except ValueError as error:
-            problems.append(f"{dataset.name}, {pair.name}: left out, {error}")
+            problems.append(f"{domain.name}, {pair.name}: left out, {error}")
             continue
         if not all(found is None or torch.isfinite(found).all() for found in (phi_map, inverse)):
-            problems.append(f"{dataset.name}, {pair.name}: left out, the map found is not finite")
+            problems.append(f"{domain.name}, {pair.name}: left out, the map found is not finite")
             continue
         rows += [about | row for row in measure(pair, phi_map, inverse)]
-        costs += [about | {"label": ""} | row for row in cost]
+        subjects.append(about | {"subjects": "|".join(getattr(pair, "subjects", ()))})
+        if seconds is not None:
+            costs.append(about | {"label": "", "metric": "seconds", "value": seconds, "unit": "s"})
         if fields is not None and phi_map is not None:
             _write_field(Path(fields), pair, phi_map)
-    columns = [c for c in COLUMNS if c not in ("train_domain", "optimizer", "seed")]
-    return pd.DataFrame(rows, columns=columns), pd.DataFrame(costs, columns=columns), problems
+    results, of_costs = (pd.DataFrame(table, columns=ROWS) for table in (rows, costs))
+    return Measured(results, of_costs, pd.DataFrame(subjects, columns=PAIRS), problems)
 
 
-def _register(method: GradICON | Method, pair: Pair) -> tuple[Tensor, Tensor | None, list[dict]]:
-    resets = _reset_peak()
+def _register(method: GradICON | Method, pair: Pair) -> tuple[Tensor, Tensor | None, float]:
+    """A pair's map, the swapped pair's, and the seconds of the one registration."""
     start = time.perf_counter()
-    if isinstance(method, GradICON):
-        with torch.no_grad():
-            phi_map, inverse = method(pair.moving[None], pair.fixed[None]).map, None
-    else:
-        phi_map, inverse = method(pair)
-    cost = [{"metric": "seconds", "value": time.perf_counter() - start, "unit": "s"}]
-    if resets:
-        cost.append({"metric": "peak_memory", "value": _peak() / 1024, "unit": "MiB"})
-    if isinstance(method, GradICON):  # not a part of registering the pair
-        with torch.no_grad():
-            inverse = method(pair.fixed[None], pair.moving[None]).map
-    return phi_map, inverse, cost
-
-
-def _reset_peak() -> bool:
-    """Have Linux count the process's peak of memory anew; False where that cannot be done."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak() -> int:
-    """Kilobytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    if not isinstance(method, GradICON):
+        return *method(pair), time.perf_counter() - start
+    with torch.no_grad():
+        phi_map = method(pair.moving[None], pair.fixed[None]).map
+        seconds = time.perf_counter() - start
+        return phi_map, method(pair.fixed[None], pair.moving[None]).map, seconds
 
 
 def _write_field(folder: Path, pair: Pair, phi_map: Tensor) -> None:
@@ -123,80 +122,70 @@ def _write_field(folder: Path, pair: Pair, phi_map: Tensor) -> None:
         os.replace(whole, partial)
 
 
-def evaluate_all(settings: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Every method of the settings on every test domain: the tables `results`, `costs`, `robustness`, and problems.
+def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Every method of the run on every test domain: `costs`, `robustness`, `pairs`, `results`, and the problems.
 
     A domain that cannot be opened, or a method that is not there, is a problem, not the end. Raises DataError when
     nothing could be measured and that was for problems (not for want of labels).
     """
-    tables, problems = {"results": [], "costs": [], "robustness": []}, []
-    for name in settings.methods:
+    columns = {"costs": COLUMNS, "robustness": CURVES, "pairs": PAIRS, "results": COLUMNS}
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in columns}
+    problems: list[str] = []
+    for name in run.methods:
         try:
-            method, about = _method(name, settings)
+            method, about = _method(name, run)
         except ConfigError as error:
             if name != "ants-syn":
                 raise
             problems.append(str(error))
             continue
-        for domain in settings.test_domains:
+        for domain in run.test_domains:
             try:
-                dataset = open_domain(domain, shape=tuple(settings.shape), data=settings.data or None)
+                dataset = open_domain(domain, shape=tuple(run.shape), data=run.data or None)
             except DataError as error:
                 problems.append(str(error))
                 continue
-            fields = Path(settings.out) / "fields" / about["optimizer"] / domain if settings.fields else None
-            results, costs, found = evaluate(method, dataset, pairs=settings.pairs, progress=progress, fields=fields)
-            found_tables = {"results": results, "costs": costs}
-            if settings.corruptions and name in ("none", "network"):
-                how = {"pairs": settings.corrupted_pairs, "progress": progress}
-                curves, of_curves = robustness(method, dataset, settings.corruptions, **how)
-                found_tables["robustness"] = curves
-                found = [*found, *of_curves]
-            for kind, table in found_tables.items():
-                if len(table):  # an empty one would take the others' types away
-                    tables[kind].append(table.assign(**about))
-            problems += found
-    if problems and not tables["results"]:
+            fields = Path(run.out) / "fields" / about["optimizer"] / domain if run.fields else None
+            found = measured(method, dataset, pairs=run.pairs, progress=progress, fields=fields)
+            problems += found.problems
+            for kind in ("costs", "pairs", "results"):
+                tables[kind].append(getattr(found, kind).assign(**about))
+            if run.corruptions and (method is None or isinstance(method, GradICON)):
+                curves, lost = robustness(
+                    method, dataset, list(run.corruptions), pairs=run.corrupted_pairs, progress=progress
+                )
+                tables["robustness"].append(curves.assign(**about))
+                problems += lost
+    # an empty part would take the others' types away
+    filled = {kind: [table for table in parts if len(table)] for kind, parts in tables.items()}
+    if problems and not filled["results"]:
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(problems))
-    columns = {"results": COLUMNS, "costs": COLUMNS, "robustness": CURVES}
-    whole = {
-        kind: pd.concat(t, ignore_index=True) if t else pd.DataFrame(columns=columns[kind])
-        for kind, t in tables.items()
-    }
-    return whole, list(dict.fromkeys(problems))
+    whole = {kind: pd.concat(t, ignore_index=True) if t else pd.DataFrame() for kind, t in filled.items()}
+    whole = {kind: table.reindex(columns=columns[kind]) for kind, table in whole.items()}
+    return whole | {"pairs": whole["pairs"].drop_duplicates(ignore_index=True)}, list(dict.fromkeys(problems))
 
 
-def _method(name: str, settings: Evaluate) -> tuple[GradICON | Method | None, dict]:
+def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[str, Any]]:
     """The method of this name, and whose results its are: the columns train_domain, optimizer and seed.
 
     Raises ConfigError where its program or its run is not there.
     """
-    alone = {"train_domain": "", "seed": None}
+    about: dict[str, Any] = {"train_domain": "", "seed": None, "optimizer": name}
     if name == "none":
-        return None, alone | {"optimizer": "none"}
+        return None, about
     if name == "ants-syn":
         baselines.ants()
-        return baselines.ants_syn, alone | {"optimizer": "ants-syn"}
-    run = trained_with(settings.run)
+        return baselines.ants_syn, about
+    trained = trained_with(run.run)
     if name == "io":
-        net, how = baselines.untrained(run), {"steps": settings.alone_io, "lr": settings.alone_lr}
-        about = alone | {"optimizer": "io"}
+        net, steps, lr = baselines.untrained(trained), run.alone_io, run.alone_lr
     else:
-        net, about = load(Path(settings.run) / "weights.pt"), about_run(settings.run)
+        net, about = load(Path(run.run) / "weights.pt"), about_run(run.run)
         if name == "network":
             return net, about
-        how = {"steps": settings.io, "lr": settings.io_lr}
+        steps, lr = run.io, run.io_lr
         about["optimizer"] += "+io"
-    return lambda pair: baselines.instance_optimised(net, pair, run, **how), about
-
-
-def write_results(results: pd.DataFrame, path: Path | str, columns: list[str] = COLUMNS) -> None:
-    """`results.csv`: the columns in order, numbers in full, so that the same run gives the same bytes.
-
-    columns: `CURVES` for `robustness.csv`.
-    """
-    with written_whole(path) as partial:
-        results.reindex(columns=columns).to_csv(partial, index=False, lineterminator="\n")
+    return lambda pair: baselines.instance_optimised(net, pair, trained, steps=steps, lr=lr), about
 
 
 def read_results(path: Path | str) -> pd.DataFrame:

@@ -6,6 +6,7 @@ bootstrap), which does not take a pair that every seed finds hard for several pa
 together: a pair and its mirror image (b<-a beside a<-b), and all slices of one subject.
 """
 
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,17 +16,10 @@ from scipy import stats
 from fmsam_lib.images.manifest import subject_of
 
 DRAWS = 2000
-
-
 DISTANCES = ("hd95", "surface_distance")  # of structures
-
-
-LESS_IS_BETTER = ("hd95", "surface_distance", "tre", "map_error", "folding_percent", "sdlogj", "sdlogj_learn2reg")
-
-
-LESS_IS_BETTER += ("inverse_error",)
-
-
+LESS_IS_BETTER = (
+    *DISTANCES, "tre", "map_error", "folding_percent", "sdlogj", "sdlogj_learn2reg", "inverse_error",
+)  # fmt: skip
 CELL = ["train_domain", "test_domain"]
 
 
@@ -69,7 +63,7 @@ def per_pair(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     A pair with a structure that registration lost has no distance: NaN, lest who loses the hard ones seems the better.
     """
-    keys = ["train_domain", "test_domain", "optimizer", "seed", "pair"]
+    keys = [*CELL, "optimizer", "seed", "pair", *(c for c in ("drawn",) if c in results)]
     rows = results[results.metric == metric]
     if metric in DISTANCES:
         lost = results[results.metric == "missing_in_warped"].assign(metric=metric, value=np.nan)
@@ -77,8 +71,19 @@ def per_pair(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return rows.groupby(keys, dropna=False, as_index=False).value.mean(skipna=False)
 
 
+def seen(rows: pd.DataFrame) -> pd.Series:
+    """For each row "seen" where its test domain is one of its training domains, else "unseen".
+
+    >>> seen(pd.DataFrame({"train_domain": ["a+b", "a+b"], "test_domain": ["b", "c"]})).tolist()
+    ['seen', 'unseen']
+    """
+    cells = zip(rows.train_domain, rows.test_domain, strict=True)
+    return pd.Series(["seen" if test in train.split("+") else "unseen" for train, test in cells], rows.index, dtype=str)
+
+
+@cache
 def unit_of(pair: str) -> str:
-    """What is drawn as one: the subjects of a pair, in no order.
+    """What is drawn as one, told by the pair's name: its subjects, in no order.
 
     >>> [unit_of(name) for name in ("b<-a", "a<-b", "SC-01_slice02_ED<-SC-01_slice02_ES", "brain-mr-0-7")]
     ['a|b', 'a|b', 'SC-01', 'brain-mr-0-7']
@@ -86,29 +91,47 @@ def unit_of(pair: str) -> str:
     return "|".join(sorted({subject_of(name) for name in pair.split("<-")}))
 
 
+def with_drawn(rows: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with the column `drawn`, what the bootstrap draws as one: a pair's subjects, in no order.
+
+    pairs: test_domain, pair and subjects, such as "s1|s2", of `pairs.csv`. Where it has none, as of synthetic pairs,
+    the pair's name tells (see `unit_of`).
+    """
+    if rows.empty or pairs.empty:
+        return rows
+    named = pairs[pairs.subjects != ""].drop_duplicates(["test_domain", "pair"]).set_index(["test_domain", "pair"])
+    units = named.subjects.map(lambda subjects: "|".join(sorted(set(subjects.split("|")))))
+    found = units.reindex(pd.MultiIndex.from_frame(rows[["test_domain", "pair"]])).set_axis(rows.index)
+    return rows.assign(drawn=found.where(found.notna(), rows.pair.map(unit_of)))
+
+
 def mean_interval(rows: pd.DataFrame) -> Interval:
     """The mean of `value` over pair and seed, every test domain with the same weight, and its interval.
 
-    rows: columns pair, seed, value and, where there are several, train_domain and test_domain. With one seed the
-    interval is over pairs alone: it says nothing of another training. With two seeds that matter as much as pairs, a
-    nominal 95 % covers the truth in 70 % of cases (simulated), with eight in over 85 %.
+    rows: columns pair, seed, value and, where there are several, train_domain and test_domain; drawn tells what the
+    bootstrap draws as one, else the pair's name does. With one seed the interval is over pairs alone: it says nothing
+    of another training. With two seeds that matter as much as pairs, a nominal 95 % covers the truth in 71 % of cases
+    (simulated), with eight that matter half as much in 93 %.
     """
-    rows = rows.dropna(subset="value")
+    rows = _complete(rows.dropna(subset="value"))
     if rows.empty:
         return Interval(np.nan, np.nan, np.nan, 0, 0)
     means = _replicates(rows)
-    domains = [c for c in CELL if c in rows]
-    mean = _mean(rows)
-    units = rows.assign(unit=rows.pair.map(unit_of))[[*domains[-1:], "unit"]].drop_duplicates()
-    low, high = np.percentile(means, [2.5, 97.5]) if len(units) > 1 and len(means) else (np.nan, np.nan)
-    return Interval(float(mean), float(low), float(high), rows.seed.nunique(dropna=False), len(units))
+    units = len(rows[["test_domain", "drawn"]].drop_duplicates())
+    low, high = np.percentile(means, [2.5, 97.5]) if units > 1 and len(means) else (np.nan, np.nan)
+    return Interval(_mean(rows), float(low), float(high), rows.seed.nunique(), units)
+
+
+def _complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with every column that is counted by; a seed of -1 for methods without training."""
+    rows = rows.assign(**{name: "" for name in CELL if name not in rows})
+    rows = rows if "drawn" in rows else rows.assign(drawn=rows.pair.map(unit_of))
+    return rows.assign(seed=rows.seed.astype(object).where(rows.seed.notna(), -1), value=rows.value.astype(float))
 
 
 def _mean(rows: pd.DataFrame) -> float:
     """Every train x test domain with the same weight."""
-    domains = [c for c in CELL if c in rows]
-    values = rows.assign(value=rows.value.astype(float))
-    return float(values.groupby(domains).value.mean().mean() if domains else values.value.mean())
+    return float(rows.groupby(CELL).value.mean().mean())
 
 
 def _replicates(rows: pd.DataFrame) -> np.ndarray:
@@ -117,56 +140,57 @@ def _replicates(rows: pd.DataFrame) -> np.ndarray:
     Seeds are drawn once for all trainings, for one seed means the same first weights and order of batches in each; test
     pairs once for all networks that were tested on them.
     """
-    rng = np.random.default_rng(0)
-    rows = rows.assign(unit=rows.pair.map(unit_of), **{c: "" for c in CELL if c not in rows})
-    rows = rows.assign(seed=rows.seed.astype(object).where(rows.seed.notna(), -1))
-    units = {test: np.sort(mine.unit.unique()) for test, mine in rows.groupby("test_domain")}
-    drawn_units = {t: rng.multinomial(len(u), np.full(len(u), 1 / len(u)), DRAWS) for t, u in units.items()}
-    seeds = sorted(rows.seed.unique())
-    drawn_seeds = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), DRAWS)
+    seeds = np.sort(rows.seed.unique())
+    units = {test: np.sort(mine.drawn.unique()) for test, mine in rows.groupby("test_domain")}
+    *drawn, drawn_seeds = _drawn((*map(len, units.values()), len(seeds)))
+    drawn_units = dict(zip(units, drawn, strict=True))
+    sums_and_counts = rows.groupby([*CELL, "seed", "drawn"], as_index=False).value.agg(["sum", "count"])
     means = []
-    for (_, test), mine in rows.groupby(CELL):
-        cells = mine.groupby(["seed", "unit"]).value.agg(["sum", "count"])
-        grid = pd.MultiIndex.from_product([seeds, units[test]])
-        sums, counts = (
-            cells[column].reindex(grid, fill_value=0).to_numpy().reshape(len(seeds), -1) for column in ("sum", "count")
-        )
-        total, number = (((drawn_seeds @ part) * drawn_units[test]).sum(1) for part in (sums, counts))
+    for (_, test), cells in sums_and_counts.groupby(CELL):
+        grid = np.zeros((2, len(seeds), len(units[test])))
+        grid[:, np.searchsorted(seeds, cells.seed), np.searchsorted(units[test], cells.drawn)] = cells[
+            ["sum", "count"]
+        ].T
+        total, number = (((drawn_seeds @ part) * drawn_units[test]).sum(1) for part in grid)
         means.append(np.divide(total, number, out=np.full(DRAWS, np.nan), where=number > 0))
-    means = np.array(means)  # (domains, DRAWS)
-    return means[:, np.isfinite(means).all(0)].mean(0)  # without draws that fall into holes of the grid
+    of_cells = np.array(means)  # (domains, DRAWS)
+    return of_cells[:, np.isfinite(of_cells).all(0)].mean(0)  # without draws that fall into holes of the grid
+
+
+@lru_cache(maxsize=64)
+def _drawn(sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """For every number n of things to draw from, how often each is drawn, `(DRAWS, n)`; the same each time."""
+    rng = np.random.default_rng(0)
+    return [rng.multinomial(n, np.full(n, 1 / n), DRAWS).astype(float) for n in sizes]
 
 
 def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
     """Treatment - baseline on the same pair and seed, of one metric.
 
     rows: columns pair, seed, optimizer, value and, where there are several, train_domain and test_domain, which then
-    have the same weight in the mean; metric, if it is there, tells which end is the worst. The mean's interval is
-    that of `mean_interval`. p is about these networks on other pairs, not about other trainings: units are pairs,
-    their seeds' differences averaged first. Raises ValueError where nothing is paired, or where a value comes twice
-    (tables of several studies?).
+    have the same weight in the mean; metric, if it is there, tells which end is the worst; drawn what is drawn as one.
+    The mean's interval is that of `mean_interval`. p is about these networks on other pairs, not about other trainings:
+    units are pairs, their seeds' differences averaged first. Raises ValueError where nothing is paired, or where a
+    value comes twice (tables of several studies?).
     """
-    keys = [*(c for c in CELL if c in rows), "pair", "seed"]
-    both = rows[rows.optimizer.isin([baseline, treatment])]
+    both = _complete(rows[rows.optimizer.isin([baseline, treatment])])
+    keys = [*CELL, "pair", "drawn", "seed"]
     twice = both.duplicated([*keys, "optimizer"])
     if twice.any():
         raise ValueError(
             f"expected one value per pair, seed and optimizer, got {int(twice.sum())} twice, first "
             f"{both[twice].iloc[0].to_dict()}: are tables of several studies mixed?"
         )
-    wide = both.assign(seed=both.seed.astype(object).where(both.seed.notna(), -1))
-    wide = wide.pivot(index=keys, columns="optimizer", values="value")
-    wide = wide.reindex(columns=[baseline, treatment])
-    paired = wide.dropna()
+    wide = both.pivot(index=keys, columns="optimizer", values="value").reindex(columns=[baseline, treatment])
+    paired = wide.dropna().reset_index()
     if paired.empty:
         there = ", ".join(map(str, rows.optimizer.unique())) or "no rows"
         raise ValueError(f"expected {treatment!r} and {baseline!r} on the same pairs and seeds, got {there}")
-    values = (paired[treatment] - paired[baseline]).rename("value").reset_index()
+    values = paired.assign(value=paired[treatment] - paired[baseline])
     mean, low, high, seeds, units = mean_interval(values)
-    by = [*keys[:-2][-1:], values.pair.map(unit_of)]
-    of_units = values.groupby(by).value.mean().to_numpy()
+    means = paired.groupby(CELL)[[baseline, treatment]].mean().mean()
+    of_units = values.groupby(["test_domain", "drawn"]).value.mean().to_numpy()
     metric = rows.metric.iloc[0] if "metric" in rows and len(rows) else ""
-    roles = {"baseline": baseline, "treatment": treatment}
     worst = 95 if metric in LESS_IS_BETTER else 5
     spread = of_units.std(ddof=1) if len(of_units) > 1 else np.nan
     return Difference(
@@ -176,13 +200,14 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
         p=float(stats.wilcoxon(of_units).pvalue) if of_units.any() else 1.0,
         d_z=float(of_units.mean() / spread) if spread > 0 else np.nan,
         rank_biserial=_rank_biserial(of_units),
-        worst_baseline=float(np.percentile(paired[baseline].astype(float), worst)),
-        worst_treatment=float(np.percentile(paired[treatment].astype(float), worst)),
+        worst_baseline=float(np.percentile(paired[baseline], worst)),
+        worst_treatment=float(np.percentile(paired[treatment], worst)),
         seeds=seeds,
         units=units,
-        pairs=len(paired.reset_index()[keys[:-1]].drop_duplicates()),
+        pairs=len(paired[[*CELL, "pair"]].drop_duplicates()),
         left_out=int(len(both) - 2 * len(paired)),
-        **{f"mean_{role}": _mean(paired[name].rename("value").reset_index()) for role, name in roles.items()},
+        mean_baseline=float(means[baseline]),
+        mean_treatment=float(means[treatment]),
     )
 
 
@@ -191,8 +216,3 @@ def _rank_biserial(differences: np.ndarray) -> float:
     signed = differences[differences != 0]
     ranks = stats.rankdata(np.abs(signed))
     return float((ranks * np.sign(signed)).sum() / ranks.sum()) if len(signed) else 0.0
-
-
-def seen(train_domain: str, test_domain: str) -> bool:
-    """Whether the test domain was one of the training domains."""
-    return test_domain in train_domain.split("+")

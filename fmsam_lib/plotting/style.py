@@ -6,6 +6,7 @@ with a dash, or is counted in its panel.
 
 import math
 import textwrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from matplotlib.patches import Rectangle
 from fmsam_lib.plotting.slices import WIDTH, Picture
 
 # Okabe and Ito's colours, and two dark ones, for colour-blind readers; marker and line do without colour.
-LOOKS = {
+LOOKS: dict[str, dict[str, Any]] = {
     "none": {"color": "#808080", "marker": "x", "linestyle": ":"},
     "io": {"color": "#882255", "marker": "p", "linestyle": (0, (1, 2))},
     "ants-syn": {"color": "#7A7A00", "marker": "X", "linestyle": (0, (2, 1))},
@@ -31,27 +32,18 @@ LOOKS = {
     "looksam": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (5, 1))},
     "random": {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
 }
-
-
 OTHER_LOOKS = [LOOKS[name] for name in ("looksam", "adam-2x", "sam-every", "random")]
-
-
-REFINED = {
+REFINED: dict[str, Any] = {  # + io: on a network's map
     "markerfacecolor": "white",
     "linestyle": (0, (7, 1, 1, 1, 1, 1)),
-}  # + io: on a network's map
-
-
+}
 NAMES = {
     "none": "before registration", "adam": "Adam", "adam-2x": "Adam, twice the steps", "sam": "SAM", "asam": "ASAM",
     "sam-every": "SAM now and then", "looksam": "LookSAM", "random": "random direction", "sgd": "SGD", "adamw": "AdamW",
     "io": "instance optimisation alone", "ants-syn": "ANTs SyN",
 }  # fmt: skip
-
-
+HATCHED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
 UNTRAINED = ("none", "io", "ants-syn")  # methods without a network: they belong to no training domain
-
-
 # a metric's name and decimals
 METRICS = {
     "dice": ("Dice", 3),
@@ -65,8 +57,6 @@ METRICS = {
     "sdlogj": ("SD of the log-Jacobian", 3),
     "sdlogj_learn2reg": ("SD of the log-Jacobian (Learn2Reg)", 3),
 }
-
-
 MEASURES = {
     "loss": "loss", "weight_norm": "length of the weights", "trace": "trace of the Hessian",
     "eigenvalue_1": "largest eigenvalue of the Hessian", "eigenvalue_2": "second largest eigenvalue",
@@ -105,7 +95,7 @@ def optimizers_of(rows: pd.DataFrame) -> list[str]:
     return [name for name in known if name in there] + sorted(there - set(known))
 
 
-def look(optimizer: str, optimizers: list[str]) -> dict:
+def look(optimizer: str, optimizers: list[str]) -> dict[str, Any]:
     """Colour, marker and line style; `optimizers`, all in the figure, tells apart those that are not in LOOKS."""
     base = optimizer.removesuffix("+io")
     others = sorted({name.removesuffix("+io") for name in optimizers} - set(LOOKS))
@@ -148,10 +138,11 @@ def measured_on(test_domain: str) -> str:
 
 def log_ticks(axis: Axis, values: pd.Series) -> None:
     """A log axis on which a narrow range of values has ticks too, and none of them overlap."""
-    narrow = values.max() / values.min() < 30
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=6))
+    ratio = values.max() / values.min()
+    locator = ticker.LogLocator(subs=(1, 2, 5) if ratio < 30 else (1,), numticks=6)
+    axis.set_major_locator(ticker.MaxNLocator(4) if ratio < 4 else locator)
     axis.set_minor_formatter(ticker.NullFormatter())
-    if narrow:
+    if ratio < 30:
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
@@ -195,8 +186,7 @@ def curve(axes: Axes, values: pd.Series, style: dict, **more) -> None:
 def hole(axes: Axes, corner: tuple[float, float], transform) -> None:
     """A hatched unit square with a dash: nothing was measured here."""
     x, y = corner
-    fill = {"facecolor": "white", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
-    axes.add_patch(Rectangle(corner, 1, 1, transform=transform, **fill))
+    axes.add_patch(Rectangle(corner, 1, 1, transform=transform, **HATCHED))
     box = {"facecolor": "white", "linewidth": 0, "pad": 2}
     axes.text(x + 0.5, y + 0.5, "–", transform=transform, ha="center", va="center", fontsize=14, bbox=box)
 

@@ -8,26 +8,13 @@ from fmsam_lib.evaluation.evaluate import COLUMNS as RESULTS
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_tau_is_scipys_and_p_near_it(ties):
+def test_tau_is_scipys(ties):
     rng = np.random.default_rng(0)
     x = rng.normal(size=20)
     y = x + rng.normal(size=20)
     if ties:
         x, y = np.round(x), np.round(y * 2)
-    found, theirs = kendall(x, y, np.zeros(20)), stats.kendalltau(x, y)
-    assert found["tau"] == pytest.approx(theirs.statistic)
-    assert found["p"] == pytest.approx(theirs.pvalue, abs=0.01)
-    assert found["low"] < found["tau"] < found["high"]
-
-
-def test_the_interval_is_scipys_bootstrap():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=25)
-    y = x + rng.normal(size=25)
-    theirs = stats.bootstrap((x, y), lambda a, b: stats.kendalltau(a, b).statistic, paired=True, vectorized=False,
-                             method="percentile", n_resamples=1500, rng=1).confidence_interval  # fmt: skip
-    found = kendall(x, y, np.zeros(25))
-    assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.05)
+    assert kendall(x, y, np.zeros(20)) == pytest.approx(stats.kendalltau(x, y).statistic)
 
 
 def test_only_runs_of_one_training_domain_are_compared():
@@ -35,23 +22,13 @@ def test_only_runs_of_one_training_domain_are_compared():
     x = np.array([1, 2, 3, 11, 12, 13.0])
     y = np.array([3, 2, 1, 13, 12, 11.0])
     assert stats.kendalltau(x, y).statistic > 0
-    found = kendall(x, y, np.array(list("aaabbb")))
-    assert found["tau"] == -1
-    assert found["p"] > 2 / 36 - 0.03  # of 36 orders within the groups two are as extreme
+    assert kendall(x, y, np.array(list("aaabbb"))) == -1
 
 
-def test_chance_alone_is_seldom_significant():
-    rng = np.random.default_rng(0)
-    ps = [kendall(rng.normal(size=10), rng.normal(size=10), np.zeros(10))["p"] for _ in range(60)]
-    assert np.mean(np.array(ps) < 0.05) < 0.15
-
-
-def test_too_few_runs_and_constants_have_no_interval():
-    found = kendall(np.array([1.0, 2, 3]), np.array([1.0, 2, 3]), np.zeros(3))
-    assert found["tau"] == 1
-    assert np.isnan([found["low"], found["p"]]).all()
-    assert np.isnan(kendall(np.ones(8), np.arange(8.0), np.zeros(8))["tau"])
-    assert np.isnan(kendall(np.ones(1), np.ones(1), np.zeros(1))["tau"])
+def test_constants_and_single_runs_have_no_tau():
+    assert kendall(np.array([1.0, 2, 3]), np.array([1.0, 2, 3]), np.zeros(3)) == 1
+    assert np.isnan(kendall(np.ones(8), np.arange(8.0), np.zeros(8)))
+    assert np.isnan(kendall(np.ones(1), np.ones(1), np.zeros(1)))
 
 
 def study():
@@ -88,6 +65,7 @@ def test_a_run_that_was_not_tested_everywhere_is_not_ranked_with_the_others():
 def test_every_measure_meets_every_performance():
     table = correlation(*study())
     assert list(table.columns) == COLUMNS
+    assert not {"low", "high", "p"} & set(table.columns)  # these took runs for independent
     assert len(table) == 2 * 2 * 2  # measures, places, performances
     found = table.set_index(["measure", "test_domain", "performance"]).tau
     assert found["sam_rise", "training", "unseen"] == -1

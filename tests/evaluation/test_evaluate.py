@@ -7,15 +7,16 @@ import pandas as pd
 import pytest
 import torch
 
-from fmsam_lib.checking import ConfigError
+from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.evaluation import evaluate as evaluating
 from fmsam_lib.evaluation.corruptions import CORRUPTIONS
-from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, evaluate, evaluate_all, read_results, write_results
+from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, PAIRS, ROWS, evaluate, evaluate_all, read_results
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import measure
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map
-from fmsam_lib.parameters import Evaluate
-from fmsam_lib.records import DataError
+from fmsam_lib.parameters import Evaluate, Train
+from fmsam_lib.records import DataError, write_csv
 
 
 def net():
@@ -24,12 +25,13 @@ def net():
 
 
 def measured(method, domain="brain-mr", **options):
-    return evaluate(method, open_domain(domain, shape=(24, 24)), progress=False, **{"pairs": 2} | options)
+    dataset = open_domain(domain, shape=(24, 24)) if isinstance(domain, str) else domain
+    return evaluating.measured(method, dataset, progress=False, **{"pairs": 2} | options)
 
 
 def test_an_untrained_network_changes_nothing():
     dataset = open_domain("heart-mr", shape=(32, 32))
-    none, identity = (evaluate(n, dataset, pairs=3, progress=False)[0] for n in (None, net()))
+    none, identity = (evaluate(n, dataset, pairs=3) for n in (None, net()))
     for metric in ("dice", "hd95", "tre"):
         a, b = (rows[rows.metric == metric].value.to_numpy() for rows in (none, identity))
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -46,7 +48,7 @@ def test_it_is_the_map_of_moving_onto_fixed_that_is_measured():
             p.add_(0.3 * torch.randn_like(p))
         pair = open_domain("brain-mr", shape=(24, 24)).test_pair(0)
         there, back = (wild(a[None], b[None]).map for a, b in ((pair.moving, pair.fixed), (pair.fixed, pair.moving)))
-    rows = measured(wild, pairs=1)[0].query("label == ''")
+    rows = measured(wild, pairs=1).results.query("label == ''")
     found, other = (
         {row["metric"]: row["value"] for row in measure(pair, *maps)} for maps in ((there, back), (back, there))
     )
@@ -55,31 +57,27 @@ def test_it_is_the_map_of_moving_onto_fixed_that_is_measured():
 
 
 def test_twice_the_same_to_the_bit_but_for_what_it_took():
-    (first, costs, _), (second, _, _) = (measured(net()) for _ in range(2))
-    pd.testing.assert_frame_equal(first, second, check_exact=True)
-    assert not set(first.metric) & {"seconds", "peak_memory"}
-    assert dict(zip(costs.metric, costs.unit, strict=True))["seconds"] == "s"
-    seconds = costs[costs.metric == "seconds"]
-    assert (len(seconds), seconds.value.min() > 0) == (2, True)
-    memory = costs[costs.metric == "peak_memory"].value  # on Linux, in MiB
-    assert memory.empty or (memory > 50).all()
+    first, second = (measured(net()) for _ in range(2))
+    pd.testing.assert_frame_equal(first.results, second.results, check_exact=True)
+    assert "seconds" not in set(first.results.metric)
+    assert first.costs[["metric", "unit"]].values.tolist() == [["seconds", "s"]] * 2
+    assert first.costs.value.min() > 0
 
 
 def test_no_registration_costs_nothing():
-    assert measured(None)[1].empty
+    assert measured(None).costs.empty
 
 
 def test_results_are_read_back_as_they_were(tmp_path):
-    rows, _, _ = measured(None)
-    rows = rows.assign(train_domain="", optimizer="none", seed=None)
-    write_results(rows, tmp_path / "results.csv")
+    rows = measured(None).results.assign(train_domain="", optimizer="none", seed=None)
+    write_csv(rows, tmp_path / "results.csv", COLUMNS)
     back = read_results(tmp_path / "results.csv")
     assert list(back.columns) == COLUMNS
     assert back.value.tolist() == rows.value.tolist()  # to the bit
     assert back.seed.isna().all()
     assert (back.train_domain == "").all()
     first = (tmp_path / "results.csv").read_bytes()
-    write_results(back, tmp_path / "results.csv")
+    write_csv(back, tmp_path / "results.csv", COLUMNS)
     assert (tmp_path / "results.csv").read_bytes() == first
 
 
@@ -95,7 +93,7 @@ class Broken:
 
 
 def test_one_bad_file_does_not_lose_the_others():
-    rows, costs, problems = evaluate(net(), Broken(), pairs=2, progress=False)
+    rows, costs, _, problems = measured(net(), Broken())
     assert problems == ["a.nii.gz: expected a NIfTI file, found 3 bytes. Copy it anew."]
     assert rows.pair.nunique() == costs.pair.nunique() == 1
 
@@ -107,7 +105,8 @@ def test_a_map_or_inverse_that_is_not_finite_is_a_problem_not_a_perfect_score(si
         maps[side][0, 0, 3, 3] = float("nan")
         return tuple(maps)
 
-    rows, costs, problems = measured(broken)
+    rows, costs, pairs, problems = measured(broken)
+    assert pairs.empty
     assert rows.empty
     assert costs.empty
     assert len(problems) == 2
@@ -123,7 +122,7 @@ class Nan(GradICON):
 
 
 def test_a_network_whose_maps_are_not_finite_is_a_problem():
-    rows, _, problems = measured(Nan(2, down=(4, 4), levels=1, last_step=False).eval())
+    rows, _, _, problems = measured(Nan(2, down=(4, 4), levels=1, last_step=False).eval())
     assert rows.empty
     assert [problem.partition(":")[2] for problem in problems] == [" left out, the map found is not finite"] * 2
 
@@ -137,7 +136,7 @@ def test_a_method_that_gives_up_on_one_pair_goes_on_with_the_next():
             raise ValueError("expected a finite loss")
         return identity_map(tuple(pair.fixed.shape[1:])), None
 
-    rows, _, problems = measured(moody)
+    rows, _, _, problems = measured(moody)
     assert problems == [f"brain-mr, {calls[0]}: left out, expected a finite loss"]
     assert rows.pair.unique().tolist() == calls[1:]
 
@@ -154,7 +153,7 @@ def test_fields_are_learn2regs(tmp_path, shape):
             phi[:, axis] += samples / (shape[axis] - 1)
         return phi, None
 
-    evaluate(shifted, dataset, pairs=1, progress=False, fields=tmp_path / "fields")
+    measured(shifted, dataset, pairs=1, fields=tmp_path / "fields")
     (file,) = (tmp_path / "fields").iterdir()  # nothing else is left there
     assert file.name == f"disp_{'_'.join(pair.name.split('<-'))}.nii.gz"
     image = nibabel.load(file)
@@ -162,6 +161,53 @@ def test_fields_are_learn2regs(tmp_path, shape):
     np.testing.assert_allclose(image.affine, np.eye(4) if pair.affine is None else pair.affine)
     field = np.asarray(image.dataobj).reshape(-1, len(shape))
     np.testing.assert_allclose(field, [[2.0, 1.0, 0.0][: len(shape)]] * len(field), atol=1e-4)
+
+
+# --- for scripts ---
+
+
+def test_from_python_there_are_tidy_rows_and_the_network_stays_as_it_is():
+    domain, network = open_domain("brain-mr", shape=(24, 24)), net().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    table = evaluate(network, domain, pairs=2)
+    assert list(table.columns) == ROWS
+    pd.testing.assert_frame_equal(table, measured(net()).results)  # as in eval mode
+    assert network.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert evaluate(None, domain).pair.nunique() == 10  # unless one asks for another number
+
+
+def test_problems_are_warnings_and_nothing_measured_is_an_error():
+    with pytest.warns(UserWarning, match=r"a.nii.gz: expected a NIfTI file"):
+        table = evaluate(net(), Broken(), pairs=2)
+    assert table.pair.nunique() == 1
+    with pytest.raises(DataError, match=r"no test pair could be measured:\n- b.nii.gz: cut short"):
+        evaluate(None, Unread())
+
+
+class Named:
+    """Two pairs of one file name, whose manifest names the subjects."""
+
+    name, test_count = "named", 2
+
+    def test_pair(self, index):
+        pair = open_domain("brain-mr", shape=(24, 24)).test_pair(index)
+        object.__setattr__(pair, "subjects", ("s1", "s2") if index else ("s1", "s1"))
+        return pair
+
+
+def test_the_subjects_that_a_manifest_names_stand_beside_the_results(monkeypatch):
+    monkeypatch.setattr("fmsam_lib.evaluation.evaluate.open_domain", lambda name, **how: Named())
+    tables, _ = evaluate_all(settings(pairs=2, test_domains=["named"]), progress=False)
+    assert list(tables["pairs"].columns) == PAIRS
+    assert tables["pairs"].test_domain.tolist() == ["named"] * 2
+    assert tables["pairs"].subjects.tolist() == ["s1|s1", "s1|s2"]
+    assert list(tables["results"].columns) == COLUMNS
+
+
+def test_pairs_of_several_methods_are_named_once(run):
+    tables, _ = evaluate_all(settings(run=run, methods=["none", "network"]), progress=False)
+    assert tables["pairs"].values.tolist() == [["brain-mr", tables["results"].pair[0], ""]]
 
 
 # --- all methods of a notebook's settings ---
@@ -185,7 +231,7 @@ def settings(**changes):
         "fields": False,
         "threads": 1,
     }
-    return Evaluate(**(values | changes))
+    return read(Evaluate, values | changes)
 
 
 @pytest.fixture
@@ -210,7 +256,7 @@ def run(tmp_path):
         "threads": 1,
         "validation": 0,
     }
-    (tmp_path / "config.json").write_text(json.dumps({"parameters": values}))
+    (tmp_path / "config.json").write_text(json.dumps({"parameters": Train(**values).model_dump()}))
     net().save(tmp_path / "weights.pt")
     return str(tmp_path)
 

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fmsam_lib.evaluation.statistics import difference, mean_interval, per_pair, seen, unit_of
+from fmsam_lib.evaluation.statistics import difference, mean_interval, per_pair, seen, unit_of, with_drawn
 
 
 def rows(values, *, seeds=None, pairs=None, **columns):
@@ -39,29 +39,23 @@ def test_what_every_seed_finds_hard_is_one_pair_not_several():
 
 
 def test_seeds_that_differ_widen_the_interval_however_many_pairs_there_are():
-    of_seeds = np.array([[0.0], [1.0], [2.0], [3.0]])
-    found = mean_interval(rows(of_seeds + np.zeros((4, 200))))
-    theirs = stats.bootstrap((of_seeds[:, 0],), np.mean, method="percentile", n_resamples=20000, rng=1)
-    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.3)
+    """Of the 256 draws of four from 0, 1, 2, 3 five have a sum of 1 at most, 15 of 2: the 2.5th percentile is 2 / 4."""
+    found = mean_interval(rows(np.array([[0.0], [1.0], [2.0], [3.0]]) + np.zeros((4, 200))))
+    assert (found.mean, found.low, found.high) == (1.5, 0.5, 2.5)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """Pairs and seeds both random; the percentile bootstrap of eight seeds is known to be somewhat short."""
-    rng, covered, trials = np.random.default_rng(0), 0, 120
+@pytest.mark.parametrize(
+    ("seeds", "pairs", "of_seeds", "covers"), [(8, 30, 0.5, 0.93), (2, 20, 1.0, 0.71)], ids=["eight", "two"]
+)
+def test_the_interval_covers_the_truth_as_often_as_the_documentation_says(seeds, pairs, of_seeds, covers):
+    """Seeds, pairs and both together are random, pairs with deviation 1; 400 studies, so within three deviations."""
+    rng, trials = np.random.default_rng(1), 400
+    covered = 0
     for _ in range(trials):
-        values = rng.normal(0, 0.5, (8, 1)) + rng.normal(0, 1, (1, 30)) + rng.normal(0, 0.5, (8, 30))
+        values = rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, 1, (1, pairs)) + rng.normal(0, 0.5, (seeds, pairs))
         found = mean_interval(rows(values))
         covered += found.low <= 0 <= found.high
-    assert 0.85 <= covered / trials <= 0.99
-
-
-def test_two_seeds_are_too_few_as_the_documentation_says():
-    rng, covered, trials = np.random.default_rng(0), 0, 200
-    for _ in range(trials):
-        values = rng.normal(0, 1, (2, 1)) + rng.normal(0, 1, (1, 20)) + rng.normal(0, 0.5, (2, 20))
-        found = mean_interval(rows(values))
-        covered += found.low <= 0 <= found.high
-    assert 0.6 <= covered / trials <= 0.8
+    assert covered / trials == pytest.approx(covers, abs=3 * np.sqrt(covers * (1 - covers) / trials))
 
 
 def test_a_pair_and_its_mirror_image_are_one_unit():
@@ -88,8 +82,8 @@ def test_one_seed_is_one_draw_in_all_trainings():
     values = np.repeat([[0.0], [1.0], [2.0], [3.0]], 50, 1)
     one = mean_interval(rows(values, train_domain="a", test_domain="x"))
     four = mean_interval(pd.concat([rows(values, train_domain=name, test_domain="x") for name in "abcd"]))
-    assert (four.low, four.high) == pytest.approx((one.low, one.high), abs=0.3)
-    assert four.high - four.low > 1
+    for found in (one, four):
+        assert (found.low, found.high) == pytest.approx((0.5, 2.5), abs=0.01)  # a step of these means is 0.25
 
 
 def test_a_single_pair_and_no_pair_have_no_interval():
@@ -198,5 +192,50 @@ def test_who_loses_a_structure_does_not_get_the_shorter_distance():
 
 
 def test_seen_is_one_of_the_training_domains_whole():
-    assert seen("brain-mr+lung-ct", "lung-ct")
-    assert not seen("brain-mr+lung-ct", "lung")
+    cells = pd.DataFrame({"train_domain": ["brain-mr+lung-ct"] * 2, "test_domain": ["lung-ct", "lung"]}, index=[7, 3])
+    assert seen(cells).to_dict() == {7: "seen", 3: "unseen"}
+    assert seen(cells.iloc[:0]).empty
+
+
+# --- subjects that a manifest names ---
+
+
+def named(subjects, pairs=None):
+    pairs = [f"image{i}<-image{i + 100}" for i in range(len(subjects))] if pairs is None else pairs
+    return pd.DataFrame({"test_domain": "t", "pair": pairs, "subjects": subjects})
+
+
+def test_pairs_of_the_same_subjects_are_drawn_as_one_whatever_their_files_names():
+    """Four subjects with ten images each: ten pairs of two subjects say hardly more than one."""
+    values = np.random.default_rng(0).normal(size=(1, 4)).repeat(10, 1)
+    of_pairs = named(["s1|s2"] * 10 + ["s2|s3"] * 10 + ["s3|s4"] * 10 + ["s4|s1"] * 10)
+    table = rows(values, pairs=list(of_pairs.pair), test_domain="t")
+    by_name, by_subject = mean_interval(table), mean_interval(with_drawn(table, of_pairs))
+    assert (by_name.units, by_subject.units) == (40, 4)
+    alone = mean_interval(rows(values[:, ::10], test_domain="t"))
+    assert (by_subject.low, by_subject.high) == pytest.approx((alone.low, alone.high))
+    assert by_subject.high - by_subject.low > 2 * (by_name.high - by_name.low)
+
+
+def test_the_paired_difference_and_its_test_are_over_these_units_too():
+    gain = np.repeat([[0.1, 0.3, -0.05]], 4, 0).reshape(1, 12)
+    table = two(np.zeros((1, 12)), gain, pairs=[f"x{i}" for i in range(12)], test_domain="t", train_domain="a")
+    found = difference(with_drawn(table, named(["p", "q", "r"] * 4, [f"x{i}" for i in range(12)])), "adam", "sam")
+    assert (found.units, found.pairs) == (3, 12)
+    assert found.p == pytest.approx(stats.wilcoxon([0.1, 0.3, -0.05]).pvalue)
+
+
+def test_units_are_kept_by_the_mean_over_labels():
+    table = pd.DataFrame(
+        [("", "t", "none", None, pair, label, "dice", v) for pair, label, v in
+         (("a", "x", 0.2), ("a", "y", 0.4), ("b", "x", 0.5))],
+        columns=["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric", "value"],
+    )  # fmt: skip
+    assert per_pair(with_drawn(table, named(["s", "s"], ["a", "b"])), "dice").drawn.tolist() == ["s", "s"]
+
+
+def test_the_order_of_a_pairs_subjects_does_not_matter_and_names_tell_where_no_manifest_does():
+    table = pd.DataFrame({"test_domain": ["t", "t", "t", "u"], "pair": ["a", "b", "c_slice1<-d", "a"]})
+    found = with_drawn(table, named(["s2|s1", "s1|s2", ""], ["a", "b", "c_slice1<-d"]))
+    assert found.drawn.tolist() == ["s1|s2", "s1|s2", "c|d", "a"]
+    assert "drawn" not in with_drawn(table, named([], []))

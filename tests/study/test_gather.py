@@ -15,9 +15,8 @@ from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
 from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import DataError, sources, write_csv
-from fmsam_lib.study import gather as report
 from fmsam_lib.study.file import read_study
-from fmsam_lib.study.gather import Found, gather, radii
+from fmsam_lib.study.gather import gather
 from fmsam_lib.study.grid import grid, twins
 from fmsam_lib.study.notebooks import jobs
 
@@ -84,7 +83,8 @@ def save(folder, rows, **about):
     write_csv(pd.DataFrame(rows).assign(**about), folder / "results.csv", COLUMNS)
     costs = [result("a", "seconds", 0.1, unit="s")]
     write_csv(pd.DataFrame(costs).assign(**about), folder / "costs.csv", COLUMNS)
-    write_csv(pd.DataFrame(), folder / "robustness.csv", CURVES)
+    curve = {"test_domain": "a", "pair": "p", "corruption": "noise", "severity": 0.0, "metric": "dice", "value": 0.5}
+    write_csv(pd.DataFrame([curve]).assign(**about), folder / "robustness.csv", CURVES)
     pairs = {(row["test_domain"], row["pair"]) for row in rows}
     subjects = [{"test_domain": test, "pair": pair, "subjects": f"{pair}1|{pair}2"} for test, pair in sorted(pairs)]
     write_csv(pd.DataFrame(subjects), folder / "pairs.csv", ["test_domain", "pair", "subjects"])
@@ -97,12 +97,11 @@ def test_of_a_whole_study_nothing_is_missing(make):
     assert found.notes == []
     assert set(found.results.optimizer) == {"none", "io", "adam", "sam"}
     assert found.configs.keys() == {run.folder for run in grid(study)}
-    for name, lines in {"costs": 6, "landscape": 4, "flatness": 4, "between": 2, "history": 4, "robustness": 0}.items():
+    for name, lines in {"costs": 6, "landscape": 4, "flatness": 4, "between": 2, "history": 4, "robustness": 6}.items():
         assert len(getattr(found, name)) == lines, name
     assert found.results.value.dtype == float
     assert found.history.optimizer.tolist() == ["adam", "adam", "sam", "sam"]
     assert found.pairs.values.tolist() == [["a", "p", "p1|p2"], ["b", "p", "p1|p2"]]  # of five methods, each once
-    assert report.provenance_table(found).count("| abc |") == 4
 
 
 TABLES = [
@@ -134,7 +133,7 @@ def test_a_table_that_is_missing_or_damaged_is_named_and_the_rest_is_there(make,
     kind = path.stem
     for other in whole._fields[:8]:
         same = len(getattr(found, other)) == len(getattr(whole, other))
-        assert same is (other != kind or kind in ("robustness", "pairs")), other  # empty, and the same in every run
+        assert same is (other != kind or kind == "pairs"), other  # which are the same in every run
 
 
 def test_text_where_a_number_should_be_is_damage(make):
@@ -188,7 +187,6 @@ def test_a_run_whose_record_cannot_be_read_is_left_out_and_named(make, content):
     (problem,) = found.problems
     assert problem.startswith("a/adam/seed0/config.json: this cannot be read, so the run is left out")
     assert len(found.results.query("optimizer == 'adam'")) == len(rows_of())
-    report.provenance_table(found)
 
 
 def test_results_of_a_test_domain_that_the_study_does_not_have_are_left_out_and_named(make):
@@ -346,90 +344,3 @@ def test_a_record_that_lacks_a_field_is_left_out_and_named(make, name):
     path.write_text(json.dumps(config))
     (problem,) = gather(study, root).problems
     assert problem.startswith("a/adam/seed0/config.json: this cannot be read, so the run is left out")
-
-
-# --- what the report shows of it ---
-
-
-@pytest.mark.parametrize(
-    ("optimizers", "there", "expected"),
-    [
-        (["adam"], [], []),
-        (["adam", "sam"], [], [("adam", "sam")]),
-        (["adam", "adam-2x"], [], [("adam", "adam-2x")]),
-        (["sam", "adam-2x", "adam"], [], [("adam", "sam"), ("adam-2x", "sam")]),
-        (["adam", "sam", "asam"], [], [("adam", "sam"), ("adam", "asam")]),
-        (["adam", "sam"], ["adam+io"], [("adam", "sam")]),
-        (["adam", "sam"], ["adam+io", "sam+io"], [("adam", "sam"), ("adam+io", "sam+io")]),
-    ],
-)
-def test_what_is_compared_with_what(make, optimizers, there, expected):
-    study, root = make(optimizers=optimizers)
-    found = gather(study, root)
-    more = [found.results.query("optimizer == 'adam'").assign(optimizer=name) for name in there]
-    found = found._replace(results=pd.concat([found.results, *more]))
-    assert report.against(study, found) == expected
-
-
-def test_a_caption_says_data_pairs_and_seeds_and_stands_beside_its_figure(make, tmp_path):
-    study, root = make()
-    found = gather(study, root)
-    text = report.keep_caption(tmp_path, "matrix", "Mean Dice.", found.results, study)
-    kept = (tmp_path / "figures/matrix.txt").read_text()
-    assert text == f"*{kept.strip()}*"
-    assert kept == "Mean Dice. Trained on a; grid of 32 x 32 samples; test pairs: a 1, b 1; 2 seeds (0, 1).\n"
-    only = found.flatness[found.flatness.seed == 1]
-    assert report.keep_caption(tmp_path, "x", "Rises.", only, study).endswith("samples; 1 seed (1).*")
-    whole = report.caption(study, found)
-    assert "tested on a (1 pairs), b (1 pairs); optimizers adam, sam; 2 seeds (0, 1); grid of 32 x 32 samples." in whole
-
-
-def test_the_tables_of_all_runs_are_written_together(make, tmp_path):
-    study, root = make(seeds=[0])
-    found = gather(study, root)
-    report.write_tables(found, tmp_path / "out")
-    back = read_results(tmp_path / "out/results.csv")
-    pd.testing.assert_frame_equal(back, found.results[COLUMNS])
-    assert len(pd.read_csv(tmp_path / "out/flatness.csv")) == 2
-    assert json.loads((tmp_path / "out/problems.json").read_text()) == []
-
-
-# --- radii ---
-
-
-def found_of(results, history, configs):
-    none = pd.DataFrame()
-    tables = {name: none for name in Found._fields[:8]} | {"results": results, "history": history}
-    return Found(**tables, configs=configs, problems=[], notes=[])
-
-
-def test_radii_have_a_line_for_seen_and_for_unseen_domains():
-    rows = [
-        {"train_domain": "a+b", "optimizer": name, "seed": 0, "test_domain": test, "metric": "dice", "value": value}
-        | {"pair": pair, "label": "x", "unit": "1"}
-        for name, shift in (("sam-0.1", 0.0), ("sam-0.2", 0.1))
-        for test, value in (("a", 0.5 + shift), ("b", 0.7 + shift), ("c", 0.3 + shift))
-        for pair in ("p", "q")
-    ]
-    history = [
-        {"train_domain": "a+b", "optimizer": name, "seed": 0, "step": step, "total": float(step)}
-        for name in ("sam-0.1", "sam-0.2")
-        for step in range(20)
-    ]
-    configs = {
-        f"a+b/sam-{rho}/seed0": {"parameters": {"train_domain": "a+b", "optimizer": "sam", "rho": rho, "lr": 1e-3}}
-        for rho in (0.1, 0.2)
-    }
-    table = radii(found_of(pd.DataFrame(rows)[COLUMNS], pd.DataFrame(history), configs))
-    assert table.optimizer.tolist() == ["sam"] * 4
-    assert table.rho.tolist() == [0.1, 0.1, 0.2, 0.2]
-    assert table.domains.tolist() == ["seen", "unseen"] * 2
-    assert table.dice.tolist() == pytest.approx([0.6, 0.3, 0.7, 0.4])
-    assert table.loss.tolist() == [18.5] * 4  # of steps 18 and 19
-
-
-def test_without_runs_there_are_no_radii():
-    none = pd.DataFrame([{name: "x" for name in COLUMNS} | {"value": 0.5, "metric": "dice"}])
-    for configs in ({}, {"a/sam/seed0": {}}):
-        table = radii(found_of(none, pd.DataFrame(), configs))
-        assert not table.groupby("optimizer").rho.nunique().max() > 1

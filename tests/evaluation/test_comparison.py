@@ -3,9 +3,9 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
+from fmsam_lib.evaluation.comparison import comparison, gaps, holm
 from fmsam_lib.evaluation.evaluate import COLUMNS
 from fmsam_lib.evaluation.statistics import difference
-from fmsam_lib.evaluation.tables import comparison, gaps, methods, readable, robust, summary
 
 
 def made_up(gain=0.1, *, tests=("T",), train="T+U", optimizers=("adam", "sam"), seeds=(0, 1), spread=0.0):
@@ -24,48 +24,6 @@ def made_up(gain=0.1, *, tests=("T",), train="T+U", optimizers=("adam", "sam"), 
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def test_the_summary_finds_a_constant_gain_exactly():
-    line = summary(made_up()).iloc[0]
-    assert line["sam - adam"] == pytest.approx(0.1)
-    assert line["sam - adam low"] == pytest.approx(0.1)
-    assert line["sam"] - line["before"] == pytest.approx(0.3)
-    assert (line["seen"], line["pairs"], line["seeds"]) == ("yes", 8, 2)
-
-
-def test_methods_without_training_stand_beside_the_networks():
-    rows = made_up()
-    others = [
-        rows[rows.optimizer == "none"].assign(optimizer=name, value=v) for name, v in (("io", 0.7), ("ants-syn", 0.8))
-    ]
-    line = summary(pd.concat([rows, *others])).iloc[0]
-    assert (line["io"], line["ants-syn"]) == pytest.approx((0.7, 0.8))
-
-
-def test_without_the_treatment_there_is_no_difference_but_a_summary():
-    table = summary(made_up().query("optimizer != 'sam'"))
-    assert "adam" in table.columns
-    assert "sam - adam" not in table.columns
-    assert "adam" in readable(table).columns
-
-
-def test_the_readable_table_says_what_the_numbers_say():
-    table = summary(made_up())
-    line = readable(table).iloc[0]
-    assert line["sam - adam [95 %]"] == "0.100 [0.100, 0.100]"
-    assert line["before"] == f"{table.before.item():.3f}"
-    assert (line["tested on"], line["pairs"]) == ("T", "8")
-
-
-def test_a_domain_without_labels_stays_in_the_summary():
-    rows = made_up()
-    folding = rows.query("label == 'x' and optimizer != 'none'").assign(
-        test_domain="Unlabelled", metric="folding_percent", label="", value=0.5
-    )
-    line = summary(pd.concat([rows, folding])).set_index("test_domain").loc["Unlabelled"]
-    assert line["folding sam %"] == 0.5
-    assert np.isnan(line["sam"])
-
-
 def test_equal_steps_and_equal_compute_have_lines_of_their_own():
     table = comparison(made_up(optimizers=("adam", "adam-2x", "sam")), [("adam", "sam"), ("adam-2x", "sam")])
     assert table.equal.tolist() == ["steps", "compute"]
@@ -81,6 +39,13 @@ def test_holm_corrects_over_the_test_domains():
     assert single.p_holm.tolist() == pytest.approx(multipletests(single.p, method="holm")[1].tolist())
     assert (single.p_holm >= single.p).all()
     assert single.p.nunique() == 3
+
+
+def test_holm_is_statsmodels():
+    p = np.random.default_rng(0).uniform(size=30) ** 3
+    p[[3, 7]] = p[4]
+    np.testing.assert_array_equal(holm(p), multipletests(p, method="holm")[1])
+    assert holm(np.array([])).tolist() == []
 
 
 def test_seen_domains_are_averaged_and_a_single_unseen_one_is_its_own_line():
@@ -125,30 +90,6 @@ def test_every_metric_has_lines_with_its_unit_and_units_are_not_averaged():
     table = comparison(pd.concat([rows, distances]), [("adam", "sam")], metrics=("dice", "hd95", "tre"))
     assert table.groupby("metric").test_domain.agg(list).to_dict() == {"dice": ["T", "U", "seen"], "hd95": ["T", "U"]}
     assert table[table.metric == "hd95"].unit.tolist() == ["mm", "voxel"]
-    lines = methods(pd.concat([rows, distances]), rows.head(0), metrics=("dice", "hd95"))
-    assert set(lines[(lines.metric == "hd95") & (lines.test_domain == "U")].unit) == {"voxel"}
-
-
-def test_robustness_is_compared_at_every_step():
-    steps = [made_up(gain).assign(corruption="noise", severity=s) for s, gain in ((0.0, 0.0), (0.5, 0.1))]
-    table = robust(pd.concat(steps).query("label == 'x'"), [("adam", "sam"), ("adam-2x", "sam")])
-    assert table[["corruption", "severity", "baseline"]].values.tolist() == [
-        ["noise", 0.0, "adam"],
-        ["noise", 0.5, "adam"],
-    ]
-    assert table["mean"].tolist() == pytest.approx([0.0, 0.1])
-    assert table.seeds.tolist() == [2, 2]
-
-
-def test_methods_have_means_intervals_and_costs():
-    rows = made_up()
-    costs = rows[(rows.label == "x")].assign(label="", metric="seconds", value=0.25, unit="s")
-    table = methods(rows, costs).set_index("optimizer")
-    assert set(table.index) == {"none", "adam", "sam"}
-    assert table.seconds.tolist() == [0.25] * 3
-    assert table.peak_memory.isna().all()
-    assert (table.low <= table["mean"]).all()
-    assert table.loc["sam", "seeds"] == 2
 
 
 def note(found, *words):

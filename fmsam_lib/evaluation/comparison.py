@@ -1,0 +1,134 @@
+"""Treatment against baseline in every cell of a study's results, corrected for how many there are; and what is missing.
+
+Holm (1979), "A simple sequentially rejective multiple test procedure".
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fmsam_lib.evaluation.statistics import CELL, difference, per_pair, seen
+from fmsam_lib.parameters import EQUAL_COMPUTE
+
+KEYS = ["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric"]
+COLUMNS = [*CELL, "metric", "unit", "baseline", "treatment", "equal", "seeds", "pairs", "units", "left_out"]
+COLUMNS += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
+COLUMNS += ["worst_baseline", "worst_treatment"]
+
+
+def comparison(
+    results: pd.DataFrame, against: list[tuple[str, str]], *, metrics: tuple[str, ...] = ("dice",)
+) -> pd.DataFrame:
+    """Every statistic of `difference`, a line per metric, (baseline, treatment) of `against`, train and test domain.
+
+    The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several, and
+    of one unit), the lines "each" in place of a training domain means over trainings too, as leave-one-domain-out
+    wants them. p_holm: p corrected (Holm 1979) over all cells of train and test domain of one metric, baseline and
+    treatment. equal: steps or compute. A cell in which nothing is paired has its line, with NaN; a metric that is not
+    in the results has none.
+    """
+    parts = [
+        _compared(results, metric, baseline, treatment)
+        for metric in metrics
+        if (results.metric == metric).any()
+        for baseline, treatment in against
+    ]
+    return pd.DataFrame([line for part in parts for line in part], columns=COLUMNS)
+
+
+def _compared(results: pd.DataFrame, metric: str, baseline: str, treatment: str) -> list[dict[str, Any]]:
+    values = per_pair(results, metric)
+    rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])].assign(metric=metric)
+    units = units_of(results, metric)
+    equal = "compute" if baseline.removesuffix("+io") == EQUAL_COMPUTE else "steps"
+    about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": equal}
+    lines: list[dict[str, Any]] = []
+    single = []
+    for train, test, group in _groups(rows):
+        unit = set(units[group.test_domain])
+        if len(unit) > 1:
+            continue  # a mean of millimetres and voxels says nothing
+        line = about | {"train_domain": train, "test_domain": test, "unit": unit.pop()}
+        try:
+            line |= difference(group, baseline, treatment)._asdict()
+        except ValueError:
+            line |= {"mean": np.nan, "units": 0, "pairs": 0, "seeds": 0, "left_out": len(group)}
+        lines.append(line)
+        if test in ("seen", "unseen"):  # there a large domain would outweigh the others, unlike in the mean
+            line |= dict.fromkeys(("p", "d_z", "rank_biserial"), np.nan)
+        elif "p" in line:
+            single.append(line)
+    for line, p in zip(single, holm(np.array([line["p"] for line in single])), strict=True):
+        line["p_holm"] = p
+    return lines
+
+
+def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(training, test, rows) of every cell, then of the means "seen" and "unseen", by training and over them."""
+    for (train, test), mine in rows.groupby(CELL):
+        yield train, test, mine
+    kind = seen(rows)
+    for (train, name), mine in rows.groupby(["train_domain", kind]):
+        if mine.test_domain.nunique() > 1:
+            yield train, name, mine
+    if rows.train_domain.nunique() > 1:
+        for name, mine in rows.groupby(kind):
+            yield "each", name, mine
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """Holm's correction of n tests: `max_{j <= i} (n - j) p_(j)`, p in ascending order from j = 0, at most 1.
+
+    >>> holm(np.array([0.01, 0.04, 0.03])).round(3).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    order = np.argsort(p)
+    corrected = np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(corrected, 1)
+
+
+def units_of(results: pd.DataFrame, metric: str) -> pd.Series:
+    """The unit that each test domain's values of a metric are in: mm, or voxels where the spacing is not known."""
+    return results[results.metric == metric].groupby("test_domain").unit.first()
+
+
+def gaps(results: pd.DataFrame) -> list[str]:
+    """What a table of results lacks or has too much of, in plain words: nothing should be dropped in silence.
+
+    Values that are there twice (of several studies?), NaN values, holes of train x test x optimizer x seed, single
+    seeds, domains without labels, structures missing from labels.
+    """
+    found = []
+    twice = results.duplicated(KEYS)
+    if twice.any():
+        first = results[twice].iloc[0]
+        found.append(
+            f"{int(twice.sum())} values are there twice, first {first.metric} of {first.optimizer} on {first.pair}: "
+            "are results of several studies mixed?"
+        )
+    for (metric, optimizer), values in results[results.value.isna()].groupby(["metric", "optimizer"]).value:
+        found.append(f"{metric} of {optimizer}: {len(values)} values are NaN; they are left out of means")
+    trained = results[results.train_domain != ""]
+    there = set(trained[["train_domain", "test_domain", "optimizer", "seed"]].itertuples(index=False, name=None))
+    axes = [list(dict.fromkeys(trained[c])) for c in ("train_domain", "test_domain", "optimizer", "seed")]
+    for train, test, optimizer, seed in itertools.product(*axes):
+        if (train, test, optimizer, seed) not in there:
+            found.append(f"no result of {optimizer}, seed {seed:g}, trained on {train}, tested on {test}")
+    if trained.seed.nunique() == 1:
+        found.append("one seed only: intervals are over test pairs and say nothing of another training")
+    labelled = set(results.test_domain[results.metric == "dice"])
+    found += [f"{d} has no labels: no Dice, no distances" for d in results.test_domain.unique() if d not in labelled]
+    missing = results[results.metric.str.startswith("missing_in_")]
+    for (domain, label, metric), rows in missing.groupby(["test_domain", "label", "metric"]):
+        where, pairs = metric.removeprefix("missing_in_"), rows.pair.nunique()
+        if where != "warped":
+            found.append(
+                f"{domain}: {label} is not in the {where} label of {pairs} pairs; it is in none of their means"
+            )
+        else:
+            found.append(f"{domain}: {label} was lost in the warped label of {pairs} pairs: Dice 0, no distance")
+    return found

@@ -1,0 +1,233 @@
+"""The report's tables and captions, made by notebook 40 from made-up results."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from nbconvert import HTMLExporter
+from nbformat import v4
+
+from fmsam_lib.evaluation.evaluate import COLUMNS, read_results
+from fmsam_lib.parameters import Compare
+from tests.conftest import PROJECT
+from tests.evaluation.test_comparison import made_up
+from tests.study.report import CELLS, STUDY, run
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Compare(study="s", folder=str(tmp_path))
+
+
+@pytest.fixture
+def summary(settings):
+    """Makes the summary, as a table and as a reader sees it."""
+
+    def made(results):
+        done = run("summary", results=results, settings=settings, about="all")
+        return done.tables["summary"], done.readable(done.tables["summary"])
+
+    return made
+
+
+def test_the_summary_finds_a_constant_gain_exactly(summary):
+    line = summary(made_up())[0].iloc[0]
+    assert line["sam - adam"] == pytest.approx(0.1)
+    assert line["sam - adam low"] == pytest.approx(0.1)
+    assert line["sam"] - line["before"] == pytest.approx(0.3)
+    assert (line["seen"], line["pairs"], line["seeds"]) == ("yes", 8, 2)
+
+
+def test_methods_without_training_stand_beside_the_networks(summary):
+    rows = made_up()
+    others = [
+        rows[rows.optimizer == "none"].assign(optimizer=name, value=v) for name, v in (("io", 0.7), ("ants-syn", 0.8))
+    ]
+    line = summary(pd.concat([rows, *others]))[0].iloc[0]
+    assert (line["io"], line["ants-syn"]) == pytest.approx((0.7, 0.8))
+
+
+def test_without_the_treatment_there_is_no_difference_but_a_summary(summary):
+    table, text = summary(made_up().query("optimizer != 'sam'"))
+    assert "adam" in table.columns
+    assert "sam - adam" not in table.columns
+    assert "adam" in text.columns
+
+
+def test_the_readable_table_says_what_the_numbers_say(summary, tmp_path):
+    table, text = summary(made_up())
+    line = text.iloc[0]
+    assert line["sam - adam [95 %]"] == "0.100 [0.100, 0.100]"
+    assert line["before"] == f"{table.before.item():.3f}"
+    assert (line["tested on"], line["pairs"]) == ("T", "8")
+    assert (tmp_path / "summary.txt").read_text() == f"all\n\n{text.to_string(index=False)}\n"
+
+
+def test_a_domain_without_labels_stays_in_the_summary(summary):
+    rows = made_up()
+    folding = rows.query("label == 'x' and optimizer != 'none'").assign(
+        test_domain="Unlabelled", metric="folding_percent", label="", value=100.0
+    )
+    table, text = summary(pd.concat([rows, folding]))
+    line = table.set_index("test_domain").loc["Unlabelled"]
+    assert line["folding sam %"] == 100
+    assert np.isnan(line["sam"])
+    assert text.set_index("tested on").loc["Unlabelled", "folding sam %"] == "100.000"
+
+
+def test_robustness_is_compared_at_every_step():
+    steps = [made_up(gain).assign(corruption="noise", severity=s) for s, gain in ((0.0, 0.0), (0.5, 0.1))]
+    rows, against = pd.concat(steps).query("label == 'x'"), [("adam", "sam"), ("adam-2x", "sam")]
+    table = run("robustness_differences", robustness=rows, against=against).tables["robustness_differences"]
+    assert table[["corruption", "severity", "baseline"]].values.tolist() == [
+        ["noise", 0.0, "adam"],
+        ["noise", 0.5, "adam"],
+    ]
+    assert table["mean"].tolist() == pytest.approx([0.0, 0.1])
+    assert table.seeds.tolist() == [2, 2]
+    assert run("robustness_differences", robustness=rows.head(0)).tables["robustness_differences"].empty
+
+
+def test_methods_have_means_intervals_seconds_and_units():
+    rows = made_up(0.02, tests=("T", "U"), spread=0.05)
+    distances = rows.assign(metric="hd95", unit=rows.test_domain.map({"T": "mm", "U": "voxel"}))
+    costs = rows[rows.label == "x"].assign(label="", metric="seconds", value=0.25, unit="s")
+    costs = costs[costs.optimizer != "none"]
+    table = run("methods", results=pd.concat([rows, distances]), costs=costs).tables["methods"]
+    assert set(table[(table.metric == "hd95") & (table.test_domain == "U")].unit) == {"voxel"}
+    dice = table[(table.metric == "dice") & (table.test_domain == "T")].set_index("optimizer")
+    assert set(dice.index) == {"none", "adam", "sam"}
+    assert dice.seconds[["adam", "sam"]].tolist() == [0.25] * 2
+    assert np.isnan(dice.seconds["none"])
+    assert (dice.low <= dice["mean"]).all()
+    assert dice.loc["sam", "seeds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "there", "expected"),
+    [
+        (["adam"], [], []),
+        (["adam", "sam"], [], [("adam", "sam")]),
+        (["adam", "adam-2x"], [], [("adam", "adam-2x")]),
+        (["sam", "adam-2x", "adam"], [], [("adam", "sam"), ("adam-2x", "sam")]),
+        (["adam", "sam", "asam"], [], [("adam", "sam"), ("adam", "asam")]),
+        (["adam", "sam"], ["adam+io"], [("adam", "sam")]),
+        (["adam", "sam"], ["adam+io", "sam+io"], [("adam", "sam"), ("adam+io", "sam+io")]),
+    ],
+)
+def test_what_is_compared_with_what(optimizers, there, expected):
+    study = SimpleNamespace(**vars(STUDY) | {"optimizers": optimizers})
+    results = pd.DataFrame({"optimizer": [*optimizers, *there]})
+    assert run(study=study, results=results).compare_what() == expected
+
+
+def test_a_caption_says_data_pairs_and_seeds_and_stands_beside_its_figure(settings, tmp_path):
+    rows = made_up(tests=("a", "b"), train="a")
+    done = run(results=rows, settings=settings, real=("figure",))
+    with done.figure("matrix", "Mean Dice.", rows) as block:
+        block.picture = Figure()
+    says = "Mean Dice. Trained on a; grid of 32 x 32 samples; test pairs: a 8, b 8; 2 seeds (0, 1).\n"
+    assert (tmp_path / "figures/matrix.txt").read_text() == says
+    assert (tmp_path / "figures/matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "figures/matrix.pdf").read_bytes().startswith(b"%PDF")
+    only = pd.DataFrame({"train_domain": ["a"], "seed": [1]})
+    assert done.facts(only) == "Trained on a; grid of 32 x 32 samples; 1 seed (1)"
+    about = run("about", results=rows).about
+    assert "tested on a (8 pairs), b (8 pairs); optimizers adam, sam; 2 seeds (0, 1); grid of 32 x 32 samples." in about
+
+
+def test_a_figure_that_cannot_be_drawn_is_named_and_the_report_goes_on(settings, tmp_path, capsys):
+    done = run(settings=settings, real=("figure",))
+    shown = []
+    done.figure.__wrapped__.__globals__["display"] = shown.append
+    with done.figure("matrix", "Mean Dice.", pd.DataFrame()):
+        raise ValueError("expected rows, got none")
+    assert [message.data for message in shown] == ["**No figure `matrix`:** expected rows, got none"]
+    assert not (tmp_path / "figures").exists()
+
+
+def test_the_tables_of_all_runs_are_written_together(settings, tmp_path):
+    results = made_up()
+    flatness = pd.DataFrame({"train_domain": ["a", "a"], "value": [1.0, 2.0]})
+    run("tables", results=results.assign(drawn="x"), flatness=flatness, settings=settings, real=("keep_table",))
+    back = read_results(tmp_path / "results.csv")
+    assert list(back.columns) == COLUMNS  # without what the intervals draw
+    assert back.value.tolist() == results.value.tolist()  # to the bit
+    assert len(pd.read_csv(tmp_path / "flatness.csv")) == 2
+    assert json.loads((tmp_path / "problems.json").read_text()) == []
+
+
+def config(optimizer="sam", **parameters):
+    made = {"commit": "abc", "cpu": "one", "cores": 2, "packages": {"torch": "2"}, "time": "now"}
+    return {"parameters": {"optimizer": optimizer, "threads": 1} | parameters, "provenance": made}
+
+
+def provenance(**given):
+    shown = []
+    run("provenance", display=lambda markdown: shown.append(markdown.data), **given)
+    return [[part.strip() for part in line.split("|")[1:-1]] for line in shown[0].splitlines()[2:]]
+
+
+def test_a_variant_has_its_own_seconds_and_not_those_of_the_optimizer_that_it_varies():
+    history = pd.DataFrame({"train_domain": "d", "seed": 0, "optimizer": ["sam", "sam-0.03"], "seconds": [1.0, 9.0]})
+    configs = {"d/sam/seed0": config(), "d/sam-0.03/seed0": config()}
+    assert [line[5] for line in provenance(history=history, configs=configs)] == ["1.000", "9.000"]
+    only = {"d/sam-0.03/seed0": config()}
+    lines = provenance(history=history[history.optimizer != "sam"], configs=only)
+    assert lines == [["d/sam-0.03/seed0", "abc", "one (2 cores)", "2", "1", "9.000", "now"]]
+
+
+def test_a_run_whose_history_was_not_read_has_its_line_of_provenance():
+    assert [line[5] for line in provenance(configs={"d/sam/seed0": config()})] == ["–"]
+
+
+def test_radii_have_a_line_for_seen_and_for_unseen_domains():
+    rows = [
+        {"train_domain": "a+b", "optimizer": name, "seed": 0, "test_domain": test, "metric": "dice", "value": value}
+        | {"pair": pair, "label": "x", "unit": "1"}
+        for name, shift in (("sam-0.1", 0.0), ("sam-0.2", 0.1))
+        for test, value in (("a", 0.5 + shift), ("b", 0.7 + shift), ("c", 0.3 + shift))
+        for pair in ("p", "q")
+    ]
+    history = [
+        {"train_domain": "a+b", "optimizer": name, "seed": 0, "step": step, "total": float(step)}
+        for name in ("sam-0.1", "sam-0.2")
+        for step in range(20)
+    ]
+    configs = {f"a+b/sam-{rho}/seed0": config(rho=rho, lr=1e-3) for rho in (0.1, 0.2)}
+    results = pd.DataFrame(rows)[COLUMNS]
+    table = run("radii", results=results, history=pd.DataFrame(history), configs=configs).radii
+    assert table.optimizer.tolist() == ["sam"] * 4
+    assert table.rho.tolist() == [0.1, 0.1, 0.2, 0.2]
+    assert table.domains.tolist() == ["seen", "unseen"] * 2
+    assert table.dice.tolist() == pytest.approx([0.6, 0.3, 0.7, 0.4])
+    assert table.loss.tolist() == [18.5] * 4  # of steps 18 and 19
+
+
+def test_without_runs_there_are_no_radii():
+    none = pd.DataFrame([{name: "x" for name in COLUMNS} | {"value": 0.5, "metric": "dice"}])
+    for configs in ({}, {"a/sam/seed0": config()}):
+        assert run("radii", results=none, configs=configs).radii.empty
+
+
+def test_no_cell_and_no_function_of_the_report_is_long():
+    for tag, tree in CELLS:
+        functions = [node for node in tree.body if type(node).__name__ == "FunctionDef"]
+        assert all(node.end_lineno - node.lineno < 10 for node in functions), tag
+        assert tree.body[-1].end_lineno <= 25, tag
+    names = [node.name for _, tree in CELLS for node in tree.body if type(node).__name__ == "FunctionDef"]
+    assert len(set(names)) == len(names)  # a cell may be run again
+
+
+def test_the_reports_page_folds_code_away_and_shows_what_it_made():
+    outputs = [v4.new_output("stream", text="made by this")]
+    notebook = v4.new_notebook(cells=[v4.new_code_cell("folded = True", outputs=outputs), v4.new_markdown_cell("said")])
+    page, _ = HTMLExporter(template_file=str(PROJECT / "notebooks/folded.html.j2")).from_notebook_node(notebook)
+    (folded,) = re.findall(r"<details>.*?</details>", page, re.DOTALL)
+    assert "folded" in re.sub(r"<[^>]*>", "", folded.partition("</summary>")[2])
+    assert "made by this" in page
+    assert "made by this" not in folded
