@@ -4,9 +4,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many workers as cores, and kernels that they start
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib import image
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +47,12 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
         return there
 
     return folder
+
+
+def drawn(figure: Path) -> bool:
+    """Whether a PNG shows more than an empty page or bare axes: a hundredth of it is not white, in many colours."""
+    pixels = image.imread(figure)[..., :3].reshape(-1, 3)
+    return bool((pixels.min(1) < 0.98).mean() > 0.01 and len(np.unique(pixels, axis=0)) > 100)
 
 
 @pytest.fixture(scope="session")

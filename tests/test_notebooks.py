@@ -15,7 +15,7 @@ import torch
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.model.network import GradICON
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, drawn
 
 NOTEBOOKS = PROJECT / "notebooks"
 DOMAIN, SHAPE = "brain-mr", [32, 32]
@@ -54,7 +54,7 @@ def test_00_registers_a_pair_better_than_nothing(tmp_path):
 def test_01_shows_a_domain_in_2d_and_3d(tmp_path, shape):
     notebook = execute("01_look_at_the_data", tmp_path, domain="abdomen-ct", shape=shape, pairs=2)
     assert "abdomen-ct: CT, inter-subject" in printed(notebook)
-    assert "every pair could be read" in printed(notebook)
+    assert len(re.findall(r"^\w[\w ]*? +2\.0 +0\.\d+", printed(notebook), re.M)) >= 4  # structures in both pairs
     assert pictures(notebook) >= 4
 
 
@@ -339,14 +339,14 @@ def test_40_compares_at_equal_steps_and_at_equal_compute(trained, compared):
 
 def test_40_keeps_every_figure_with_its_caption(trained, compared):
     captioned = {
-        *("matrix", "paired_difference", "robustness", "training", "loss_lines", "loss_planes", "surfaces"),
+        *("matrix", "paired_difference", "robustness", "training", "loss_lines", "loss_planes"),
         *("sharpness", "spectrum", "paths", "solutions_plane", "correlation", "flatness_against_dice"),
         *("example_brain-mr", "example_heart-mr"),
     }
     assert "No figure" not in marked(compared)
     assert {p.stem for p in (trained / "figures").glob("*.txt")} == captioned
     for name in captioned:
-        assert (trained / "figures" / f"{name}.png").stat().st_size > 5000
+        assert drawn(trained / "figures" / f"{name}.png"), name
         assert (trained / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     assert pictures(compared) == len(captioned)
     for name in captioned:

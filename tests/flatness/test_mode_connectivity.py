@@ -29,7 +29,7 @@ from fmsam_lib.images.domains import open_domain
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Between, Train
 from fmsam_lib.records import write_csv
-from fmsam_lib.training.loop import starting, train
+from fmsam_lib.training.loop import fit, starting
 from fmsam_lib.training.losses import Batch
 
 RUN = {"validation": 0} | {
@@ -47,7 +47,7 @@ def settings(folder, **changes) -> Between:
 
 def trained(folder, optimizer, **changes):
     run = Train(out=str(folder / optimizer / "seed0"), optimizer=optimizer, **(RUN | {"snapshots": 4} | changes))
-    train(starting(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)
+    fit(starting(run), open_domain(run.train_domain, shape=tuple(run.shape)), run, progress=False)
 
 
 @pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES)
