@@ -1,13 +1,18 @@
 """pyproject.toml, constraints.txt and environment.yml say the same, and the repository holds nothing it should not."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+import fmsam_lib
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -53,3 +58,41 @@ def test_no_large_or_private_file_is_committed():
     files = [PROJECT / line for line in listed.stdout.splitlines() if (PROJECT / line).is_file()]
     assert not [str(f) for f in files if f.stat().st_size > 1_000_000]
     assert not [str(f) for f in files if f.name.endswith((".nii", ".nii.gz", ".pt", ".trch"))]
+
+
+def test_an_installed_wheel_has_every_room(tmp_path):
+    """Built from a copy, unpacked elsewhere, used from a third folder: nothing of the checkout takes part."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(PROJECT / "fmsam_lib", source / "fmsam_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, source)
+    build = "import setuptools.build_meta as build; build.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    shutil.unpack_archive(next(source.glob("*.whl")), site, "zip")
+    installed = {path.relative_to(site) for path in (site / "fmsam_lib").rglob("*") if path.is_file()}
+    own = {path.relative_to(PROJECT) for path in (PROJECT / "fmsam_lib").rglob("*.py")}
+    assert installed == own | {Path("fmsam_lib/py.typed")}
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        "import fmsam_lib as fm, fmsam_lib.study.run, fmsam_lib.registration.command as command\n"
+        "print(fm.__file__, fm.open_domain('brain-mr', shape=(16, 16)).test_pair(0).name)\n"
+        "from fmsam_lib.records import provenance; print(provenance()['commit'])\n"
+        "from fmsam_lib.parameters import Train; print(Train().out)\n"
+        "command.main(['--help'])"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    path = {"PYTHONPATH": str(site)}
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "elsewhere", env=os.environ | path, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert lines[0] == f"{site / 'fmsam_lib' / '__init__.py'} brain-mr-0-1000000"
+    assert lines[1] == "unknown"  # no checkout
+    assert lines[2] == str(tmp_path / "elsewhere/runs/mine/brain-mr/sam/seed0")
+    assert lines[3].startswith("usage: fmsam-register")
+
+
+def test_what_a_researcher_calls_is_exported_and_documented():
+    assert len(fmsam_lib.__all__) == 16
+    assert all(getattr(fmsam_lib, name).__doc__ for name in fmsam_lib.__all__)
