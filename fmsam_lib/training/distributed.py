@@ -1,16 +1,13 @@
 """Several processes on one training, with gloo or NCCL: each computes a part of every batch.
 
-Gradients, losses and BatchNorm's statistics are then those of the whole batch: two processes train the same network as
-one. Alone, a process goes through the same functions, which do nothing. (torch's own SyncBatchNorm refuses the CPU, and
-its DistributedDataParallel averages behind the scenes what SAM's first pass may want to leave apart.)
+Gradients, losses and BatchNorm's statistics are those of the whole batch: two processes train the network of one. In a
+process alone the same functions do nothing. (torch's own SyncBatchNorm refuses the CPU, and its DistributedDataParallel
+averages behind the scenes what SAM's first pass may want to leave apart.)
 """
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -40,21 +37,6 @@ def launch(run: Train) -> None:
     command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", json.dumps(run.model_dump())]
     if subprocess.run(command).returncode:
         raise RuntimeError(f"the training in {run.out} failed in one of its {run.processes} processes: see above")
-
-
-@contextmanager
-def group(device: torch.device) -> Iterator[None]:
-    """The processes that `torchrun` started, able to talk to each other inside the block; does nothing without it."""
-    if "WORLD_SIZE" not in os.environ:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -128,6 +110,4 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(_, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return Sum.apply(gradient.contiguous())

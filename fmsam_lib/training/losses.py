@@ -107,9 +107,9 @@ def mind_loss(warped: Tensor, fixed: Tensor, *, mask: Tensor | None = None) -> T
     return masked_mean(((mind_ssc(warped) - mind_ssc(fixed)) ** 2).mean(0), mask)
 
 
-def lncc(a: Tensor, b: Tensor, *, sigma: float = 5.0, eps: float = 1e-5, mask: Tensor | None = None) -> Tensor:
+def lncc(a: Tensor, b: Tensor, *, sigma: float = 5.0, mask: Tensor | None = None) -> Tensor:
     """Mean local normalised cross-correlation of images `(N, C, *S)`, between -1 and 1; a scalar."""
-    return masked_mean(lncc_map(a, b, sigma=sigma, eps=eps), mask)
+    return masked_mean(lncc_map(a, b, sigma=sigma), mask)
 
 
 def lncc_map(a: Tensor, b: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Tensor:

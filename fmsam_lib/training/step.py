@@ -1,7 +1,4 @@
-"""One training step: the gradient at w, SAM's at w + eps, the update.
-
-Where something is not finite, the step leaves no trace.
-"""
+"""One training step: the gradient at w, SAM's at w + eps, the update."""
 
 import torch
 from torch.optim import Optimizer
