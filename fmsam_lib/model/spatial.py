@@ -89,12 +89,9 @@ def jacobian_determinant(phi_map: Tensor) -> Tensor:
     its corner's edges turn inside out. Both sides are measured in voxels of the fixed grid.
     """
     shape = tuple(phi_map.shape[2:])
-    cells = (
-        slice(None),
-        slice(None),
-        *[slice(n - 1) for n in shape],
-    )  # along its own axis, a difference has no more than these
-    edges = [torch.diff(voxels(phi_map, shape), dim=axis + 2)[cells] for axis in range(len(shape))]
+    phi = voxels(phi_map, shape)
+    cells = (slice(None), slice(None), *[slice(n - 1) for n in shape])  # along its own axis, all of a difference
+    edges = [torch.diff(phi, dim=axis + 2)[cells] for axis in range(len(shape))]
     matrix = torch.stack(edges, dim=2)  # (N, D, D, *S-1): component, then axis
     products = []
     for order in itertools.permutations(range(len(shape))):

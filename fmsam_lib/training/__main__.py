@@ -1,6 +1,5 @@
 """One of several processes of a training, started by torchrun with its parameters as JSON (`distributed.launch`)."""
 
-import json
 import os
 import sys
 
@@ -11,7 +10,7 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.training.loop import device_of, fit, starting
 
 if __name__ == "__main__":
-    run = Train(**json.loads(sys.argv[1]))
+    run = Train.model_validate_json(sys.argv[1])
     on_gpu = device_of(run).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -5,7 +5,6 @@ process alone the same functions do nothing. (torch's own SyncBatchNorm refuses 
 averages behind the scenes what SAM's first pass may want to leave apart.)
 """
 
-import json
 import subprocess
 import sys
 from typing import cast
@@ -34,7 +33,7 @@ def launch(run: Train) -> None:
     Raises: RuntimeError when one fails (they say why on stderr).
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.processes)]
-    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", json.dumps(run.model_dump())]
+    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", run.model_dump_json()]
     if subprocess.run(command).returncode:
         raise RuntimeError(f"the training in {run.out} failed in one of its {run.processes} processes: see above")
 

@@ -143,10 +143,9 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
             waited += time.perf_counter() - start
             loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
             if state.in_a_row == GIVE_UP_AFTER:
-                raise FloatingPointError(
-                    f"loss or gradient not finite {state.in_a_row} steps in a row, up to step {state.step}: "
-                    f"try a smaller lr ({run.lr}) or rho ({run.rho})"
-                )
+                where = f"{state.in_a_row} steps in a row, up to step {state.step}"
+                todo = f"try a smaller lr ({run.lr}) or rho ({run.rho})"
+                raise FloatingPointError(f"loss or gradient not finite {where}: {todo}")
             state.step += 1
             last = state.step == run.updates
             bar.update()

@@ -69,9 +69,7 @@ class SAM:
     ):
         params = list(params)
         groups: list[dict] = params if params and isinstance(params[0], dict) else [{"params": params}]
-        self.groups: list[dict[str, Any]] = [
-            {"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups
-        ]
+        self.groups: list[dict] = [{"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         if not self.params:
             raise ValueError("expected parameters to perturb, got none")
@@ -178,7 +176,7 @@ class SAM:
     def between(self) -> None:
         """A step without a climb. LookSAM: g becomes `g + alpha |g| / |g_v| g_v` (Liu et al. 2022)."""
         self._random = None
-        if self.vertical is not None and self.alpha > 0:
+        if self.vertical is not None:
             pairs = zip(self.params, self.vertical, strict=True)
             bent = [(p.grad, v) for p, v in pairs if p.requires_grad and p.grad is not None and v is not None]
             length = norm([v for _, v in bent])
