@@ -19,7 +19,7 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 
 from fmsam_lib.metrics import measure, surface_distances
-from fmsam_lib.model.spatial import invert, warp_label
+from fmsam_lib.model.spatial import identity_map, warp_label
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms.pairs import make_pair
 from fmsam_lib.records import provenance, written_whole
@@ -71,7 +71,7 @@ def main() -> None:
     for domain in DOMAINS:
         pair = four_structures(domain)
         phi_map = pair.true_map[None]
-        inverse = invert(phi_map)
+        inverse = 2 * identity_map(phi_map.shape[2:]) - phi_map  # to first order: it takes as long
         taken = seconds({"measure": lambda p=pair, a=phi_map, b=inverse: measure(p, a, b)} | peers(pair, phi_map))
         rows.append((f"{domain}: all metrics of a 64^3 pair, 4 structures", taken["measure"], "<= 0.25", "s"))
         rows.append((f"{domain}: its surface distances", taken["ours"], "", "s"))

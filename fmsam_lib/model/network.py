@@ -151,13 +151,7 @@ class GradICON(nn.Module):
                 f"expected levels >= 1 and as many `up` as `down` channels, all positive; "
                 f"got levels={levels}, down={tuple(down)}, up={tuple(up)}"
             )
-        self.settings: dict[str, Any] = {
-            "dim": dim,
-            "down": list(down),
-            "up": list(up),
-            "levels": levels,
-            "last_step": last_step,
-        }
+        self.settings: dict[str, Any] = dict(dim=dim, down=list(down), up=list(up), levels=levels, last_step=last_step)
         self.dim, self.levels = dim, levels
         self.shape: tuple[int, ...] | None = None  # the grid that it was trained on
         self.save_memory, self.precision, self.first_stage = False, "float32", False
@@ -166,7 +160,12 @@ class GradICON(nn.Module):
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Transform:
         """moving, fixed: `(N, 1, *S)` in [0, 1], the same shape, 16 samples or more along each axis."""
-        self.check_shapes(moving, fixed)
+        fits = fixed.dim() == self.dim + 2 and fixed.shape[1] == 1 and min(fixed.shape[2:]) >= 16
+        if not fits or moving.shape != fixed.shape:
+            raise ValueError(
+                f"expected moving and fixed images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least "
+                f"16 samples a side, got {tuple(moving.shape)} and {tuple(fixed.shape)}: resample or pad smaller ones"
+            )
         pyramid = [(moving, fixed)]
         for _ in range(self.levels - 1):
             pyramid.append((halve(pyramid[-1][0]), halve(pyramid[-1][1])))
@@ -186,14 +185,6 @@ class GradICON(nn.Module):
         # a block for each U-Net: autocast keeps its copies of the weights to the end of it, and SAM changes the weights
         with torch.autocast(moving.device.type, HALF[self.precision]):
             return unet(moving, fixed).float()
-
-    def check_shapes(self, moving: Tensor, fixed: Tensor) -> None:
-        expected = f"expected moving and fixed images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]})"
-        if moving.shape != fixed.shape or fixed.dim() != self.dim + 2 or fixed.shape[1] != 1:
-            raise ValueError(f"{expected}, got {tuple(moving.shape)} and {tuple(fixed.shape)}")
-        if min(fixed.shape[2:]) < 16:
-            found = f"got {tuple(fixed.shape[2:])}; resample or pad the images"
-            raise ValueError(f"{expected} with at least 16 samples a side, {found}")
 
     def save(self, path: Path | str) -> None:
         """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it."""

@@ -7,6 +7,7 @@ A map `phi` sends points of the fixed grid into the moving image, so that `movin
 
 import functools
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -89,37 +90,16 @@ def jacobian_determinant(phi_map: Tensor) -> Tensor:
     """
     shape = tuple(phi_map.shape[2:])
     phi = voxels(phi_map, shape)
-    edges = [torch.diff(phi, dim=axis + 2)[_cells(axis, len(shape))] for axis in range(len(shape))]
+    cells = (slice(None), slice(None), *[slice(n - 1) for n in shape])  # along its own axis, all of a difference
+    edges = [torch.diff(phi, dim=axis + 2)[cells] for axis in range(len(shape))]
     matrix = torch.stack(edges, dim=2)  # (N, D, D, *S-1): component, then axis
-    products = [
-        _sign(order) * functools.reduce(torch.mul, [matrix[:, row, column] for row, column in enumerate(order)])
-        for order in itertools.permutations(range(len(shape)))
-    ]
+    products = []
+    for order in itertools.permutations(range(len(shape))):
+        sign = (-1) ** sum(a > b for a, b in itertools.combinations(order, 2))
+        products.append(sign * math.prod(matrix[:, row, column] for row, column in enumerate(order)))
     return functools.reduce(torch.add, products)
-
-
-def _cells(axis: int, dim: int) -> tuple:
-    """After a difference along `axis`, cut the last sample of every other axis away."""
-    return (slice(None), slice(None), *[slice(None) if a == axis else slice(0, -1) for a in range(dim)])
-
-
-def _sign(order: tuple[int, ...]) -> int:
-    return (-1) ** sum(a > b for a, b in itertools.combinations(order, 2))
 
 
 def inverse_error(phi_map: Tensor, psi_map: Tensor) -> Tensor:
     """How far `phi(psi(x))` lands from `x`, `(N, D, *S)` in unit coordinates; 0 for exact inverses."""
     return compose(phi_map, psi_map) - identity_map(tuple(psi_map.shape[2:]), psi_map.dtype, psi_map.device)
-
-
-def invert(phi_map: Tensor, *, iterations: int = 20) -> Tensor:
-    """The inverse of a smooth map `(N, D, *S)` by fixed-point iteration (Chen et al. 2008, Med. Phys. 35(1)).
-
-    Converges where the displacement's Lipschitz constant is below 1.
-    """
-    identity = identity_map(tuple(phi_map.shape[2:]), phi_map.dtype, phi_map.device)
-    displacement = phi_map - identity
-    inverse = identity.expand_as(phi_map)
-    for _ in range(iterations):
-        inverse = identity - sample(displacement, inverse)
-    return inverse

@@ -33,12 +33,8 @@ class Transform:
         """phi(points) - points, `(N, D, *P)`, without the rounding of that subtraction."""
         return self._displace(to_grid(points), self.fields).flip(1) / 2
 
-    def on_grid(self, shape: tuple[int, ...]) -> Tensor:
-        """phi at every sample of a grid of `shape` over the same field of view, `(N, D, *shape)`."""
-        return from_grid(self.grid(shape))
-
     def grid(self, shape: tuple[int, ...]) -> Tensor:
-        """`on_grid` as `to_grid` counts, ready for `look_up`."""
+        """phi at every sample of a grid of `shape` over the same field of view, as `to_grid` counts, for `look_up`."""
         if not self.fields:
             return to_grid(identity_map(tuple(shape)))
         newest = self.fields[-1]
@@ -58,7 +54,7 @@ class Transform:
 
     @cached_property
     def map(self) -> Tensor:
-        return self.on_grid(self.shape)
+        return from_grid(self.grid(self.shape))
 
     def then(self, displacement: Tensor) -> "Transform":
         """One step finer: this transform after `displacement`."""

@@ -7,7 +7,6 @@ needs. `snapshots/`: weights on the way.
 import fcntl
 import json
 import math
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.weights import DAMAGED
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import provenance, write_json, written_whole
 from fmsam_lib.training import distributed as parallel
@@ -49,32 +49,6 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
     return line | (sam.logged() if sam is not None else {})
 
 
-def in_words(history: list[dict]) -> str:
-    """What the newest line says, with the last Dice known.
-
-    >>> line = {"total": 0.51234, "dice": 0.87, "skipped": 0, "rho": 0.01, "rise": 0.0042}
-    >>> in_words([line, line | {"dice": None}])
-    'loss 0.512, Dice 0.870, rise 0.0042'
-    """
-    line = history[-1]
-    words = [f"loss {line['total']:.3f}"]
-    words += [f"Dice {before['dice']:.3f}" for before in reversed(history) if before["dice"] is not None][:1]
-    words += [f"rise {line['rise']:.2g}"] if "rise" in line else []
-    words += [f"{line['skipped']} steps not finite"] if line["skipped"] else []
-    return ", ".join(words)
-
-
-def write_history(folder: Path, state: State) -> None:
-    """All lines up to the checkpoint: whatever came after it is done again."""
-    with written_whole(folder / "history.jsonl") as partial:
-        partial.write_text("".join(json.dumps(line) + "\n" for line in state.history))
-
-
-def append_history(folder: Path, state: State) -> None:
-    with open(folder / "history.jsonl", "a") as log:
-        log.write(json.dumps(state.history[-1]) + "\n")
-
-
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process, however that ends; of several, the first one holds it."""
@@ -100,33 +74,32 @@ def refuse_another(there: dict, now: dict, folder: Path) -> None:
     names = [name for name in new if name not in MAY_DIFFER and old[name] != new[name]]
     if names:
         differing = "\n- ".join(f"{name}: {old[name]!r} there, {new[name]!r} now" for name in names)
-        raise ConfigError(
-            f"{folder} holds a training with other parameters:\n- {differing}\n"
-            "delete the folder to train anew, or choose another `out`"
-        )
+        todo = "delete the folder to train anew, or choose another `out`"
+        raise ConfigError(f"{folder} holds a training with other parameters:\n- {differing}\n{todo}")
 
 
-def record(folder: Path, run: Train, dataset, net: GradICON, step: int) -> None:
-    """Parameters and provenance, once; a training that goes on from a checkpoint adds where it did."""
+def record(folder: Path, run: Train, dataset, net: GradICON, state: State) -> None:
+    """Parameters and provenance, once, to which a training that goes on adds where it did; the history up to there."""
     config = folder / "config.json"
-    there = json.loads(config.read_text()) if step and config.exists() else {}
+    there = json.loads(config.read_text()) if state.step and config.exists() else {}
     if not there:
         write_json(config, identity(run, dataset) | {"network": net.settings, "provenance": provenance()})
-    elif step < run.updates:
-        resumed = [*there.get("resumed", []), {"step": step} | provenance()]
+    elif state.step < run.updates:
+        resumed = [*there.get("resumed", []), {"step": state.step} | provenance()]
         write_json(config, there | identity(run, dataset) | {"resumed": resumed})
+    with written_whole(folder / "history.jsonl") as partial:  # the lines after the checkpoint will be made again
+        partial.write_text("".join(json.dumps(line) + "\n" for line in state.history))
 
 
 def save(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimizer, sam: SAM | None, state: State) -> None:
-    """All that going on to the same weights needs; the learning rate and the batches follow from the step."""
+    """All that going on to the same weights needs; the learning rate and all that is random follow from the step."""
     states = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "sam": sam and sam.state_dict()}
-    random = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
     with written_whole(folder / "checkpoint.pt") as partial:
-        torch.save(identity(run, dataset) | states | {"random": random, "state": vars(state)}, partial)
+        torch.save(identity(run, dataset) | states | {"state": vars(state)}, partial)
 
 
 def resume(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimizer, sam: SAM | None) -> State:
-    """Where to go on from; fills net, optimizer, sam and torch's random generators.
+    """Where to go on from; fills net, optimizer and sam.
 
     Raises ConfigError for a folder of a training with other parameters, and for a checkpoint that cannot be read.
     """
@@ -137,16 +110,13 @@ def resume(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimize
         return State()
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
     refuse_another(saved, identity(run, dataset), folder)
     net.load_state_dict(saved["net"])
     optimizer.load_state_dict(saved["optimizer"])
     if sam is not None:
         sam.load_state_dict(saved["sam"])
-    torch.set_rng_state(saved["random"]["cpu"])
-    if len(saved["random"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
     return State(**saved["state"])
 
 

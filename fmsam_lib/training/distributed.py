@@ -1,16 +1,12 @@
 """Several processes on one training, with gloo or NCCL: each computes a part of every batch.
 
-Gradients, losses and BatchNorm's statistics are then those of the whole batch: two processes train the same network as
-one. Alone, a process goes through the same functions, which do nothing. (torch's own SyncBatchNorm refuses the CPU, and
-its DistributedDataParallel averages behind the scenes what SAM's first pass may want to leave apart.)
+Gradients, losses and BatchNorm's statistics are those of the whole batch: two processes train the network of one. In a
+process alone the same functions do nothing. (torch's own SyncBatchNorm refuses the CPU, and its DistributedDataParallel
+averages behind the scenes what SAM's first pass may want to leave apart.)
 """
 
-import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -37,24 +33,9 @@ def launch(run: Train) -> None:
     Raises: RuntimeError when one fails (they say why on stderr).
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.processes)]
-    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", json.dumps(run.model_dump())]
+    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", run.model_dump_json()]
     if subprocess.run(command).returncode:
         raise RuntimeError(f"the training in {run.out} failed in one of its {run.processes} processes: see above")
-
-
-@contextmanager
-def group(device: torch.device) -> Iterator[None]:
-    """The processes that `torchrun` started, able to talk to each other inside the block; does nothing without it."""
-    if "WORLD_SIZE" not in os.environ:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -128,6 +109,4 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(_, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+        return Sum.apply(gradient.contiguous())

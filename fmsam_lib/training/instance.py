@@ -19,12 +19,10 @@ def optimise(
 ) -> tuple[Transform, list[float], int, Transform]:
     """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
 
-    loss_options: lmbda, sigma and whatever else `objective` takes.
-
-    A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does). Returns the transform
-    of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came) to `steps`, which was
-    lowest, and the transform of the swapped pair at that step. A loss that is not finite ends it early. Raises
-    ValueError when the first one is not.
+    loss_options: lmbda, sigma and whatever else `objective` takes. A copy of the network is optimised, with BatchNorm's
+    statistics fixed (as uniGradICON does). Returns the transform of the step with the lowest loss, on the CPU, the
+    losses of steps 0 (the network as it came) to `steps`, which was lowest, and the transform of the swapped pair at
+    that step. A loss that is not finite ends it early; where the first one is not, ValueError is raised.
     """
     device = next(net.parameters()).device
     net, moving, fixed = copy.deepcopy(net).eval(), moving.to(device), fixed.to(device)

@@ -1,7 +1,6 @@
 """A whole training: where it starts, its batches, the loop around the step, its end.
 
-`train` is for scripts; notebook 10 calls the same steps one by one: `starting`, then `fit`. Several processes:
-`python -m fmsam_lib.training` is what each of them runs (see `distributed.launch`).
+`train` is for scripts; notebook 10 calls its two steps one by one: `starting`, then `fit`.
 """
 
 import json
@@ -29,7 +28,6 @@ from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.augmentation import augment
 from fmsam_lib.training.losses import Batch, jittered_points
-from fmsam_lib.training.sam import rho_beside_lr
 from fmsam_lib.training.step import perturbation, train_step
 
 LOG_EVERY, CHECKPOINT_EVERY, VALIDATE_EVERY = 10, 50, 100  # steps
@@ -48,15 +46,13 @@ def train(
     out: the run's folder, where a training that was interrupted goes on (see `fit`); None: nothing is kept.
     options: fields of `parameters.Train`, each with its default there; shape and data are the domain's.
 
-    Raises: ConfigError for options that cannot be right, and for several processes where each could not open `domain`
-    again by its name, or could not start from `net`; else as `starting` and `fit`.
+    Raises: ConfigError for options that cannot be right, or not in several processes; else as `starting` and `fit`.
     """
     given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
     if net is not None:
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "levels", "last_step")}}
-    if given.keys() & options.keys():
-        twice = ", ".join(sorted(given.keys() & options.keys()))
-        raise ConfigError(f"expected {twice} from the domain and the network given, got options too")
+    if twice := sorted(given.keys() & options.keys()):
+        raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
     with TemporaryDirectory() if out is None else nullcontext(os.path.abspath(out)) as folder:
         run = read(Train, options | given | {"out": folder}, source="the options of train")
         if run.processes > 1 and net is not None:
@@ -85,13 +81,12 @@ def starting(run: Train) -> GradICON:
 def fit(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[dict]:
     """Train `net` on `dataset` into the folder `run.out`; returns the logged steps.
 
-    Writes there: `config.json`, `history.jsonl` (a line per logged step), `checkpoint.pt` (to go on from after a kill),
-    `snapshots/` of the weights (`run.snapshots` of them, one vector each) and, at the end, `weights.pt`. A training
-    that was interrupted goes on from its checkpoint to the same weights, bit for bit, since every step's batch depends
-    on `run.seed` and the step alone; one that is done is not repeated.
+    Writes there what `checkpoint` names and, at the end, `weights.pt`. A training that was interrupted goes on from its
+    checkpoint to the same weights, bit for bit, since every step's batch depends on `run.seed` and the step alone; one
+    that is done is not repeated.
 
-    With `run.processes` above 1, that many are started on this machine; each begins with `starting(run)` and opens
-    `run.train_domain` itself, and `net` receives the result.
+    With `run.processes` above 1, that many are started on this machine (see `distributed.launch`); each begins with
+    `starting(run)` and opens `run.train_domain` itself, and `net` receives the result.
 
     Raises: ConfigError where the folder holds a training with other parameters; FloatingPointError
     when the loss or its gradient stays non-finite; RuntimeError when one of several processes fails.
@@ -129,10 +124,10 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
     snapshots = snapshot_steps(run)
     if first:
-        checkpoint.record(folder, run, dataset, net, state.step)
-        checkpoint.write_history(folder, state)
+        checkpoint.record(folder, run, dataset, net, state)
     batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates))
     logged, clock, waited = state.step, time.perf_counter(), 0.0
+    shown: dict[str, float] = {}  # beside the bar
     label = f"{run.train_domain} {run.optimizer}"
     bar = tqdm(total=run.updates, initial=state.step, disable=not progress, desc=label, unit="step")
     with closing(batches), bar:
@@ -141,17 +136,16 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
             for group in optimizer.param_groups:
                 group["lr"] = lr
             for group in sam.groups if sam and run.rho_schedule == "lr" else []:
-                group["rho"] = rho_beside_lr(lr, run.lr, run.rho)
+                group["rho"] = run.rho * lr / run.lr  # GSAM's rho_t (Zhuang et al. 2022, arXiv 2203.08065)
             net.first_stage = state.step < run.stages[0]
             start = time.perf_counter()
             micro = next(batches)
             waited += time.perf_counter() - start
             loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
             if state.in_a_row == GIVE_UP_AFTER:
-                raise FloatingPointError(
-                    f"loss or gradient not finite {state.in_a_row} steps in a row, up to step {state.step}: "
-                    f"try a smaller lr ({run.lr}) or rho ({run.rho})"
-                )
+                where = f"{state.in_a_row} steps in a row, up to step {state.step}"
+                todo = f"try a smaller lr ({run.lr}) or rho ({run.rho})"
+                raise FloatingPointError(f"loss or gradient not finite {where}: {todo}")
             state.step += 1
             last = state.step == run.updates
             bar.update()
@@ -160,11 +154,14 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
             if state.step % LOG_EVERY == 0 or last:
                 steps = state.step - logged
                 times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
-                state.history.append(checkpoint.line_of(state, loss, dice, optimizer, sam) | times)
+                line = checkpoint.line_of(state, loss, dice, optimizer, sam) | times
+                state.history.append(line)
                 logged, clock, waited = state.step, time.perf_counter(), 0.0
                 if first:
-                    checkpoint.append_history(folder, state)
-                bar.set_postfix_str(checkpoint.in_words(state.history))
+                    with open(folder / "history.jsonl", "a") as log:
+                        log.write(json.dumps(line) + "\n")
+                shown |= {name: line[name] for name in ("total", "dice", "rise", "skipped") if line.get(name)}
+                bar.set_postfix(shown)
             if first and state.step in snapshots:
                 checkpoint.snapshot(folder, net, state.step)
             if first and (state.step % CHECKPOINT_EVERY == 0 or last):
@@ -208,7 +205,6 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     """
     number = run.seed * 1_000_003 + step
     own = run.batch // run.processes
-    size = own // run.accumulate
     first = number * run.batch + parallel.rank() * own
     images = []
     for i in range(first, first + own):
@@ -216,7 +212,7 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
         both = pair.moving, pair.fixed
         images.append(augment(*both, torch.Generator().manual_seed(i)) if run.augment else both)
     points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(number))
-    moving, fixed = (torch.stack(part).split(size) for part in zip(*images, strict=True))
+    moving, fixed = (torch.stack(part).split(own // run.accumulate) for part in zip(*images, strict=True))
     return [Batch(m, f, points) for m, f in zip(moving, fixed, strict=True)]
 
 
@@ -224,14 +220,11 @@ def ahead(make: Callable[[int], list[Batch]], steps: range) -> Generator[list[Ba
     """`make(step)` of every step, the next ones already at work in a thread of their own."""
     with ThreadPoolExecutor(1, "batches") as pool:
         pending = deque(pool.submit(make, step) for step in steps[:AHEAD])
-        try:
-            for step in steps:
-                batch = pending.popleft().result()
-                if step + AHEAD in steps:
-                    pending.append(pool.submit(make, step + AHEAD))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for step in steps:
+            batch = pending.popleft().result()
+            if step + AHEAD in steps:
+                pending.append(pool.submit(make, step + AHEAD))
+            yield batch
 
 
 @torch.no_grad()
@@ -239,8 +232,7 @@ def validate(net: GradICON, pairs: list[Pair]) -> float:
     """Mean Dice over the pairs that have labels, NaN where none has; the network stays as it is."""
     net.eval()
     device = next(net.parameters()).device
-    phis = [net(pair.moving[None].to(device), pair.fixed[None].to(device)).map.cpu() for pair in pairs]
+    maps = [net(pair.moving[None].to(device), pair.fixed[None].to(device)).map.cpu() for pair in pairs]
     net.train()
-    values = [mean_dice(pair, phi) for pair, phi in zip(pairs, phis, strict=True)]
-    there = [value for value in values if not math.isnan(value)]
-    return sum(there) / len(there) if there else math.nan
+    values = [value for value in map(mean_dice, pairs, maps) if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan

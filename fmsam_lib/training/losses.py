@@ -107,9 +107,9 @@ def mind_loss(warped: Tensor, fixed: Tensor, *, mask: Tensor | None = None) -> T
     return masked_mean(((mind_ssc(warped) - mind_ssc(fixed)) ** 2).mean(0), mask)
 
 
-def lncc(a: Tensor, b: Tensor, *, sigma: float = 5.0, eps: float = 1e-5, mask: Tensor | None = None) -> Tensor:
+def lncc(a: Tensor, b: Tensor, *, sigma: float = 5.0, mask: Tensor | None = None) -> Tensor:
     """Mean local normalised cross-correlation of images `(N, C, *S)`, between -1 and 1; a scalar."""
-    return masked_mean(lncc_map(a, b, sigma=sigma, eps=eps), mask)
+    return masked_mean(lncc_map(a, b, sigma=sigma), mask)
 
 
 def lncc_map(a: Tensor, b: Tensor, *, sigma: float = 5.0, eps: float = 1e-5) -> Tensor:
@@ -150,8 +150,7 @@ def mind_ssc(image: Tensor, *, radius: int = 2, dilation: int = 2) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean of `values` `(N, C, *S)` where `mask` `(N, 1, *S)` is not 0: over each sample's own, then over samples.
 
-    Raises: ValueError for a mask of another shape or, on the CPU, one that is empty in a sample. (Looking would make a
-    GPU wait; there the mean is NaN.)
+    Raises: ValueError for a mask of another shape or one that is empty in a sample (on a GPU, not to wait: NaN).
     """
     if mask is None:
         return values.mean()
@@ -208,9 +207,8 @@ def box_band(n: int, *, radius: int, dtype, device) -> Tensor:
 def gradicon_penalty(phi_ab: Transform, phi_ba: Transform, points: Tensor, *, delta: float = 1e-3) -> Tensor:
     """GradICON's penalty (Tian et al. 2023, eq. 3): `mean |d(phi_ab o phi_ba - id)/dx|_F^2`; a scalar.
 
-    The derivative is a forward difference of `delta` along each axis, at `points` `(1, D, *P)`. The
-    points and their neighbours are looked up together: one beside the other along the first axis, or, of a single
-    pair, as a batch, which the processor's cores share out among themselves.
+    The derivative is a forward difference of `delta` along each axis, at `points` `(1, D, *P)`. They are looked up
+    with their neighbours, at once: along the first axis or, of a single pair, as a batch, which the cores share.
     """
     dim = points.shape[1]
     steps = delta * torch.eye(dim, dtype=points.dtype, device=points.device).view(dim, 1, dim, *[1] * dim)

@@ -37,8 +37,8 @@ class SAM:
     random_seed: a control: climb in a random direction of the same radius, `eps = rho u / |u|` with u normal
         (adaptive: `eps = rho w u / |u|`); depends on this seed and the step alone, in a stream of its own.
 
-    every, alpha: climb in one step of `every` (Foret's SAM every step; alpha = 0: plain steps in between,
-    SAM-k of Liu et al.; alpha > 0: LookSAM). The loop then asks:
+    every, alpha: climb in one step of `every` (alpha = 0: plain steps in between, SAM-k of Liu et al.; alpha > 0:
+        LookSAM). The loop then asks:
 
         if sam.due:
             with sam.perturbed(): ...         # as above
@@ -47,13 +47,11 @@ class SAM:
 
     On every way out of the block, exceptions included, the weights are copied back from a saved clone, in place: bit
     for bit what they were. The clone (LookSAM: and the kept direction) is the only copy of the weights, half
-    precision apart. Both passes must see the same loss: where it draws random numbers, call `sam.remember()` before
-    the first.
+    precision apart. Where the loss draws random numbers, see `remember`.
 
     Gradient accumulation: all micro-batches before the block, then all of them inside. A loss scaled by a
     GradScaler climbs the same eps (the logged norms of gradients are then scaled too); one that overflowed makes
-    all weights NaN inside the block, so that the scaler skips the step. Clip after the block, which leaves the
-    climb as it is.
+    all weights NaN inside the block, so that the scaler skips the step. Clip after the block.
 
     Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient.
     """
@@ -71,9 +69,7 @@ class SAM:
     ):
         params = list(params)
         groups: list[dict] = params if params and isinstance(params[0], dict) else [{"params": params}]
-        self.groups: list[dict[str, Any]] = [
-            {"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups
-        ]
+        self.groups: list[dict] = [{"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         if not self.params:
             raise ValueError("expected parameters to perturb, got none")
@@ -180,7 +176,7 @@ class SAM:
     def between(self) -> None:
         """A step without a climb. LookSAM: g becomes `g + alpha |g| / |g_v| g_v` (Liu et al. 2022)."""
         self._random = None
-        if self.vertical is not None and self.alpha > 0:
+        if self.vertical is not None:
             pairs = zip(self.params, self.vertical, strict=True)
             bent = [(p.grad, v) for p, v in pairs if p.requires_grad and p.grad is not None and v is not None]
             length = norm([v for _, v in bent])
@@ -225,17 +221,6 @@ class SAM:
         for name, value in state["last"].items():
             if name != "rho":
                 setattr(self, name, value)
-
-
-def rho_beside_lr(lr: float, lr_max: float, rho_max: float, *, lr_min: float = 0.0, rho_min: float = 0.0) -> float:
-    """The radius that goes with the learning rate (Zhuang et al. 2022, GSAM, arXiv 2203.08065).
-
-    `rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min)`
-
-        for group in sam.groups:
-            group["rho"] = rho_beside_lr(lr, lr_max, rho_max)
-    """
-    return rho_min + (rho_max - rho_min) * (lr - lr_min) / (lr_max - lr_min)
 
 
 def norm(tensors: list[Tensor]) -> float:

@@ -1,7 +1,4 @@
-"""One training step: the gradient at w, SAM's at w + eps, the update.
-
-Where something is not finite, the step leaves no trace.
-"""
+"""One training step: the gradient at w, SAM's at w + eps, the update."""
 
 import torch
 from torch.optim import Optimizer
@@ -62,8 +59,8 @@ def gradient(
     """Fill `.grad` at the weights where the network stands; the loss there, and whether it was finite.
 
     share: average over the processes. Where SAM's first pass does not (`run.sync_climb` is False), each climbs by
-    its own part of the batch: m-sharpness (Foret et al. 2021), another objective than SAM's of the whole batch.
-    (BatchNorm's statistics are shared even then, so that a little of the other parts comes in by them.)
+    its own part of the batch: m-sharpness (Foret et al. 2021), another objective than SAM's of the whole batch, from
+    which a little comes in by BatchNorm's statistics, shared even then.
     """
     optimizer.zero_grad()
     scale = state.scale if run.precision == "fp16" else 1.0
