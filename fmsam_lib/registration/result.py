@@ -7,7 +7,7 @@ Unit coordinates run from 0, the centre of a canonical (RAS) axis' first sample,
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from fmsam_lib.metrics import dice
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 from fmsam_lib.records import data_error
-from fmsam_lib.registration.folder import ROLES, SUMMARY, spare, staged
+from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
 from fmsam_lib.registration.volume import Source, Volume, apply, itk_reads, read_labels, slabs
 
 # Where a file lies, as its header says it.
@@ -109,20 +109,17 @@ class Registration:
         """
         if self.labels is None or self.fixed_labels is None:
             return {}
-        unregistered = dataclasses.replace(self, phi=Transform(self.phi.shape))  # no displacement
-        warped = {"before": unregistered._look_up(self.labels, order=0), "after": self._look_up(self.labels, order=0)}
-        found: dict[str, dict[str, float]] = {}
-        for number in self.pair.labels:
-            fixed = torch.from_numpy(self.fixed_labels == number)
-            found[str(number)] = {
-                when: dice(torch.from_numpy(values == number), fixed) for when, values in warped.items()
-            }
+        still = dataclasses.replace(self, phi=Transform(self.phi.shape))  # no displacement
+        before, after = still._look_up(self.labels, order=0), self._look_up(self.labels, order=0)
+        found = {}
+        for n, name in self.pair.labels.items():
+            fixed, *warped = (torch.from_numpy(values == n) for values in (self.fixed_labels, before, after))
+            found[name] = dict(zip(("before", "after"), (dice(mask, fixed) for mask in warped), strict=True))
         return found
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write everything into `folder`, whole or not at all; the files' paths. Raises DataError when it cannot."""
-        spare(folder, [self.summary[role] for role in ROLES if role in self.summary])
-        with staged(folder) as staging:
+        with staged(folder, [self.summary[role] for role in ROLES if role in self.summary]) as staging:
             self.write(staging)
         return [Path(folder) / name for name in self.summary["files"]]
 
@@ -132,23 +129,25 @@ class Registration:
         """
         from fmsam_lib.plotting.slices import overview  # matplotlib takes a while to import
 
-        makers: dict[str, Callable[[], Nifti1Image]] = {
-            "warped.nii.gz": lambda: self.warped,
-            f"disp_{self.fixed.name}_{self.moving.name}.nii.gz": self.learn2reg,
-        }
-        if itk_reads(self.fixed.affine, self.fixed.itk_dim):  # else a note says so
-            makers["displacement.nii.gz"] = self.displacement
-        if (labels := self.labels) is not None:
-            makers["labels.nii.gz"] = lambda: self._file(self._look_up(labels, order=0))
-        self.summary["files"] = [*makers, "overview.png", SUMMARY]
+        self.summary["files"] = []
         try:
-            for name, make in makers.items():
-                nibabel.save(make(), staging / name)
+            for name, image in self._images():
+                nibabel.save(image, staging / name)
+                self.summary["files"].append(name)
             overview(self.pair, self.phi.map).savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
+            self.summary["files"] += ["overview.png", SUMMARY]
             (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n")
         except OSError as error:
             todo = "None were written. Make room, or choose another folder."
             raise data_error(staging.parent, "room for the results", error.strerror or str(error), todo) from error
+
+    def _images(self) -> Iterator[tuple[str, Nifti1Image]]:
+        yield "warped.nii.gz", self.warped
+        yield f"disp_{self.fixed.name}_{self.moving.name}.nii.gz", self.learn2reg()
+        if itk_reads(self.fixed.affine, self.fixed.itk_dim):  # else a note says so
+            yield "displacement.nii.gz", self.displacement()
+        if self.labels is not None:
+            yield "labels.nii.gz", self._file(self._look_up(self.labels, order=0))
 
     def _look_up(self, values: np.ndarray, *, order: int, background: float = 0) -> np.ndarray:
         """`values` `(X, Y, Z)` of the moving file at the fixed file's voxels; order 0 is nearest, 1 linear."""
@@ -164,15 +163,13 @@ class Registration:
     def _file(self, values: np.ndarray, intent: str = "none") -> Nifti1Image:
         """`values` on the fixed file's voxels as NIfTI; of that header qform, sform and unit as they are, no more."""
         old, header = self.fixed.file.header, Nifti1Header()
+        header.set_data_shape(values.shape)
         if isinstance(old, Nifti1Header):
             for key in GEOMETRY:
                 header[key] = old[key]
-            header.set_data_shape(values.shape)
             header["pixdim"][:4] = old["pixdim"][:4]
-            image = Nifti1Image(values, header.get_best_affine(), header, dtype=values.dtype)
         else:
-            image = Nifti1Image(values, self.fixed.affine, dtype=values.dtype)
-            image.set_sform(self.fixed.affine, 1)
-            image.set_qform(self.fixed.affine, 1)
-        image.header.set_intent(intent)
-        return image
+            header.set_sform(self.fixed.affine, 1)
+            header.set_qform(self.fixed.affine, 1)
+        header.set_intent(intent)
+        return Nifti1Image(values, header.get_best_affine(), header, dtype=values.dtype)
