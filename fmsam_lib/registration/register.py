@@ -25,8 +25,6 @@ from fmsam_lib.registration.volume import Source, Volume, read_labels, read_volu
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import lncc
 
-BACKGROUND = {"mr": 0.0, "ct": -1000.0}  # what the warped image shows outside the moving one
-
 
 def register(
     fixed: Source,
@@ -43,10 +41,8 @@ def register(
     fixed, moving: a path or a nibabel image.
     net: a network, or its weights as `weights.load` takes them; it stays as it is, and the work is done on its device.
     labels: a label image of the moving image, to be warped; fixed_labels: one of the fixed image, for Dice.
-    options: the fields of `parameters.Registering`, where their defaults stand; None for the default. modality "mr" or
-    "ct", of both images unless there is a moving_modality; shape, the grid that the network works on (`net.shape`
-    unless given); io, steps of instance optimisation: Adam (lr, seed) on the loss of this very pair (lmbda, sigma,
-    similarity: see `losses.objective`). Its best iterate counts.
+    options: the fields of `parameters.Registering`, which says what they are; None for the default. With io > 0 the
+    best iterate of instance optimisation counts (see `instance.optimise`).
 
     >>> result = register("fixed.nii.gz", "moving.nii.gz", net, io=50)  # doctest: +SKIP
     >>> result.summary["similarity"], result.save("out")  # doctest: +SKIP
@@ -59,9 +55,9 @@ def register(
     how = read(Registering, given, source="register's options")
     modality = {"fixed": how.modality, "moving": how.moving_modality or how.modality}
     network, weights = (load(net), str(net)) if isinstance(net, str | Path) else (net, None)
-    shape, dim = tuple(how.shape or getattr(network, "shape", None) or ()), network.dim
+    shape, dim = tuple(how.shape or network.shape or ()), network.dim
     if len(shape) != dim:
-        got = f"{list(shape)}" if shape else "none, and the weights do not say what they were trained on"
+        got = list(shape) if shape else "none, and the weights do not say what they were trained on"
         raise ValueError(f"expected {dim} numbers as `shape` (--shape) of a {dim}-D network, got {got}")
 
     here, there = read_volume(fixed, dim, "fixed image"), read_volume(moving, dim, "moving image")
@@ -104,8 +100,7 @@ def register(
     if how.io:
         done = {"steps_asked": how.io, "steps": len(losses) - 1, "best_step": best}
         summary["instance_optimisation"] = done | {"loss_before": losses[0], "loss_best": losses[best]} | loss
-    background = BACKGROUND[modality["moving"]]
-    result = Registration(here, there, phi, pair, summary, losses, moving_label, fixed_label, background)
+    result = Registration(here, there, phi, pair, summary, losses, moving_label, fixed_label)
     if found := result.dice():
         summary["dice"] = found
     summary["seconds"] = round(time.perf_counter() - start, 2)

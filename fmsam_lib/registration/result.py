@@ -26,6 +26,7 @@ from fmsam_lib.records import data_error
 from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
 from fmsam_lib.registration.volume import Source, Volume, apply, itk_reads, read_labels, slabs
 
+BACKGROUND = {"mr": 0.0, "ct": -1000.0}  # what the warped image shows outside the moving one
 # Where a file lies, as its header says it.
 GEOMETRY = ["qform_code", "sform_code", "xyzt_units", "quatern_b", "quatern_c", "quatern_d"]
 GEOMETRY += [f"{name}_{axis}" for name in ("qoffset", "srow") for axis in "xyz"]
@@ -38,7 +39,7 @@ class Registration:
     phi: from the fixed image's unit coordinates to the moving one's. pair: both images on the network's grid, as
     `explore(result.pair, result.phi)` wants them. losses: of instance optimisation, from step 0.
     summary: similarity before and after, folding, SDlogJ, Dice, seconds, notes, provenance. labels, fixed_labels: in
-    their images' voxel order. background: what the warped image shows outside the moving one.
+    their images' voxel order.
     """
 
     fixed: Volume
@@ -49,12 +50,12 @@ class Registration:
     losses: list[float]
     labels: np.ndarray | None
     fixed_labels: np.ndarray | None
-    background: float
 
     @cached_property
     def warped(self) -> Nifti1Image:
         """The moving image seen from the fixed file's voxels: looked up once, linearly, in its own voxels; float32."""
-        return self._file(self._look_up(self.moving.values, order=1, background=self.background))
+        background = BACKGROUND[self.summary["modality"]["moving"]]
+        return self._file(self._look_up(self.moving.values, order=1, background=background))
 
     def warp_labels(self, labels: Source) -> Nifti1Image:
         """A label image of the moving image (a path or a nibabel image) on the fixed file's voxels, nearest neighbour.
@@ -103,10 +104,7 @@ class Registration:
         return field
 
     def dice(self) -> dict[str, dict[str, float]]:
-        """Of each of the fixed image's labels, on its voxels, before (fields of view over each other) and after.
-
-        Nothing unless both images have labels.
-        """
+        """Of each of the fixed image's labels, on its voxels, before and after; nothing unless both have labels."""
         if self.labels is None or self.fixed_labels is None:
             return {}
         still = dataclasses.replace(self, phi=Transform(self.phi.shape))  # no displacement

@@ -1,7 +1,4 @@
-"""One image file of a pair to register: its voxels, where they lie in the world, and how the network sees it.
-
-Affine maps are matrices `(R, C + 1)`, from points `(C, *P)` to points `(R, *P)`; `apply` applies them.
-"""
+"""One image file of a pair to register: its voxels, where they lie in the world, and how the network sees it."""
 
 import os
 import re
@@ -189,11 +186,7 @@ def itk_reads(affine: np.ndarray, dim: int = 3) -> bool:
 
 
 def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The affine map `matrix` `(R, C + 1)` of `points` `(C, *P)`: `(R, *P)`.
-
-    >>> apply(np.array([[2.0, 0.0, 1.0]]), np.array([[3.0], [4.0]]))
-    array([[7.]])
-    """
+    """The affine map `matrix` `(R, C + 1)` of `points` `(C, *P)`: `(R, *P)`."""
     return np.tensordot(matrix[:, :-1], points, 1) + matrix[:, -1].reshape(-1, *[1] * (points.ndim - 1))
 
 
