@@ -22,6 +22,7 @@ from scipy.ndimage import map_coordinates
 from fmsam_lib.metrics import dice
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
+from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import data_error
 from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
 from fmsam_lib.registration.volume import Source, Volume, apply, itk_reads, read_labels, slabs
@@ -71,14 +72,13 @@ class Registration:
         vector field of one slice as 2-D, so that file's field is `(X, Y, 2, 1, 3)`, the slice twice.
         Raises DataError where ITK cannot read the fixed file's own geometry.
         """
-        dim = self.fixed.itk_dim
-        if not itk_reads(self.fixed.affine, dim):
+        dim, affine = self.fixed.itk_dim, self.fixed.affine
+        if not itk_reads(affine, dim):
             todo = "Resample the image without shear, or use Learn2Reg's form."
-            raise data_error(self.fixed.where, "axes that ITK reads", str(self.fixed.affine.tolist()), todo)
+            raise data_error(self.fixed.where, "axes that ITK reads", str(affine.tolist()), todo)
         field = np.empty((*self.fixed.shape, 3), np.float32)
         for slab, index in slabs(self.fixed.shape):
-            there = index + self.voxel_displacement[:, slab]
-            ras = apply(self.moving.affine[:3], there) - apply(self.fixed.affine[:3], index)
+            ras = apply(self.moving.affine[:3], index + self.voxel_displacement[:, slab]) - apply(affine[:3], index)
             field[slab] = np.moveaxis(ras, 0, -1) * (-1, -1, 1)  # ITK's axes point to the left and to the back
         if dim == 3 and field.shape[2] == 1:
             field = np.repeat(field, 2, axis=2)
@@ -122,11 +122,7 @@ class Registration:
         return [Path(folder) / name for name in self.summary["files"]]
 
     def write(self, staging: Path) -> None:
-        """Write `warped.nii.gz`, `displacement.nii.gz` (ITK), `disp_<fixed>_<moving>.nii.gz` (Learn2Reg),
-        `labels.nii.gz` (if there are any), `overview.png` and `summary.json` into a `staged` folder.
-        """
-        from fmsam_lib.plotting.slices import overview  # matplotlib takes a while to import
-
+        """Write `_images`, `overview.png` and `summary.json` into a `staged` folder."""
         self.summary["files"] = []
         try:
             for name, image in self._images():
@@ -140,6 +136,7 @@ class Registration:
             raise data_error(staging.parent, "room for the results", error.strerror or str(error), todo) from error
 
     def _images(self) -> Iterator[tuple[str, Nifti1Image]]:
+        """By the names of their files; the field twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""
         yield "warped.nii.gz", self.warped
         yield f"disp_{self.fixed.name}_{self.moving.name}.nii.gz", self.learn2reg()
         if itk_reads(self.fixed.affine, self.fixed.itk_dim):  # else a note says so

@@ -101,10 +101,9 @@ def read_volume(source: Source, dim: int, what: str = "image") -> Volume:
     to_file = nibabel.orientations.inv_ornt_aff(orientation, shape)  # canonical index -> the file's index
     sides = [shape[axis] for axis in np.argsort(orientation[:, 0])]  # of the canonical image
     axes = [axis for axis, n in enumerate(sides) if n > 1]  # all, or the two of a 2-D image
-    to_canonical = np.zeros((4, dim + 1))  # unit coordinates -> canonical index
-    to_canonical[axes, range(dim)] = [sides[axis] - 1 for axis in axes]
-    to_canonical[3, dim] = 1
-    back = np.linalg.inv(to_file)[axes] / to_canonical[axes, range(dim)][:, None]
+    steps = np.array([sides[axis] - 1 for axis in axes])
+    to_canonical = np.eye(4)[:, [*axes, 3]] * [*steps, 1]  # unit coordinates -> canonical index
+    back = np.linalg.inv(to_file)[axes] / steps[:, None]
     values = data.values_of(where, file, shape)
     return Volume(where, file, values, affine, (to_file @ to_canonical)[:3], back, oriented, notes)
 
