@@ -17,7 +17,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -30,13 +30,6 @@ FIGURES = PROJECT / "figures"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ABOUT = ["commit", "cpu", "threads", "torch", "monai", "icon-registration", "unigradicon"]  # stands below the table
 STEPS, COMPUTE = "SAM - Adam, equal steps [95 %]", "SAM - Adam, equal compute [95 %]"
-
-
-# --- from a CSV to Markdown
-
-
-def pages() -> list[Path]:
-    return [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
 
 def rendered(text: str) -> str:
@@ -56,112 +49,79 @@ def table(path: Path) -> str:
 
 
 def short(cell: str) -> str:
-    """Numbers with more than four digits are cut to four; all else stays as it was recorded.
-
-    >>> [short(cell) for cell in ("0.06792289", "1.053", "0.710", "<= 0.1", "0.2 / 0.3")]
-    ['0.06792', '1.053', '0.710', '<= 0.1', '0.2 / 0.3']
-    """
+    """Numbers with more than four digits are cut to four; all else stays as it was recorded."""
     try:
-        value = float(cell)
+        return cell if float(f"{float(cell):.4g}") == float(cell) else f"{float(cell):.4g}"
     except ValueError:
         return cell
-    return cell if float(f"{value:.4g}") == value else f"{value:.4g}"
 
 
-# --- from recorded tables to those that are shown
-
-
-def difference(row: pd.Series) -> str:
-    return f"{row['mean']:.3f} [{row.low:.3f}, {row.high:.3f}]"
+def differences(rows: pd.DataFrame) -> dict[str, str]:
+    """SAM's difference from each baseline, with its interval, of a comparison's lines."""
+    shown = rows.apply(lambda row: f"{row['mean']:.3f} [{row.low:.3f}, {row.high:.3f}]", axis=1)
+    return dict(zip(rows.baseline.map({"adam": STEPS, "adam-2x": COMPUTE}), shown, strict=True))
 
 
 def beside(rows: pd.DataFrame) -> dict[str, str]:
     """Mean Dice of Adam, of Adam at twice the steps and of SAM, with SAM's differences: of a comparison's two lines."""
-    steps, compute = (rows[rows.baseline == name].iloc[0] for name in ("adam", "adam-2x"))
-    means = [steps.mean_baseline, compute.mean_baseline, steps.mean_treatment]
-    line = {name_of(o): f"{mean:.3f}" for o, mean in zip(("adam", "adam-2x", "sam"), means, strict=True)}
-    return line | {STEPS: difference(steps), COMPUTE: difference(compute)}
+    means = dict(zip(rows.baseline, rows.mean_baseline, strict=True)) | {"sam": rows.mean_treatment.iloc[0]}
+    return {name_of(optimizer): f"{mean:.3f}" for optimizer, mean in means.items()} | differences(rows)
 
 
 def answer() -> pd.DataFrame:
-    rows = pd.read_csv(FIGURES / "heldout.csv")
-    rows = rows[rows.train_domain == "each"]
+    rows = pd.read_csv(FIGURES / "heldout.csv").query("train_domain == 'each'")
     names = {"unseen": "anatomies that the network has never seen", "seen": "anatomies that it was trained on"}
     return pd.DataFrame({"Dice on": name} | beside(rows[rows.test_domain == kind]) for kind, name in names.items())
 
 
 def heldout() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "heldout.csv")
-    alone = pd.read_csv(FIGURES / "heldout_alone.csv", index_col="test_domain")
-    trainings = rows.train_domain.str.split("+")
-    unseen = pd.Series([d not in seen for d, seen in zip(rows.test_domain, trainings, strict=True)])
-    parts = [(f"{d}, unseen", (rows.test_domain == d) & unseen, alone.loc[d]) for d in alone.index]
-    each = rows.train_domain == "each"
-    parts += [(f"all five, **{kind}**", each & (rows.test_domain == kind), alone.mean()) for kind in ("unseen", "seen")]
-    names = {"before": "before", "ants-syn": name_of("ants-syn")}
+    alone = pd.read_csv(FIGURES / "heldout_alone.csv", index_col="test_domain").rename(columns=name_of)
+    each = rows[rows.train_domain == "each"]
+    mine = rows[[test not in train for test, train in zip(rows.test_domain, rows.train_domain, strict=True)]]
+    parts = [(f"{d}, unseen", mine[mine.test_domain == d], alone.loc[d]) for d in alone.index]
+    parts += [(f"all five, **{k}**", each[each.test_domain == k], alone.mean()) for k in ("unseen", "seen")]
     return pd.DataFrame(
-        {"tested on": about} | {name: f"{without[n]:.3f}" for n, name in names.items()} | beside(rows[mine])
-        for about, mine, without in parts
+        {"tested on": about} | without.map("{:.3f}".format).to_dict() | beside(part) for about, part, without in parts
     )
 
 
 def radius() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "radius.csv")
-    rows.loc[rows.optimizer.str.startswith("adam"), "rho"] = float("nan")  # which they do not use
-    rows.optimizer = pd.Categorical(rows.optimizer, ["adam", "adam-2x", "sam", "asam", "random"])
-    rows = rows.assign(slow=-rows.lr).sort_values(["slow", "optimizer", "rho"])
+    rows["rho"] = rows.rho.mask(rows.optimizer.str.startswith("adam"))  # which does not use it
+    rows["optimizer"] = pd.Categorical(rows.optimizer, ["adam", "adam-2x", "sam", "asam", "random"])
     lines = []
-    for (_, optimizer, rho), runs in rows.groupby(
-        ["slow", "optimizer", "rho"], dropna=False, sort=False, observed=True
-    ):
-        dice = runs.groupby("domains").dice.mean()
-        line = {"": name_of(optimizer), "rho": "" if pd.isna(rho) else f"{rho:g}", "learning rate": runs.lr.iloc[0]}
-        line |= {"training loss at the end": f"{runs.loss.mean():.3f}"}
-        lines.append(line | {f"Dice, {kind}": f"{dice[kind]:.3f}" for kind in ("seen", "unseen")})
-    return pd.DataFrame(lines)
+    for (lr, optimizer, rho), runs in rows.groupby(["lr", "optimizer", "rho"], dropna=False, observed=True):
+        line = {"": name_of(optimizer), "rho": "" if pd.isna(rho) else f"{rho:g}", "learning rate": lr}
+        dice = runs.groupby("domains").dice.mean().map("{:.3f}".format).rename("Dice, {}".format)
+        lines.append(line | {"training loss at the end": f"{runs.loss.mean():.3f}"} | dice.to_dict())
+    return pd.DataFrame(lines).sort_values("learning rate", ascending=False, kind="stable")
 
 
 def robustness() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "quick_robustness.csv")
-    lines = []
-    for kind, mine in rows.groupby("corruption", sort=False):
-        hardest = mine[mine.severity == mine.severity.max()]
-        line = {"corruption": CORRUPTIONS[kind].what, "hardest step": f"{hardest.severity.iloc[0]:g}"}
-        lines.append(line | beside(hardest))
-    return pd.DataFrame(lines)
+    hardest = rows[rows.severity == rows.groupby("corruption").severity.transform("max")]
+    return pd.DataFrame(
+        {"corruption": CORRUPTIONS[kind].what, "hardest step": f"{mine.severity.iloc[0]:g}"} | beside(mine)
+        for kind, mine in hardest.groupby("corruption", sort=False)
+    )
 
 
 def flatness() -> pd.DataFrame:
-    rows = pd.read_csv(FIGURES / "heldout_flatness.csv")
-    rows = rows[(rows.measure == "ascent_rise") & (rows.rho == 0.01) & (rows.term == "total")]
-    median = rows.groupby("optimizer").value.median()
-    return pd.DataFrame(
-        {"": name_of(o), "rise after ascent, rho = 0.01, median": f"{median[o]:.2f}"} for o in median.index
-    )
+    rows = pd.read_csv(FIGURES / "heldout_flatness.csv").query("measure == 'ascent_rise' and rho == 0.01")
+    rise = rows[rows.term == "total"].groupby("optimizer").value.median().map("{:.2f}".format)
+    return pd.DataFrame({"": rise.index.map(name_of), "rise after ascent, rho = 0.01, median": rise})
 
 
 def correlation() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "heldout_correlation.csv")
     rows = rows[rows.term.fillna("total").eq("total") & rows.rho.fillna(0.01).eq(0.01)]
-    lines = []
-    for (measure, rho), mine in rows.groupby(["measure", "rho"], sort=False, dropna=False):
-        tau = mine.set_index("performance").tau
-        line = {"measure": measure_name(measure, rho)}
-        lines.append(line | {f"tau with Dice, {kind}": f"{tau[kind]:.2f}" for kind in ("seen", "unseen")})
-    return pd.DataFrame(lines)
+    names = rows.apply(lambda row: measure_name(row.measure, row.rho), axis=1).rename("measure")
+    tau = rows.tau.map("{:.2f}".format).set_axis([names, "tau with Dice, " + rows.performance]).unstack(sort=False)
+    return tau.reset_index()
 
 
-MADE: dict[str, Callable[[], pd.DataFrame]] = {
-    "table_answer": answer,
-    "table_heldout": heldout,
-    "table_radius": radius,
-    "table_robustness": robustness,
-    "table_flatness": flatness,
-    "table_correlation": correlation,
-}
-
-
-# --- from a study that has been computed
+MADE = {f"table_{make.__name__}": make for make in (answer, heldout, radius, robustness, flatness, correlation)}
 
 
 def record(folder: Path) -> None:
@@ -173,81 +133,74 @@ def record(folder: Path) -> None:
     by_method = methods.optimizer.str.endswith("+io").any()
     shown = methods_beside(methods) if by_method else domains_beside(summary, comparison)
     shown.to_csv(FIGURES / f"table_{folder.name}.csv", index=False)
-    config = json.loads(next(folder.glob("*/*/seed*/config.json")).read_text())
-    values = config["parameters"]
+    runs = sorted(folder.glob("*/*/seed*/config.json"))
+    config = json.loads(runs[0].read_text())
     line = {
         "study": folder.name,
         "command": f"`make study STUDY={folder.name}`",
         "commit": config["provenance"]["commit"],
-        "seeds": ", ".join(sorted({path.name.removeprefix("seed") for path in folder.glob("*/*/seed*")})),
-        "samples": " x ".join(map(str, values["shape"])),
-        "steps": str(values["steps"]),
+        "seeds": ", ".join(sorted({path.parent.name.removeprefix("seed") for path in runs})),
+        "samples": " x ".join(map(str, config["parameters"]["shape"])),
+        "steps": str(config["parameters"]["steps"]),
         "test pairs of a domain": ", ".join(map(str, sorted(set(summary.pairs)))),
         "time": "",  # by hand: `python -m fmsam_lib.study` prints it
     }
     path = FIGURES / "table_studies.csv"
     studies = pd.read_csv(path, dtype=str, keep_default_na=False)
-    studies = studies[studies.study != folder.name]
-    pd.concat([studies, pd.DataFrame([line])]).to_csv(path, index=False)
+    pd.concat([studies[studies.study != folder.name], pd.DataFrame([line])]).to_csv(path, index=False)
 
 
 def domains_beside(summary: pd.DataFrame, comparison: pd.DataFrame) -> pd.DataFrame:
     """A line for each train and test domain, as of the studies `full` and `hippocampus`."""
+    sams = comparison[(comparison.metric == "dice") & (comparison.treatment == "sam")]
     lines = []
     for row in summary.to_dict("records"):
-        train = row["train_domain"]
-        line = {"trained on": train.replace("+", " + "), "tested on": row["test_domain"], "seen": row["seen"]}
-        names = {"before": "before"} | {n: name_of(n) for n in ("ants-syn", "adam", "adam-2x", "sam") if n in row}
-        line |= {name: f"{row[column]:.3f}" for column, name in names.items()}
-        cell = (comparison.train_domain == train) & (comparison.test_domain == row["test_domain"])
-        mine = comparison[cell & (comparison.metric == "dice") & (comparison.treatment == "sam")]
-        line |= {{"adam": STEPS}.get(d.baseline, COMPUTE): difference(d) for _, d in mine.iterrows()}
-        lines.append(
-            line | {"folded %, Adam / SAM": " / ".join(f"{row[f'folding {o} %']:.3f}" for o in ("adam", "sam"))}
-        )
+        train, test = row["train_domain"], row["test_domain"]
+        line = {"trained on": train.replace("+", " + "), "tested on": test, "seen": row["seen"]}
+        line |= {name_of(n): f"{row[n]:.3f}" for n in ("before", "ants-syn", "adam", "adam-2x", "sam") if n in row}
+        line |= differences(sams[(sams.train_domain == train) & (sams.test_domain == test)])
+        lines.append(line | {"folded %, Adam / SAM": f"{row['folding adam %']:.3f} / {row['folding sam %']:.3f}"})
     return pd.DataFrame(lines)
 
 
 def methods_beside(methods: pd.DataFrame) -> pd.DataFrame:
     """A line for each method, as of the study `baselines`: Dice on every domain, means of errors, seconds."""
     trained = set("+".join(methods.train_domain.dropna()).split("+"))
-    lines = []
     order = [name + io for io in ("", "+io") for name in NAMES]
+    lines = []
     for method in sorted(methods.optimizer.unique(), key=order.index):
         mine = methods[methods.optimizer == method]
         dice = mine[mine.metric == "dice"]
-        means = {"landmark error, mm": ("tre", ".1f"), "inverse error, mm": ("inverse_error", ".2f")}
-        line = {"method": name_of(method)}
-        for domain, value in zip(dice.test_domain, dice["mean"], strict=True):
-            line[domain if domain in trained else f"{domain}, unseen"] = f"{value:.3f}"
-        for column, (metric, digits) in means.items():
-            line[column] = f"{mine[mine.metric == metric]['mean'].mean():{digits}}"
+        landmarks, inverse = mine.groupby("metric")["mean"].mean().reindex(["tre", "inverse_error"])
+        heads = [domain if domain in trained else f"{domain}, unseen" for domain in dice.test_domain]
+        line = {"method": name_of(method)} | dict(zip(heads, dice["mean"].map("{:.3f}".format), strict=True))
+        line |= {"landmark error, mm": f"{landmarks:.1f}", "inverse error, mm": f"{inverse:.2f}"}
         lines.append(line | {"s a pair": f"{dice.seconds.median():.2g}"})
     return pd.DataFrame(lines).replace("nan", "")
 
 
-# --- the command
+def wanted() -> Iterator[tuple[Path, str]]:
+    """Every file that is made here and its text: the tables, then the pages that show them."""
+    for name, make in MADE.items():
+        yield FIGURES / f"{name}.csv", make().to_csv(index=False)
+    for page in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]:
+        yield page, rendered(page.read_text())
 
 
-def main() -> int:
+def main() -> None:
     arguments = argparse.ArgumentParser(description="Put every table of README and docs into its place.")
     arguments.add_argument("--check", action="store_true", help="change nothing; fail where something would change")
     arguments.add_argument("--record", type=Path, metavar="FOLDER", help="a computed study: runs/<study>")
     given = arguments.parse_args()
     if given.record:
         record(given.record.resolve())
-    wrong = []
-    made = {FIGURES / f"{name}.csv": lambda make=make: make().to_csv(index=False) for name, make in MADE.items()}
-    for path, text in [*made.items(), *((page, lambda page=page: rendered(page.read_text())) for page in pages())]:
-        new = text()
-        if not path.exists() or path.read_text() != new:
-            wrong.append(str(path.relative_to(PROJECT)))
-            if not given.check:
-                path.write_text(new)
-    if wrong:
-        print(("differ: " if given.check else "written: ") + ", ".join(wrong))
-    return 1 if wrong and given.check else 0
+    for path, text in wanted():
+        if path.exists() and path.read_text() == text:
+            continue
+        if given.check:
+            sys.exit(f"differs: {path.relative_to(PROJECT)}; run python docs/tables.py")
+        path.write_text(text)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

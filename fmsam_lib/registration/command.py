@@ -15,9 +15,8 @@ from fmsam_lib.images.files import open_file
 from fmsam_lib.metrics import percent
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Register, Registering
-from fmsam_lib.registration.folder import ROLES, spare, staged
+from fmsam_lib.registration.folder import ROLES, staged
 from fmsam_lib.registration.register import register
-from fmsam_lib.registration.result import Registration
 
 REQUIRED = ("fixed", "moving", "out")
 
@@ -27,13 +26,17 @@ def main(argv: list[str] | None = None) -> int:
     run, device, quiet = _arguments(argv)
     if run.threads:
         torch.set_num_threads(run.threads)
+    files: dict[str, Any] = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cluster's time limit: leave as after Ctrl-C
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         try:
-            spare(run.out, [getattr(run, role) for role in ROLES if getattr(run, role)])
-            with staged(run.out) as staging:  # before the work: is there a place for its results?
-                result = _registered(run, device, quiet)
+            with staged(run.out, files.values()) as staging:  # before the work: is there a place for its results?
+                for path in files.values():  # before the weights, which may have to be downloaded
+                    open_file(Path(path))
+                net, options = load(run.weights).to(device), run.model_dump(include=set(Registering.model_fields))
+                result = register(**files, net=net, progress=not quiet, **options)
+                result.summary["network"]["weights"] = run.weights
                 result.write(staging)
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error)):
+            if not re.search("[mM]emory|alloc", repr(error)):
                 raise
             print("error: not enough memory: a smaller --shape needs less, and so does --io 0", file=sys.stderr)
             return 1
@@ -51,16 +54,6 @@ def main(argv: list[str] | None = None) -> int:
     if not quiet:
         print(report(result.summary, run.out))
     return 0
-
-
-def _registered(run: Register, device: str, quiet: bool) -> Registration:
-    files: dict[str, Any] = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
-    for path in files.values():  # before the weights, which may have to be downloaded
-        open_file(Path(path))
-    net, options = load(run.weights).to(device), run.model_dump(include=set(Registering.model_fields))
-    result = register(**files, net=net, progress=not quiet, **options)
-    result.summary["network"]["weights"] = run.weights
-    return result
 
 
 def _arguments(argv: list[str] | None) -> tuple[Register, str, bool]:
@@ -74,8 +67,7 @@ def _arguments(argv: list[str] | None) -> tuple[Register, str, bool]:
         how = {"default": field.default, "required": name in REQUIRED, "help": f"{field.description}{default}"}
         parser.add_argument(_flag(name), **how, **_kind(field.annotation))
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    where = "where the network runs (default: %(default)s)"
-    parser.add_argument("--device", choices=devices, default=devices[0], help=where)
+    parser.add_argument("--device", choices=devices, default=devices[0], help="where to run (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
     values = vars(parser.parse_args(argv))
     device, quiet = values.pop("device"), values.pop("quiet")
@@ -99,17 +91,12 @@ def _kind(annotation: Any) -> dict[str, Any]:
 
 def report(summary: dict[str, Any], folder: str | Path) -> str:
     """What a person wants to know of a `Registration.summary`, in a few lines."""
-    similarity = summary["similarity"]
-    lines = [
-        f"LNCC {similarity['before']:.3f} -> {similarity['after']:.3f}, {percent(summary['folding_percent'])} folded, "
-        f"SDlogJ {summary['sdlogj']:.3f}, {summary['seconds']:.1f} s"
-    ]
-    if "instance_optimisation" in summary:
-        io = summary["instance_optimisation"]
-        lines.append(
-            f"instance optimisation: best of {io['steps']} steps was {io['best_step']}, "
-            f"loss {io['loss_before']:.4f} -> {io['loss_best']:.4f}"
-        )
+    similarity = "LNCC {before:.3f} -> {after:.3f}".format(**summary["similarity"])
+    regularity = f"{percent(summary['folding_percent'])} folded, SDlogJ {summary['sdlogj']:.3f}"
+    lines = [f"{similarity}, {regularity}, {summary['seconds']:.1f} s"]
+    if io := summary.get("instance_optimisation"):
+        best = "best of {steps} steps was {best_step}, loss {loss_before:.4f} -> {loss_best:.4f}"
+        lines.append("instance optimisation: " + best.format(**io))
     for label, value in summary.get("dice", {}).items():
         lines.append(f"Dice of label {label}: {value['before']:.3f} -> {value['after']:.3f}")
     return "\n".join([*lines, *(str(Path(folder) / name) for name in summary["files"])])

@@ -5,37 +5,30 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fmsam_lib.records import data_error
 
+ROLES = ("fixed", "moving", "labels", "fixed_labels")  # of the input files
 SUMMARY = "summary.json"
-RESULTS = ("warped.nii.gz", "displacement.nii.gz", "labels.nii.gz", "overview.png", SUMMARY)  # and disp_….nii.gz
-ROLES = ("fixed", "moving", "labels", "fixed_labels")
-
-
-def spare(folder: str | Path, inputs: list[str]) -> None:
-    """Raises DataError where a result in `folder` would take the place of one of the input files."""
-    for path in map(Path, inputs):
-        if path.resolve().parent == Path(folder).resolve() and _is_result(path.name):
-            found = "a folder where a result of the same name would replace it"
-            raise data_error(path, "another folder for the results", found, "Choose another one.")
-
-
-def _is_result(name: str) -> bool:
-    return name in RESULTS or re.fullmatch(r"disp_[^/]*\.nii\.gz", name) is not None
+RESULT = re.compile(r"(warped|displacement|labels|disp_[^/]*)\.nii\.gz|overview\.png|summary\.json")
 
 
 @contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
+def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
     """A hidden folder in `folder` to write into; its files get there when the block ends well, `summary.json` last.
 
-    However the block ends, that summary only ever stands beside results that are complete, and earlier
-    results are replaced only at the very end. Raises DataError, before the block, when `folder` cannot be written.
+    However the block ends, that summary only ever stands beside results that are complete, and earlier results are
+    replaced only at the very end. Raises DataError, before the block, when `folder` cannot be written, or when a
+    result there would take the place of one of the `inputs`.
     """
     folder = Path(folder)
+    for path in map(Path, inputs):
+        if path.resolve().parent == folder.resolve() and RESULT.fullmatch(path.name):
+            found = "a folder where a result of the same name would replace it"
+            raise data_error(path, "another folder for the results", found, "Choose another one.")
     try:
         made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,4 +59,4 @@ def _old_files(folder: Path) -> set[str]:
         files = json.loads((folder / SUMMARY).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-    return {name for name in files if isinstance(name, str) and _is_result(name)}
+    return {name for name in files if isinstance(name, str) and RESULT.fullmatch(name)}

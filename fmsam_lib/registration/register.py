@@ -16,7 +16,6 @@ from fmsam_lib.checking import read
 from fmsam_lib.metrics import folding_percent, sdlogj
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import jacobian_determinant, warp
-from fmsam_lib.model.transform import Transform
 from fmsam_lib.model.weights import load
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
@@ -25,8 +24,6 @@ from fmsam_lib.registration.result import Registration
 from fmsam_lib.registration.volume import Source, Volume, read_labels, read_volume
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import lncc
-
-BACKGROUND = {"MR": 0.0, "CT": -1000.0}  # what the warped image shows outside the moving one
 
 
 def register(
@@ -44,10 +41,8 @@ def register(
     fixed, moving: a path or a nibabel image.
     net: a network, or its weights as `weights.load` takes them; it stays as it is, and the work is done on its device.
     labels: a label image of the moving image, to be warped; fixed_labels: one of the fixed image, for Dice.
-    options: the fields of `parameters.Registering`, where their defaults stand; None for the default. modality "mr" or
-    "ct", of both images unless there is a moving_modality; shape, the grid that the network works on (`net.shape`
-    unless given); io, steps of instance optimisation: Adam (lr, seed) on the loss of this very pair (lmbda, sigma,
-    similarity: see `losses.objective`). Its best iterate counts.
+    options: the fields of `parameters.Registering`, which says what they are; None for the default. With io > 0 the
+    best iterate of instance optimisation counts (see `instance.optimise`).
 
     >>> result = register("fixed.nii.gz", "moving.nii.gz", net, io=50)  # doctest: +SKIP
     >>> result.summary["similarity"], result.save("out")  # doctest: +SKIP
@@ -58,11 +53,14 @@ def register(
     start = time.perf_counter()
     given = {name: value for name, value in options.items() if value is not None}
     how = read(Registering, given, source="register's options")
-    kinds = {"fixed": how.modality.upper(), "moving": (how.moving_modality or how.modality).upper()}
+    modality = {"fixed": how.modality, "moving": how.moving_modality or how.modality}
     network, weights = (load(net), str(net)) if isinstance(net, str | Path) else (net, None)
-    shape = _grid(network, how.shape)
+    shape, dim = tuple(how.shape or network.shape or ()), network.dim
+    if len(shape) != dim:
+        got = list(shape) if shape else "none, and the weights do not say what they were trained on"
+        raise ValueError(f"expected {dim} numbers as `shape` (--shape) of a {dim}-D network, got {got}")
 
-    here, there = read_volume(fixed, network.dim, "fixed image"), read_volume(moving, network.dim, "moving image")
+    here, there = read_volume(fixed, dim, "fixed image"), read_volume(moving, dim, "moving image")
     notes = [*here.notes, *there.notes]
     for note in notes:
         warnings.warn(note, stacklevel=2)
@@ -71,8 +69,8 @@ def register(
     fixed_label = None if fixed_labels is None else read_labels(fixed_labels, here)
     pair = Pair(
         name=f"{there.name} to {here.name}",
-        fixed=here.on_grid(shape, kinds["fixed"]),
-        moving=there.on_grid(shape, kinds["moving"]),
+        fixed=here.on_grid(shape, modality["fixed"]),
+        moving=there.on_grid(shape, modality["moving"]),
         fixed_label=None if fixed_label is None else here.labels_on_grid(fixed_label, shape),
         moving_label=None if moving_label is None else there.labels_on_grid(moving_label, shape),
         labels={n: str(n) for n in ([] if fixed_label is None else np.unique(fixed_label).tolist()) if n},
@@ -80,61 +78,34 @@ def register(
         affine=here.grid_affine(shape) if here.oriented else None,
     )
 
+    a, b = pair.moving[None], pair.fixed[None]
     loss = how.model_dump(include={"lr", "lmbda", "sigma", "similarity", "seed"})
-    phi, losses, best, _ = optimise(
-        network, pair.moving[None], pair.fixed[None], steps=how.io, progress=progress, **loss
-    )
+    phi, losses, best, _ = optimise(network, a, b, steps=how.io, progress=progress, **loss)
     if not phi.map.isfinite().all():
         raise ValueError(f"expected a finite transform for {pair.name}, got NaN or infinity: are the weights damaged?")
     if 0 < len(losses) <= how.io:
         notes.append(f"instance optimisation: the loss was not finite at step {len(losses)}; the best before counts")
         warnings.warn(notes[-1], stacklevel=2)
-    result = Registration(here, there, phi, pair, {}, losses, moving_label, fixed_label, BACKGROUND[kinds["moving"]])
+
     files = {"fixed": here.where, "moving": there.where, "labels": labels, "fixed_labels": fixed_labels}
-    result.summary.update(
-        **{role: str(file) for role, file in files.items() if isinstance(file, str | Path)},
-        network={"weights": weights, **network.settings, "shape": list(shape)},
-        modality={name: kind.lower() for name, kind in kinds.items()},
-        **_measure(pair, phi, how.sigma),
-    )
+    before, after = (lncc(image, b, sigma=how.sigma).item() for image in (a, warp(a, phi.map)))
+    determinant = jacobian_determinant(phi.map)
+    summary: dict[str, Any] = {role: str(file) for role, file in files.items() if isinstance(file, str | Path)} | {
+        "network": {"weights": weights, **network.settings, "shape": list(shape)},
+        "modality": modality,
+        "similarity": {"measure": "mean LNCC", "sigma": how.sigma, "before": before, "after": after},
+        "folding_percent": folding_percent(determinant),
+        "sdlogj": sdlogj(determinant),
+    }
     if how.io:
         done = {"steps_asked": how.io, "steps": len(losses) - 1, "best_step": best}
-        losses_of = {"loss_before": losses[0], "loss_best": losses[best]}
-        result.summary["instance_optimisation"] = done | losses_of | loss
+        summary["instance_optimisation"] = done | {"loss_before": losses[0], "loss_best": losses[best]} | loss
+    result = Registration(here, there, phi, pair, summary, losses, moving_label, fixed_label)
     if found := result.dice():
-        result.summary["dice"] = found
-    result.summary.update(
-        seconds=round(time.perf_counter() - start, 2),
-        notes=notes,
-        version=importlib.metadata.version("fmsam"),
-        provenance=provenance(),
-    )
+        summary["dice"] = found
+    summary["seconds"] = round(time.perf_counter() - start, 2)
+    summary |= {"notes": notes, "version": importlib.metadata.version("fmsam"), "provenance": provenance()}
     return result
-
-
-def _measure(pair: Pair, phi: Transform, sigma: float) -> dict[str, Any]:
-    """Similarity, folding and regularity, on the network's grid."""
-    moving, fixed = pair.moving[None], pair.fixed[None]
-    determinant = jacobian_determinant(phi.map)
-    similarity = {
-        "measure": "mean LNCC",
-        "sigma": sigma,
-        "before": lncc(moving, fixed, sigma=sigma).item(),
-        "after": lncc(warp(moving, phi.map), fixed, sigma=sigma).item(),
-    }
-    return {"similarity": similarity, "folding_percent": folding_percent(determinant), "sdlogj": sdlogj(determinant)}
-
-
-def _grid(net: GradICON, asked: list[int]) -> tuple[int, ...]:
-    shape = asked or getattr(net, "shape", None)
-    if not shape:
-        raise ValueError(
-            f"expected `shape` (--shape), got none, and the weights do not say what grid they were trained on; "
-            f"give {net.dim} numbers, as in the training"
-        )
-    if len(shape) != net.dim:
-        raise ValueError(f"expected {net.dim} numbers as `shape` (--shape) of a {net.dim}-D network, got {shape}")
-    return tuple(shape)
 
 
 def _check_pair(fixed: Volume, moving: Volume) -> None:
@@ -145,10 +116,8 @@ def _check_pair(fixed: Volume, moving: Volume) -> None:
         todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
         raise data_error(silent.where, expected, "qform and sform codes 0", todo)
     if fixed.axes != moving.axes:
-        todo = "Take slices of one orientation, or correct the header."
-        raise data_error(
-            moving.where, f"a slice along {fixed.axes}, as {fixed.where}", f"one along {moving.axes}", todo
-        )
+        expected, todo = f"a slice along {fixed.axes}, as {fixed.where}", "Take slices of one orientation."
+        raise data_error(moving.where, expected, f"one along {moving.axes}", todo)
     ratio = moving.size / fixed.size
     if ratio.max() > 3 or ratio.min() < 1 / 3:
         sizes = [" x ".join(f"{mm:.3g}" for mm in image.size) + " mm" for image in (fixed, moving)]

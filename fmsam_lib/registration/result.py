@@ -7,7 +7,7 @@ Unit coordinates run from 0, the centre of a canonical (RAS) axis' first sample,
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,12 @@ from scipy.ndimage import map_coordinates
 from fmsam_lib.metrics import dice
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
+from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import data_error
-from fmsam_lib.registration.folder import ROLES, SUMMARY, spare, staged
+from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
 from fmsam_lib.registration.volume import Source, Volume, apply, itk_reads, read_labels, slabs
 
+BACKGROUND = {"mr": 0.0, "ct": -1000.0}  # what the warped image shows outside the moving one
 # Where a file lies, as its header says it.
 GEOMETRY = ["qform_code", "sform_code", "xyzt_units", "quatern_b", "quatern_c", "quatern_d"]
 GEOMETRY += [f"{name}_{axis}" for name in ("qoffset", "srow") for axis in "xyz"]
@@ -38,7 +40,7 @@ class Registration:
     phi: from the fixed image's unit coordinates to the moving one's. pair: both images on the network's grid, as
     `explore(result.pair, result.phi)` wants them. losses: of instance optimisation, from step 0.
     summary: similarity before and after, folding, SDlogJ, Dice, seconds, notes, provenance. labels, fixed_labels: in
-    their images' voxel order. background: what the warped image shows outside the moving one.
+    their images' voxel order.
     """
 
     fixed: Volume
@@ -49,12 +51,12 @@ class Registration:
     losses: list[float]
     labels: np.ndarray | None
     fixed_labels: np.ndarray | None
-    background: float
 
     @cached_property
     def warped(self) -> Nifti1Image:
         """The moving image seen from the fixed file's voxels: looked up once, linearly, in its own voxels; float32."""
-        return self._file(self._look_up(self.moving.values, order=1, background=self.background))
+        background = BACKGROUND[self.summary["modality"]["moving"]]
+        return self._file(self._look_up(self.moving.values, order=1, background=background))
 
     def warp_labels(self, labels: Source) -> Nifti1Image:
         """A label image of the moving image (a path or a nibabel image) on the fixed file's voxels, nearest neighbour.
@@ -70,14 +72,13 @@ class Registration:
         vector field of one slice as 2-D, so that file's field is `(X, Y, 2, 1, 3)`, the slice twice.
         Raises DataError where ITK cannot read the fixed file's own geometry.
         """
-        dim = self.fixed.itk_dim
-        if not itk_reads(self.fixed.affine, dim):
+        dim, affine = self.fixed.itk_dim, self.fixed.affine
+        if not itk_reads(affine, dim):
             todo = "Resample the image without shear, or use Learn2Reg's form."
-            raise data_error(self.fixed.where, "axes that ITK reads", str(self.fixed.affine.tolist()), todo)
+            raise data_error(self.fixed.where, "axes that ITK reads", str(affine.tolist()), todo)
         field = np.empty((*self.fixed.shape, 3), np.float32)
         for slab, index in slabs(self.fixed.shape):
-            there = index + self.voxel_displacement[:, slab]
-            ras = apply(self.moving.affine[:3], there) - apply(self.fixed.affine[:3], index)
+            ras = apply(self.moving.affine[:3], index + self.voxel_displacement[:, slab]) - apply(affine[:3], index)
             field[slab] = np.moveaxis(ras, 0, -1) * (-1, -1, 1)  # ITK's axes point to the left and to the back
         if dim == 3 and field.shape[2] == 1:
             field = np.repeat(field, 2, axis=2)
@@ -103,52 +104,45 @@ class Registration:
         return field
 
     def dice(self) -> dict[str, dict[str, float]]:
-        """Of each of the fixed image's labels, on its voxels, before (fields of view over each other) and after.
-
-        Nothing unless both images have labels.
-        """
+        """Of each of the fixed image's labels, on its voxels, before and after; nothing unless both have labels."""
         if self.labels is None or self.fixed_labels is None:
             return {}
-        unregistered = dataclasses.replace(self, phi=Transform(self.phi.shape))  # no displacement
-        warped = {"before": unregistered._look_up(self.labels, order=0), "after": self._look_up(self.labels, order=0)}
-        found: dict[str, dict[str, float]] = {}
-        for number in self.pair.labels:
-            fixed = torch.from_numpy(self.fixed_labels == number)
-            found[str(number)] = {
-                when: dice(torch.from_numpy(values == number), fixed) for when, values in warped.items()
-            }
+        still = dataclasses.replace(self, phi=Transform(self.phi.shape))  # no displacement
+        before, after = still._look_up(self.labels, order=0), self._look_up(self.labels, order=0)
+        found = {}
+        for n, name in self.pair.labels.items():
+            fixed, *warped = (torch.from_numpy(values == n) for values in (self.fixed_labels, before, after))
+            found[name] = dict(zip(("before", "after"), (dice(mask, fixed) for mask in warped), strict=True))
         return found
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write everything into `folder`, whole or not at all; the files' paths. Raises DataError when it cannot."""
-        spare(folder, [self.summary[role] for role in ROLES if role in self.summary])
-        with staged(folder) as staging:
+        with staged(folder, [self.summary[role] for role in ROLES if role in self.summary]) as staging:
             self.write(staging)
         return [Path(folder) / name for name in self.summary["files"]]
 
     def write(self, staging: Path) -> None:
-        """Write `warped.nii.gz`, `displacement.nii.gz` (ITK), `disp_<fixed>_<moving>.nii.gz` (Learn2Reg),
-        `labels.nii.gz` (if there are any), `overview.png` and `summary.json` into a `staged` folder.
-        """
-        from fmsam_lib.plotting.slices import overview  # matplotlib takes a while to import
-
-        makers: dict[str, Callable[[], Nifti1Image]] = {
-            "warped.nii.gz": lambda: self.warped,
-            f"disp_{self.fixed.name}_{self.moving.name}.nii.gz": self.learn2reg,
-        }
-        if itk_reads(self.fixed.affine, self.fixed.itk_dim):  # else a note says so
-            makers["displacement.nii.gz"] = self.displacement
-        if (labels := self.labels) is not None:
-            makers["labels.nii.gz"] = lambda: self._file(self._look_up(labels, order=0))
-        self.summary["files"] = [*makers, "overview.png", SUMMARY]
+        """Write `_images`, `overview.png` and `summary.json` into a `staged` folder."""
+        self.summary["files"] = []
         try:
-            for name, make in makers.items():
-                nibabel.save(make(), staging / name)
+            for name, image in self._images():
+                nibabel.save(image, staging / name)
+                self.summary["files"].append(name)
             overview(self.pair, self.phi.map).savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
+            self.summary["files"] += ["overview.png", SUMMARY]
             (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n")
         except OSError as error:
             todo = "None were written. Make room, or choose another folder."
             raise data_error(staging.parent, "room for the results", error.strerror or str(error), todo) from error
+
+    def _images(self) -> Iterator[tuple[str, Nifti1Image]]:
+        """By the names of their files; the field twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""
+        yield "warped.nii.gz", self.warped
+        yield f"disp_{self.fixed.name}_{self.moving.name}.nii.gz", self.learn2reg()
+        if itk_reads(self.fixed.affine, self.fixed.itk_dim):  # else a note says so
+            yield "displacement.nii.gz", self.displacement()
+        if self.labels is not None:
+            yield "labels.nii.gz", self._file(self._look_up(self.labels, order=0))
 
     def _look_up(self, values: np.ndarray, *, order: int, background: float = 0) -> np.ndarray:
         """`values` `(X, Y, Z)` of the moving file at the fixed file's voxels; order 0 is nearest, 1 linear."""
@@ -164,15 +158,13 @@ class Registration:
     def _file(self, values: np.ndarray, intent: str = "none") -> Nifti1Image:
         """`values` on the fixed file's voxels as NIfTI; of that header qform, sform and unit as they are, no more."""
         old, header = self.fixed.file.header, Nifti1Header()
+        header.set_data_shape(values.shape)
         if isinstance(old, Nifti1Header):
             for key in GEOMETRY:
                 header[key] = old[key]
-            header.set_data_shape(values.shape)
             header["pixdim"][:4] = old["pixdim"][:4]
-            image = Nifti1Image(values, header.get_best_affine(), header, dtype=values.dtype)
         else:
-            image = Nifti1Image(values, self.fixed.affine, dtype=values.dtype)
-            image.set_sform(self.fixed.affine, 1)
-            image.set_qform(self.fixed.affine, 1)
-        image.header.set_intent(intent)
-        return image
+            header.set_sform(self.fixed.affine, 1)
+            header.set_qform(self.fixed.affine, 1)
+        header.set_intent(intent)
+        return Nifti1Image(values, header.get_best_affine(), header, dtype=values.dtype)

@@ -1,7 +1,4 @@
-"""One image file of a pair to register: its voxels, where they lie in the world, and how the network sees it.
-
-Affine maps are matrices `(R, C + 1)`, from points `(C, *P)` to points `(R, *P)`; `apply` applies them.
-"""
+"""One image file of a pair to register: its voxels, where they lie in the world, and how the network sees it."""
 
 import os
 import re
@@ -59,8 +56,8 @@ class Volume:
     @property
     def axes(self) -> str:
         """The canonical axes that it extends along."""
-        orientation = nibabel.io_orientation(self.affine)[:, 0]
-        along = sorted(axis for axis, n in zip(orientation.astype(int), self.shape, strict=True) if n > 1)
+        orientation = nibabel.io_orientation(self.affine)[:, 0].astype(int)
+        along = sorted(orientation[np.array(self.shape) > 1])
         return " and ".join(("left-right", "back-front", "down-up")[axis] for axis in along)
 
     @property
@@ -80,7 +77,7 @@ class Volume:
     def on_grid(self, shape: tuple[int, ...], modality: str) -> Tensor:
         """The image as the network sees it: canonical, in [0, 1], `(1, *shape)`; see `data.decode`."""
         canonical = nibabel.apply_orientation(self.values, nibabel.io_orientation(self.affine))
-        image = data.normalise(self.where, canonical, modality)
+        image = data.normalise(self.where, canonical, modality.upper())
         return data.resample(image if len(shape) == 3 else image.squeeze(), shape)
 
     def labels_on_grid(self, labels: np.ndarray, shape: tuple[int, ...]) -> Tensor:
@@ -104,10 +101,9 @@ def read_volume(source: Source, dim: int, what: str = "image") -> Volume:
     to_file = nibabel.orientations.inv_ornt_aff(orientation, shape)  # canonical index -> the file's index
     sides = [shape[axis] for axis in np.argsort(orientation[:, 0])]  # of the canonical image
     axes = [axis for axis, n in enumerate(sides) if n > 1]  # all, or the two of a 2-D image
-    to_canonical = np.zeros((4, dim + 1))  # unit coordinates -> canonical index
-    to_canonical[axes, range(dim)] = [sides[axis] - 1 for axis in axes]
-    to_canonical[3, dim] = 1
-    back = np.linalg.inv(to_file)[axes] / to_canonical[axes, range(dim)][:, None]
+    steps = np.array([sides[axis] - 1 for axis in axes])
+    to_canonical = np.eye(4)[:, [*axes, 3]] * [*steps, 1]  # unit coordinates -> canonical index
+    back = np.linalg.inv(to_file)[axes] / steps[:, None]
     values = data.values_of(where, file, shape)
     return Volume(where, file, values, affine, (to_file @ to_canonical)[:3], back, oriented, notes)
 
@@ -150,42 +146,35 @@ def geometry(where: str, file: SpatialImage) -> tuple[np.ndarray, bool, list[str
     code is not 1 (scanner) or its axes are not perpendicular; without either, the axes point left, to the back and
     up; the spacing is always pixdim's; and it heeds the unit. The transform leaves in millimetres of that space.
     """
-    affine, oriented, notes = file.affine, True, []
+    affine, oriented, notes = np.asarray(file.affine, dtype=np.float64), True, []
+    dim = min(len(file.shape), 3)
     if isinstance(file.header, nibabel.Nifti1Header):
         with data.reading(where):
             (qform, qcode), (sform, scode) = file.header.get_qform(coded=True), file.header.get_sform(coded=True)
-        axes = range(min(len(file.shape), 3))
-        pixdim = np.abs(file.header["pixdim"][1:4].astype(np.float64))
+        pixdim = np.abs(file.header["pixdim"][1 : dim + 1].astype(np.float64))
+        written = " x ".join(f"{spacing:.3g}" for spacing in pixdim)
         oriented = bool(qcode or scode)
         agree = not (qcode and scode) or np.allclose(qform, sform, atol=1e-3)
         if not oriented:
-            affine = np.diag([-pixdim[0], -pixdim[1], pixdim[2] if len(axes) == 3 else 1, 1])
-            notes.append("the header states no orientation (qform and sform codes are 0): the axes are taken as ")
-            notes[0] += f"left, posterior, superior, the spacing as {_times(pixdim[axes])}"
+            affine = np.diag([-pixdim[0], -pixdim[1], *pixdim[2:], *[1.0] * (4 - dim)])
+            taken = f"the axes are taken as left, posterior, superior, the spacing as {written}"
+            notes.append(f"the header states no orientation (qform and sform codes are 0): {taken}")
         else:
             by_sform = not qcode or (scode and itk_reads(sform) and (agree or scode == 1))
             affine = (sform if by_sform else qform).copy()
             if not agree:
                 notes.append(f"qform and sform disagree; the {'sform' if by_sform else 'qform'} counts, as for ITK")
-            spacing = np.linalg.norm(affine[:3, :3], axis=0)
-            if itk_reads(affine) and np.abs(spacing - pixdim)[axes].max() > 1e-3:
-                notes.append(
-                    f"sform and pixdim disagree on the spacing; pixdim's {_times(pixdim[axes])} counts, as for ITK"
-                )
-                affine[:3, axes] *= (pixdim / spacing)[axes]
+            spacing = np.linalg.norm(affine[:3, :dim], axis=0)
+            if itk_reads(affine) and np.abs(spacing - pixdim).max() > 1e-3:
+                notes.append(f"sform and pixdim disagree on the spacing; pixdim's {written} counts, as for ITK")
+                affine[:3, :dim] *= pixdim / spacing
         unit = {"meter": 1000.0, "micron": 0.001}.get(file.header.get_xyzt_units()[0], 1.0)
         affine = np.diag([unit, unit, unit, 1.0]) @ affine
-    affine = np.asarray(affine, dtype=np.float64)
     data.check_affine(where, affine)
-    dim = min(len(file.shape), 3)
     if not itk_reads(affine, dim):
         why = "the axes are not perpendicular" if dim == 3 else "the plane is oblique"
         notes.append(f"{why}, so ITK-family tools cannot read this file as it is, nor apply a field to it")
     return affine, oriented, [f"{where}: {note}" for note in notes]
-
-
-def _times(numbers: np.ndarray) -> str:
-    return " x ".join(f"{number:.3g}" for number in numbers)
 
 
 def itk_reads(affine: np.ndarray, dim: int = 3) -> bool:
@@ -196,11 +185,7 @@ def itk_reads(affine: np.ndarray, dim: int = 3) -> bool:
 
 
 def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The affine map `matrix` `(R, C + 1)` of `points` `(C, *P)`: `(R, *P)`.
-
-    >>> apply(np.array([[2.0, 0.0, 1.0]]), np.array([[3.0], [4.0]]))
-    array([[7.]])
-    """
+    """The affine map `matrix` `(R, C + 1)` of `points` `(C, *P)`: `(R, *P)`."""
     return np.tensordot(matrix[:, :-1], points, 1) + matrix[:, -1].reshape(-1, *[1] * (points.ndim - 1))
 
 

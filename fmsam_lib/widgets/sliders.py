@@ -6,7 +6,7 @@ by the next without flicker. Sliders and menus are the browser's own: Tab reache
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ipywidgets as widgets
 from IPython import get_ipython
@@ -17,6 +17,7 @@ from fmsam_lib.plotting import slices
 
 PICTURE = {"max_width": "100%", "align_self": "flex-start"}  # the layout of what is drawn, as wide as it is
 ROW = {"flex_flow": "row wrap"}  # and that of the controls above
+Live = TypeVar("Live", bound="Sliders")
 
 
 def slide(
@@ -30,12 +31,17 @@ def slide(
     >>> sliders.controls["rho"].value = 0.01                                    # doctest: +SKIP
     """
     still = draw(**{name: control.value for name, control in controls.items()})
+    return shown(still, lambda: Sliders(draw, controls, still), interactive)
+
+
+def shown(still: Figure, live: Callable[[], Live], interactive: bool | None = None) -> Live | None:
+    """Show a still picture and, in a notebook, the widget of what `live` makes."""
     display(still)
     if not in_a_notebook(interactive):
         return None
-    sliders = Sliders(draw, controls, still)
-    display(sliders.widget)
-    return sliders
+    made = live()
+    display(made.widget)
+    return made
 
 
 def in_a_notebook(interactive: bool | None = None) -> bool:
@@ -51,20 +57,17 @@ def in_a_notebook(interactive: bool | None = None) -> bool:
 class Sliders:
     """The `controls` and the `image` they draw; setting a control's value redraws. `figure` is the one last drawn."""
 
-    def __init__(self, draw: Callable[..., Figure], controls: dict[str, Any], still: Figure):
+    def __init__(self, draw: Callable[..., Figure], controls: dict[str, Any], first: Figure | None = None):
         self.draw, self.controls, self.image = draw, controls, widgets.Image(format="png", layout=PICTURE)
         for name, control in controls.items():
             control.description = control.description or name
             control.observe(self._draw, "value")
         self.widget = widgets.VBox([widgets.HBox(list(controls.values()), layout=ROW), self.image])
-        self._show(still)
+        self._draw(first=first)
 
     def _ipython_display_(self) -> None:
-        """Nothing: `slide` has shown the widget, and a cell that ends in it should not show it twice."""
+        """Nothing: the widget has been shown, and a cell that ends in it should not show it twice."""
 
-    def _draw(self, change: Any = None) -> None:
-        self._show(self.draw(**{name: control.value for name, control in self.controls.items()}))
-
-    def _show(self, figure: Figure) -> None:
-        self.figure = figure
+    def _draw(self, change: Any = None, first: Figure | None = None) -> None:
+        self.figure = first or self.draw(**{name: control.value for name, control in self.controls.items()})
         self.image.value = slices.png(self.figure, compression=1)

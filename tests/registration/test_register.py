@@ -603,7 +603,7 @@ def test_other_formats_that_nibabel_reads(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": None}, r"expected `shape` \(--shape\), got none"),
+        ({"shape": None}, r"expected 3 numbers as `shape` \(--shape\) of a 3-D network, got none"),
         ({"shape": (16, 16)}, r"expected 3 numbers as `shape` \(--shape\) of a 3-D network, got \[16, 16\]"),
         ({"shape": (16, 16, 8)}, "shape: expected at least 16, got 8"),
         ({"shape": (1, 32, 32)}, "shape: expected at least 16, got 1"),

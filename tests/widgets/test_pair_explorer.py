@@ -29,7 +29,7 @@ def shrunk(shape):
 def displayed(monkeypatch):
     """What a notebook would have shown, in order."""
     things = []
-    monkeypatch.setattr(view, "display", things.append)
+    monkeypatch.setattr(sliders, "display", things.append)
     return things
 
 
