@@ -9,7 +9,7 @@ import gzip
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,10 +162,10 @@ def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.
     return whole | {"pairs": whole["pairs"].drop_duplicates(ignore_index=True)}, list(dict.fromkeys(problems))
 
 
-def together(parts: list[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+def together(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
     """The tables as one; an empty one with these columns where none has a row."""
     filled = [part for part in parts if len(part)]  # an empty one would take the others' types away
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=columns)
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
 def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[str, Any]]:
