@@ -68,6 +68,5 @@ def untrained(run: Train) -> GradICON:
 
 def instance_optimised(net: GradICON, pair: Pair, run: Train, *, steps: int, lr: float) -> Maps:
     """`net` after `steps` of Adam on this very pair, by the loss of the training `run`; the best iterate counts."""
-    how = {"steps": steps, "lr": lr, "progress": False, **run.loss()}
-    phi, _, _, back = optimise(net, pair.moving[None], pair.fixed[None], **how)
+    phi, *_, back = optimise(net, pair.moving[None], pair.fixed[None], steps=steps, lr=lr, progress=False, **run.loss())
     return phi.map, back.map

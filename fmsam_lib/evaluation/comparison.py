@@ -5,7 +5,6 @@ Holm (1979), "A simple sequentially rejective multiple test procedure".
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ import pandas as pd
 from fmsam_lib.evaluation.statistics import CELL, difference, per_pair, seen
 from fmsam_lib.parameters import EQUAL_COMPUTE
 
-KEYS = ["train_domain", "test_domain", "optimizer", "seed", "pair", "label", "metric"]
+GRID = [*CELL, "optimizer", "seed"]
 COLUMNS = [*CELL, "metric", "unit", "baseline", "treatment", "equal", "seeds", "pairs", "units", "left_out"]
 COLUMNS += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
 COLUMNS += ["worst_baseline", "worst_treatment"]
@@ -30,40 +29,29 @@ def comparison(
     treatment. equal: steps or compute. A cell in which nothing is paired has its line, with NaN; a metric that is not
     in the results has none.
     """
-    parts = [
-        _compared(results, metric, baseline, treatment)
-        for metric in metrics
-        if (results.metric == metric).any()
-        for baseline, treatment in against
-    ]
-    return pd.DataFrame([line for part in parts for line in part], columns=COLUMNS)
-
-
-def _compared(results: pd.DataFrame, metric: str, baseline: str, treatment: str) -> list[dict[str, Any]]:
-    values = per_pair(results, metric)
-    rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])].assign(metric=metric)
-    units = units_of(results, metric)
-    equal = "compute" if baseline.removesuffix("+io") == EQUAL_COMPUTE else "steps"
-    about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": equal}
-    lines: list[dict[str, Any]] = []
-    single = []
-    for train, test, group in _groups(rows):
-        unit = set(units[group.test_domain])
-        if len(unit) > 1:
-            continue  # a mean of millimetres and voxels says nothing
-        line = about | {"train_domain": train, "test_domain": test, "unit": unit.pop()}
-        try:
-            line |= difference(group, baseline, treatment)._asdict()
-        except ValueError:
-            line |= {"mean": np.nan, "units": 0, "pairs": 0, "seeds": 0, "left_out": len(group)}
-        lines.append(line)
-        if test in ("seen", "unseen"):  # there a large domain would outweigh the others, unlike in the mean
-            line |= dict.fromkeys(("p", "d_z", "rank_biserial"), np.nan)
-        elif "p" in line:
-            single.append(line)
-    for line, p in zip(single, holm(np.array([line["p"] for line in single])), strict=True):
-        line["p_holm"] = p
-    return lines
+    lines = []
+    for metric in metrics:
+        values, units = per_pair(results, metric).assign(metric=metric), units_of(results, metric)
+        for baseline, treatment in against:
+            rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])]
+            equal = "compute" if baseline.removesuffix("+io") == EQUAL_COMPUTE else "steps"
+            about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": equal}
+            for train, test, group in _groups(rows):
+                unit = set(units[group.test_domain])
+                if len(unit) > 1:
+                    continue  # a mean of millimetres and voxels says nothing
+                line = about | {"train_domain": train, "test_domain": test, "unit": unit.pop()}
+                try:
+                    lines.append(line | difference(group, baseline, treatment)._asdict())
+                except ValueError:
+                    lines.append(line | {"units": 0, "pairs": 0, "seeds": 0, "left_out": len(group)})
+    table = pd.DataFrame(lines, columns=COLUMNS)
+    # over several domains a large one would outweigh the others, unlike in the mean
+    table.loc[table.test_domain.isin(["seen", "unseen"]), ["p", "d_z", "rank_biserial"]] = np.nan
+    tested = table[table.p.notna()]
+    for _, group in tested.groupby(["metric", "baseline", "treatment"]):
+        table.loc[group.index, "p_holm"] = holm(group.p.to_numpy())
+    return table
 
 
 def _groups(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -103,19 +91,15 @@ def gaps(results: pd.DataFrame) -> list[str]:
     seeds, domains without labels, structures missing from labels.
     """
     found = []
-    twice = results.duplicated(KEYS)
-    if twice.any():
-        first = results[twice].iloc[0]
-        found.append(
-            f"{int(twice.sum())} values are there twice, first {first.metric} of {first.optimizer} on {first.pair}: "
-            "are results of several studies mixed?"
-        )
-    for (metric, optimizer), values in results[results.value.isna()].groupby(["metric", "optimizer"]).value:
-        found.append(f"{metric} of {optimizer}: {len(values)} values are NaN; they are left out of means")
+    twice = results[results.duplicated([*GRID, "pair", "label", "metric"])]
+    for row in twice.head(1).itertuples():
+        first = f"{row.metric} of {row.optimizer} on {row.pair}"
+        found.append(f"{len(twice)} values are there twice, first {first}: are results of several studies mixed?")
+    for (metric, optimizer), number in results[results.value.isna()].groupby(["metric", "optimizer"]).size().items():
+        found.append(f"{metric} of {optimizer}: {number} values are NaN; they are left out of means")
     trained = results[results.train_domain != ""]
-    there = set(trained[["train_domain", "test_domain", "optimizer", "seed"]].itertuples(index=False, name=None))
-    axes = [list(dict.fromkeys(trained[c])) for c in ("train_domain", "test_domain", "optimizer", "seed")]
-    for train, test, optimizer, seed in itertools.product(*axes):
+    there = set(trained[GRID].itertuples(index=False, name=None))
+    for train, test, optimizer, seed in itertools.product(*(trained[name].unique() for name in GRID)):
         if (train, test, optimizer, seed) not in there:
             found.append(f"no result of {optimizer}, seed {seed:g}, trained on {train}, tested on {test}")
     if trained.seed.nunique() == 1:
@@ -123,12 +107,10 @@ def gaps(results: pd.DataFrame) -> list[str]:
     labelled = set(results.test_domain[results.metric == "dice"])
     found += [f"{d} has no labels: no Dice, no distances" for d in results.test_domain.unique() if d not in labelled]
     missing = results[results.metric.str.startswith("missing_in_")]
-    for (domain, label, metric), rows in missing.groupby(["test_domain", "label", "metric"]):
-        where, pairs = metric.removeprefix("missing_in_"), rows.pair.nunique()
-        if where != "warped":
-            found.append(
-                f"{domain}: {label} is not in the {where} label of {pairs} pairs; it is in none of their means"
-            )
-        else:
-            found.append(f"{domain}: {label} was lost in the warped label of {pairs} pairs: Dice 0, no distance")
+    for (domain, label, metric), pairs in missing.groupby(["test_domain", "label", "metric"]).pair.nunique().items():
+        where = metric.removeprefix("missing_in_")
+        said = f"is not in the {where} label of {pairs} pairs; it is in none of their means"
+        if where == "warped":
+            said = f"was lost in the warped label of {pairs} pairs: Dice 0, no distance"
+        found.append(f"{domain}: {label} {said}")
     return found

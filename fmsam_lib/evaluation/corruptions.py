@@ -6,6 +6,7 @@ test pairs, the moving image noisier, more blurred, more turned away and so on, 
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupt
     if kind == "misalignment":
         place = misalignment(tuple(pair.moving.shape[1:]), pair.spacing, severity, random)
         return Corrupted(warp(pair.moving[None], place)[0], place)
-    return Corrupted(CHANGES[kind](pair.moving, severity, random).clamp(0, 1), None)
+    return Corrupted(_spoilt(pair.moving, kind, severity, random).clamp(0, 1).as_subclass(Tensor), None)
 
 
 def placed(place: Tensor, points: Tensor) -> Tensor:
@@ -103,9 +104,7 @@ def misalignment(shape: tuple[int, ...], spacing, degrees: float, random: np.ran
     """
     dim = len(shape)
     if len(spacing) != dim:
-        raise ValueError(
-            f"misalignment: expected the spacing along {dim} axes, got {spacing}; give the pair its spacing"
-        )
+        raise ValueError(f"misalignment: expected the spacing along {dim} axes, got {spacing}; give the pair one")
     side = torch.tensor([(n - 1) * length for n, length in zip(shape, spacing, strict=True)], dtype=torch.float64)
     square = torch.from_numpy(random.standard_normal((dim, dim)))
     generator = square - square.T
@@ -119,66 +118,32 @@ def misalignment(shape: tuple[int, ...], spacing, degrees: float, random: np.ran
     return (0.5 + torch.einsum("ij,nj...->ni...", matrix, from_centre) + offset).float()
 
 
-# The other kinds: `(image, severity, random) -> image`, not yet cut to [0, 1]. MONAI takes seconds to import.
+def _spoilt(image: Tensor, kind: str, severity: float, random: np.random.RandomState) -> Any:
+    """The kinds that move nothing, not yet cut to [0, 1]; a tensor of MONAI's where MONAI makes it."""
+    from monai import transforms as monai  # here: it takes seconds to import
 
-
-def _plain(image: Any) -> Tensor:
-    """MONAI's tensor as torch's."""
-    return image.as_tensor()
-
-
-def _noise(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
-    from monai.transforms import RandGaussianNoise
-
-    noise = RandGaussianNoise(prob=1, std=severity, sample_std=False)
-    noise.set_random_state(state=random)
-    return _plain(noise(image))
-
-
-def _bias_field(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
-    from monai.transforms import RandBiasField
-
-    field = RandBiasField(prob=1, degree=3, coeff_range=(-severity, severity))
-    field.set_random_state(state=random)
-    return _plain(field(image))
-
-
-def _gamma(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
-    from monai.transforms import AdjustContrast
-
-    return _plain(AdjustContrast(gamma=2**severity)(image))
-
-
-def _inversion(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
-    return (1 - severity) * image + severity * (1 - image)
-
-
-def _blur(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
-    from monai.transforms import GaussianSmooth
-
-    smooth = GaussianSmooth(sigma=severity)  # counts zeros outside, which would darken the border
-    return _plain(smooth(image)) / _plain(smooth(torch.ones_like(image)))
-
-
-def _slices(image: Tensor, severity: float, random: np.random.RandomState) -> Tensor:
-    missing = random.permutation(image.shape[-1])[: round(severity * image.shape[-1])]
-    image = image.clone()
-    image[..., missing] = 0
+    if kind == "noise":
+        noise = monai.RandGaussianNoise(prob=1, std=severity, sample_std=False)
+        noise.set_random_state(state=random)
+        return noise(image)
+    if kind == "bias_field":
+        field = monai.RandBiasField(prob=1, degree=3, coeff_range=(-severity, severity))
+        field.set_random_state(state=random)
+        return field(image)
+    if kind == "gamma":
+        return monai.AdjustContrast(gamma=2**severity)(image)
+    if kind == "inversion":
+        return (1 - severity) * image + severity * (1 - image)
+    if kind == "blur":
+        smooth = monai.GaussianSmooth(sigma=severity)  # counts zeros outside, which would darken the border
+        return smooth(image) / smooth(torch.ones_like(image))
+    image, planes = image.clone(), image.shape[-1]
+    image[..., random.permutation(planes)[: round(severity * planes)]] = 0
     return image
 
 
-CHANGES = {
-    "noise": _noise,
-    "bias_field": _bias_field,
-    "gamma": _gamma,
-    "inversion": _inversion,
-    "blur": _blur,
-    "slices": _slices,
-}
-
-
-def _check_kinds(kinds: list[str]) -> None:
+def _check_kinds(kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in CORRUPTIONS:
-            known = ", ".join(CORRUPTIONS)
-            raise ValueError(f"expected corruptions of {known}; got {kind!r}{nearest(kind, CORRUPTIONS)}")
+            known = f"expected corruptions of {', '.join(CORRUPTIONS)}"
+            raise ValueError(f"{known}; got {kind!r}{nearest(kind, CORRUPTIONS)}")

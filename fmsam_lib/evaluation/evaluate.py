@@ -5,10 +5,11 @@ machine's, and stand apart.
 """
 
 import copy
+import gzip
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ ROWS = ["test_domain", "pair", "label", "metric", "value", "unit"]
 COLUMNS = ["train_domain", "test_domain", "optimizer", "seed", *ROWS[1:]]
 CURVES = [*COLUMNS[:4], *OF_CURVES[1:]]
 PAIRS = ["test_domain", "pair", "subjects"]
-Method = Callable[[Pair], tuple[Tensor, Tensor | None]]  # a pair's map and the swapped pair's, (1, D, *S); None: none
+Method = Callable[[Pair], baselines.Maps]
 
 
 def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress: bool = False) -> pd.DataFrame:
@@ -85,41 +86,41 @@ def measured(
             continue
         about = {"test_domain": domain.name, "pair": pair.name}
         try:
-            phi_map, inverse, seconds = (None, None, None) if method is None else _register(method, pair)
+            phi_map, inverse, seconds = (None, None, 0.0) if method is None else _register(method, pair)
         except ValueError as error:
             problems.append(f"{domain.name}, {pair.name}: left out, {error}")
             continue
-        if not all(found is None or torch.isfinite(found).all() for found in (phi_map, inverse)):
-            problems.append(f"{domain.name}, {pair.name}: left out, the map found is not finite")
-            continue
         rows += [about | row for row in measure(pair, phi_map, inverse)]
-        subjects.append(about | {"subjects": "|".join(getattr(pair, "subjects", ()))})
-        if seconds is not None:
+        subjects.append(about | {"subjects": "|".join(pair.subjects)})
+        if phi_map is not None:
             costs.append(about | {"label": "", "metric": "seconds", "value": seconds, "unit": "s"})
-        if fields is not None and phi_map is not None:
-            _write_field(Path(fields), pair, phi_map)
+            if fields is not None:
+                _write_field(Path(fields), pair, phi_map)
     results, of_costs = (pd.DataFrame(table, columns=ROWS) for table in (rows, costs))
     return Measured(results, of_costs, pd.DataFrame(subjects, columns=PAIRS), problems)
 
 
 def _register(method: GradICON | Method, pair: Pair) -> tuple[Tensor, Tensor | None, float]:
-    """A pair's map, the swapped pair's, and the seconds of the one registration."""
+    """A pair's map, the swapped pair's, and the seconds of the one registration; ValueError where one is not finite."""
     start = time.perf_counter()
-    if not isinstance(method, GradICON):
-        return *method(pair), time.perf_counter() - start
-    with torch.no_grad():
-        phi_map = method(pair.moving[None], pair.fixed[None]).map
+    if isinstance(method, GradICON):
+        with torch.no_grad():
+            phi_map = method(pair.moving[None], pair.fixed[None]).map
+            seconds = time.perf_counter() - start
+            inverse = method(pair.fixed[None], pair.moving[None]).map
+    else:
+        phi_map, inverse = method(pair)
         seconds = time.perf_counter() - start
-        return phi_map, method(pair.fixed[None], pair.moving[None]).map, seconds
+    if not all(found is None or found.isfinite().all() for found in (phi_map, inverse)):
+        raise ValueError("the map found is not finite")
+    return phi_map, inverse, seconds
 
 
 def _write_field(folder: Path, pair: Pair, phi_map: Tensor) -> None:
-    names = (name.replace(os.sep, "_") for name in pair.name.split("<-"))
     affine = np.eye(4) if pair.affine is None else pair.affine.numpy()
-    with written_whole(folder / f"disp_{'_'.join(names)}.nii.gz") as partial:
-        whole = partial.with_name(f"{partial.name}.nii.gz")
-        nibabel.save(nibabel.Nifti1Image(learn2reg_field(phi_map), affine), whole)
-        os.replace(whole, partial)
+    image = nibabel.Nifti1Image(learn2reg_field(phi_map), affine)
+    with written_whole(folder / f"disp_{pair.name.replace('<-', '_').replace(os.sep, '_')}.nii.gz") as partial:
+        partial.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1))
 
 
 def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.DataFrame], list[str]]:
@@ -148,21 +149,23 @@ def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.
             fields = Path(run.out) / "fields" / about["optimizer"] / domain if run.fields else None
             found = measured(method, dataset, pairs=run.pairs, progress=progress, fields=fields)
             problems += found.problems
-            for kind in ("costs", "pairs", "results"):
-                tables[kind].append(getattr(found, kind).assign(**about))
             if run.corruptions and (method is None or isinstance(method, GradICON)):
-                curves, lost = robustness(
-                    method, dataset, list(run.corruptions), pairs=run.corrupted_pairs, progress=progress
-                )
+                kinds, number = run.corruptions, run.corrupted_pairs
+                curves, lost = robustness(method, dataset, kinds, pairs=number, progress=progress)
                 tables["robustness"].append(curves.assign(**about))
                 problems += lost
-    # an empty part would take the others' types away
-    filled = {kind: [table for table in parts if len(table)] for kind, parts in tables.items()}
-    if problems and not filled["results"]:
+            for kind in ("costs", "pairs", "results"):
+                tables[kind].append(getattr(found, kind).assign(**about))
+    whole = {name: together(parts, columns[name])[columns[name]] for name, parts in tables.items()}
+    if problems and whole["results"].empty:
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(problems))
-    whole = {kind: pd.concat(t, ignore_index=True) if t else pd.DataFrame() for kind, t in filled.items()}
-    whole = {kind: table.reindex(columns=columns[kind]) for kind, table in whole.items()}
     return whole | {"pairs": whole["pairs"].drop_duplicates(ignore_index=True)}, list(dict.fromkeys(problems))
+
+
+def together(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The tables as one; an empty one with these columns where none has a row."""
+    filled = [part for part in parts if len(part)]  # an empty one would take the others' types away
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
 def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
@@ -18,7 +19,7 @@ COLUMNS = ["test_domain", "pair", "corruption", "severity", "metric", "value", "
 
 
 def robustness(
-    net: GradICON | None, dataset, kinds: list[str], *, pairs: int, seed: int = 0, progress: bool = True
+    net: GradICON | None, dataset, kinds: Sequence[str], *, pairs: int, seed: int = 0, progress: bool = True
 ) -> tuple[pd.DataFrame, list[str]]:
     """How registration by `net` (None: none at all) of the first test pairs suffers from each kind of corruption.
 
@@ -41,32 +42,26 @@ def robustness(
         clean = _registered(net, pair, Corrupted(pair.moving, None))
         not_finite = [] if clean else ["clean"]
         for kind in kinds:
-            measured = {0.0: clean}
-            for severity in CORRUPTIONS[kind].severities:
-                measured[severity] = _registered(net, pair, corrupt(pair, kind, severity, seed=seed))
-                if not measured[severity]:
+            for severity in (0.0, *CORRUPTIONS[kind].severities):
+                found = _registered(net, pair, corrupt(pair, kind, severity, seed=seed)) if severity else clean
+                if severity and not found:
                     not_finite.append(f"{kind} {severity:g}")
-            rows += [
-                {"test_domain": dataset.name, "pair": pair.name, "corruption": kind, "severity": severity} | row
-                for severity, values in measured.items()
-                for row in values or []
-                if not math.isnan(row["value"])
-            ]
+                about = {"test_domain": dataset.name, "pair": pair.name, "corruption": kind, "severity": severity}
+                rows += [about | row for row in found if not math.isnan(row["value"])]
         if not_finite:
             at = ", ".join(not_finite)
             problems.append(f"{dataset.name}, {pair.name}: the network's map is not finite ({at}); left out")
     return pd.DataFrame(rows, columns=COLUMNS), problems
 
 
-def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[dict] | None:
-    """What is measured of one registration, Dice NaN without labels; None when its map is not finite."""
-    phi_map = identity_map(tuple(pair.fixed.shape[1:]))
-    folding = []
+def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[dict]:
+    """What is measured of one registration, Dice NaN without labels; [] when its map is not finite."""
+    phi_map, folding = identity_map(tuple(pair.fixed.shape[1:])), []
     if net is not None:
         with torch.no_grad():
             phi_map = net(corrupted.moving[None], pair.fixed[None]).map
-        if not torch.isfinite(phi_map).all():
-            return None
+        if not phi_map.isfinite().all():
+            return []
         percent = folding_percent(jacobian_determinant(phi_map))
         folding = [{"metric": "folding_percent", "value": percent, "unit": "%"}]
     whole = phi_map if corrupted.place is None else placed(corrupted.place, phi_map)

@@ -17,9 +17,7 @@ from fmsam_lib.images.manifest import subject_of
 
 DRAWS = 2000
 DISTANCES = ("hd95", "surface_distance")  # of structures
-LESS_IS_BETTER = (
-    *DISTANCES, "tre", "map_error", "folding_percent", "sdlogj", "sdlogj_learn2reg", "inverse_error",
-)  # fmt: skip
+LESS_IS_BETTER = (*DISTANCES, "tre", "map_error", "folding_percent", "sdlogj", "sdlogj_learn2reg", "inverse_error")
 CELL = ["train_domain", "test_domain"]
 
 
@@ -119,7 +117,8 @@ def mean_interval(rows: pd.DataFrame) -> Interval:
     means = _replicates(rows)
     units = len(rows[["test_domain", "drawn"]].drop_duplicates())
     low, high = np.percentile(means, [2.5, 97.5]) if units > 1 and len(means) else (np.nan, np.nan)
-    return Interval(_mean(rows), float(low), float(high), rows.seed.nunique(), units)
+    mean = rows.groupby(CELL).value.mean().mean()
+    return Interval(float(mean), float(low), float(high), rows.seed.nunique(), units)
 
 
 def _complete(rows: pd.DataFrame) -> pd.DataFrame:
@@ -127,11 +126,6 @@ def _complete(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(**{name: "" for name in CELL if name not in rows})
     rows = rows if "drawn" in rows else rows.assign(drawn=rows.pair.map(unit_of))
     return rows.assign(seed=rows.seed.astype(object).where(rows.seed.notna(), -1), value=rows.value.astype(float))
-
-
-def _mean(rows: pd.DataFrame) -> float:
-    """Every train x test domain with the same weight."""
-    return float(rows.groupby(CELL).value.mean().mean())
 
 
 def _replicates(rows: pd.DataFrame) -> np.ndarray:
@@ -148,9 +142,8 @@ def _replicates(rows: pd.DataFrame) -> np.ndarray:
     means = []
     for (_, test), cells in sums_and_counts.groupby(CELL):
         grid = np.zeros((2, len(seeds), len(units[test])))
-        grid[:, np.searchsorted(seeds, cells.seed), np.searchsorted(units[test], cells.drawn)] = cells[
-            ["sum", "count"]
-        ].T
+        at = np.searchsorted(seeds, cells.seed), np.searchsorted(units[test], cells.drawn)
+        grid[:, *at] = cells[["sum", "count"]].T
         total, number = (((drawn_seeds @ part) * drawn_units[test]).sum(1) for part in grid)
         means.append(np.divide(total, number, out=np.full(DRAWS, np.nan), where=number > 0))
     of_cells = np.array(means)  # (domains, DRAWS)
@@ -177,33 +170,26 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
     keys = [*CELL, "pair", "drawn", "seed"]
     twice = both.duplicated([*keys, "optimizer"])
     if twice.any():
-        raise ValueError(
-            f"expected one value per pair, seed and optimizer, got {int(twice.sum())} twice, first "
-            f"{both[twice].iloc[0].to_dict()}: are tables of several studies mixed?"
-        )
+        found = f"{int(twice.sum())} twice, first {both[twice].iloc[0].to_dict()}"
+        raise ValueError(f"expected one value per pair, seed and optimizer, got {found}: are several studies mixed?")
     wide = both.pivot(index=keys, columns="optimizer", values="value").reindex(columns=[baseline, treatment])
     paired = wide.dropna().reset_index()
     if paired.empty:
         there = ", ".join(map(str, rows.optimizer.unique())) or "no rows"
         raise ValueError(f"expected {treatment!r} and {baseline!r} on the same pairs and seeds, got {there}")
     values = paired.assign(value=paired[treatment] - paired[baseline])
-    mean, low, high, seeds, units = mean_interval(values)
     means = paired.groupby(CELL)[[baseline, treatment]].mean().mean()
     of_units = values.groupby(["test_domain", "drawn"]).value.mean().to_numpy()
     metric = rows.metric.iloc[0] if "metric" in rows and len(rows) else ""
     worst = 95 if metric in LESS_IS_BETTER else 5
     spread = of_units.std(ddof=1) if len(of_units) > 1 else np.nan
     return Difference(
-        mean=mean,
-        low=low,
-        high=high,
+        **mean_interval(values)._asdict(),
         p=float(stats.wilcoxon(of_units).pvalue) if of_units.any() else 1.0,
         d_z=float(of_units.mean() / spread) if spread > 0 else np.nan,
         rank_biserial=_rank_biserial(of_units),
         worst_baseline=float(np.percentile(paired[baseline], worst)),
         worst_treatment=float(np.percentile(paired[treatment], worst)),
-        seeds=seeds,
-        units=units,
         pairs=len(paired[[*CELL, "pair"]].drop_duplicates()),
         left_out=int(len(both) - 2 * len(paired)),
         mean_baseline=float(means[baseline]),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fmsam_lib.evaluation.comparison import gaps
-from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, PAIRS, read_results
+from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, PAIRS, read_results, together
 from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
 from fmsam_lib.flatness.landscape import RUN, TRAINING
 from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
@@ -48,31 +48,37 @@ def gather(study: Study, folder: Path | str) -> Found:
     """Read what the notebooks of the study wrote; a file that is not there is a problem named, not an error.
 
     What is not this study's, a run with other parameters or a test domain it does not have, is left out and named.
-    Raises DataError when there is no result at all.
+    Several versions of the library are named too: a training records its own, also when it goes on after a stop, the
+    study's `sources.json` those of the other notebooks. Raises DataError when there is no result at all.
     """
     folder = Path(folder)
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in READERS}
     configs: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
-    work = jobs(study, folder, "", Path())[:-1]  # without the report
     runs = {run.folder: asdict(run) for run in grid(study)}
+    log, by = folder / "sources.json", {}
+    made_by: dict[str, str] = json.loads(log.read_text()) if log.exists() else {}
     _json(folder, "left_out.json", problems)
-    for job in work:
+    for job in jobs(study, folder, "", Path())[:-1]:  # without the report
         if job.notebook == "10_train":
             configs |= _training(folder, job, problems)
         needed = {file.rpartition("/")[0] for file in (*job.needs, *job.makes)} & runs.keys()
         if job.folder == "io" or needed <= configs.keys():  # of a run that is left out, io takes the network's form
             _read(folder, job, runs.get(job.folder), parts, problems)
             _json(folder, f"{job.folder}/problems.json", problems)
+            if job.name in made_by:
+                by[job.name] = made_by[job.name]
     if not parts["results.csv"]:
         raise DataError(f"no results under {folder}: run the study first (make study STUDY=...)")
-    found = {Path(name).stem: _together(parts[name], columns) for name, (_, columns) in READERS.items()}
+    found = {Path(name).stem: together(parts[name], columns) for name, (_, columns) in READERS.items()}
     found["pairs"] = found["pairs"].drop_duplicates(ignore_index=True)
     if strange := sorted(set(found["results"].test_domain) - set(study.test_domains)):
         problems.append(f"results of {', '.join(strange)}, which the study does not test on, are left out")
         kept = [*study.test_domains, TRAINING, ""]
         found = {name: t[t.test_domain.isin(kept)] if "test_domain" in t else t for name, t in found.items()}
-    by = _computed_by(folder, work, configs)
+    for run, config in configs.items():
+        by[run] = config["provenance"]["sources"]
+        by |= {f"{run} from step {made['step']}": made["sources"] for made in config.get("resumed", [])}
     problems = list(dict.fromkeys([*problems, *_unlike(study, configs, by)]))
     notes = gaps(found["results"])
     if older := sorted({*by.values()} - {sources()}):
@@ -89,15 +95,16 @@ def _training(folder: Path, job: Job, problems: list[str]) -> dict[str, dict[str
     try:
         there = trained_with(run).model_dump()
         config: dict[str, Any] = json.loads((run / "config.json").read_text())
-        if absent := [name for name in PROVENANCE if name not in config["provenance"]]:
-            raise ValueError(f"no {', '.join(absent)}")
+        config["provenance"] = {name: config["provenance"][name] for name in PROVENANCE}
     except (OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"{job.folder}/config.json: this cannot be read, so the run is left out ({error!r})")
         return {}
-    other = [name for name in job.values if name not in MAY_DIFFER and there[name] != job.values[name]]
-    told = ", ".join(f"{name}: {there[name]!r} there, {job.values[name]!r} in the study" for name in other)
-    problems += [f"{job.folder}: a run of another study, left out ({told})"] if other else []
-    return {} if other else {job.folder: config}
+    other = {name: value for name, value in job.values.items() if name not in MAY_DIFFER and there[name] != value}
+    if not other:
+        return {job.folder: config}
+    told = ", ".join(f"{name}: {there[name]!r} there, {value!r} in the study" for name, value in other.items())
+    problems.append(f"{job.folder}: a run of another study, left out ({told})")
+    return {}
 
 
 def _read(
@@ -118,18 +125,12 @@ def _read(
             problems.append(f"{job.folder}/{name}: this was not computed")
             continue
         except (ValueError, OSError) as error:
-            todo = f"remove the tables in {job.folder}, compute again"
-            problems.append(f"{job.folder}/{name}: this cannot be read ({error}); {todo}")
+            problems.append(f"{job.folder}/{name}: this cannot be read ({error}); remove it, compute again")
             continue
         if about and "optimizer" in columns and not table.empty:
             after = table.optimizer.str.extract(r"(\+io)$", expand=False).fillna("") if "pair" in table else ""
             table = table.assign(**about | {"optimizer": about["optimizer"] + after})
         parts[name].append(table)
-
-
-def _together(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    filled = [part for part in parts if len(part)]  # an empty one would take the others' types away
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
 def _unlike(study: Study, configs: dict[str, dict[str, Any]], by: dict[str, str]) -> list[str]:
@@ -138,47 +139,23 @@ def _unlike(study: Study, configs: dict[str, dict[str, Any]], by: dict[str, str]
     differ = {"the library (hash of its sources)": by}
     for name in sorted(Train.model_fields.keys() - meant):
         differ[name] = {run: repr(config["parameters"][name]) for run, config in configs.items()}
-    shared = {name: _shared(values) for name, values in differ.items()}
-    return [f"the runs differ in {name} ({told}): are several studies mixed?" for name, told in shared.items() if told]
-
-
-def _computed_by(folder: Path, work: list[Job], configs: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The hash of the library's sources that computed each run and table.
-
-    A training records its own, and others with which it went on after a stop. For the other notebooks `sources.jsonl`,
-    with a line for each time that the study was started, tells which were at work when they wrote.
-    """
-    by = {run: config["provenance"]["sources"] for run, config in configs.items()}
-    for run, config in configs.items():
-        by |= {f"{run} from step {made['step']}": made["sources"] for made in config.get("resumed", [])}
-    log = folder / "sources.jsonl"
-    starts = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    for job in work:
-        made = folder / job.makes[0]
-        if job.notebook != "10_train" and made.exists():
-            before = [start["sources"] for start in starts if start["time"] <= made.stat().st_mtime]
-            by |= {job.name: before[-1]} if before else {}
-    return by
-
-
-def _shared(values: dict[str, str]) -> str:
-    """What has each of the values, in words; "" where all have the same."""
-    by: dict[str, list[str]] = {}
-    for name, value in values.items():
-        by.setdefault(value, []).append(name)
-    return "; ".join(f"{value} in {len(of)}, first {of[0]}" for value, of in by.items()) if len(by) > 1 else ""
+    problems = []
+    for name, values in differ.items():
+        runs: dict[str, list[str]] = {}
+        for run, value in values.items():
+            runs.setdefault(value, []).append(run)
+        if len(runs) > 1:
+            told = "; ".join(f"{value} in {len(of)}, first {of[0]}" for value, of in runs.items())
+            problems.append(f"the runs differ in {name} ({told}): are several studies mixed?")
+    return problems
 
 
 def _read_history(path: Path) -> pd.DataFrame:
     return pd.read_json(path, lines=True).assign(train_domain="", optimizer="", seed=-1)  # the grid knows whose it is
 
 
-def _read_measures(path: Path) -> pd.DataFrame:
-    names = ("train_domain", "test_domain", "optimizer", "kind", "term", "measure", "statistics")
-    table = pd.read_csv(path, dtype=dict.fromkeys(names, str))
-    return table.assign(**{name: table[name].fillna("") for name in names if name in table})
-
-
+TEXT = ("train_domain", "test_domain", "optimizer", "kind", "term", "measure", "statistics")
+_read_measures = partial(pd.read_csv, converters=dict.fromkeys(TEXT, str))  # "" where there is none
 READERS: dict[str, tuple[Callable[[Path], pd.DataFrame], Sequence[str]]] = {  # and the columns that it must have
     "results.csv": (read_results, COLUMNS),
     "costs.csv": (read_results, COLUMNS),

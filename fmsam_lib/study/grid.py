@@ -102,7 +102,6 @@ def compared(study: Study) -> tuple[str, str]:
 
 def twins(study: Study) -> list[tuple[Run, Run]]:
     """Runs of baseline and treatment with the same training domain and seed, so the same start."""
-    baseline, treatment = compared(study)
-    if baseline == treatment:
-        return []
-    return [(Run(d, baseline, s), Run(d, treatment, s)) for d in study.train_domains for s in study.seeds]
+    names = compared(study)
+    cells = itertools.product(study.train_domains, study.seeds)
+    return [(Run(d, names[0], s), Run(d, names[1], s)) for d, s in cells if names[0] != names[1]]

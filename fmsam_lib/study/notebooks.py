@@ -100,10 +100,16 @@ def write_if_new(path: Path, text: str) -> None:
             partial.write_text(text)
 
 
-def plan(work: list[Job], root: Path) -> None:
-    """Write every notebook's parameter file."""
+def plan(work: list[Job], root: Path) -> list[Job]:
+    """Write every notebook's parameter file; the jobs that lack a file, or made theirs with other parameters."""
+    left = []
     for job in work:
-        write_if_new(root / f"{job.name}.yaml", yaml.safe_dump(job.values, sort_keys=False))
+        parameters = root / f"{job.name}.yaml"
+        write_if_new(parameters, yaml.safe_dump(job.values, sort_keys=False))
+        whole = all((root / file).exists() for file in (*job.needs, *job.makes))
+        if not whole or (root / job.makes[0]).stat().st_mtime < parameters.stat().st_mtime:
+            left.append(job)
+    return left
 
 
 def executed(work: list[Job], root: Path) -> Iterator[tuple[Job, float, list[str]]]:

@@ -50,10 +50,11 @@ def main() -> int:
         print(f"error: another process is computing this study in {root}; wait for it or end it", file=sys.stderr)
         return 2
     write_if_new(root / "left_out.json", json.dumps(left_out))
-    with open(root / "sources.jsonl", "a") as log:  # whatever is made from now on is made by these
-        log.write(json.dumps({"time": time.time(), "sources": sources()}) + "\n")
     work = jobs(study, root, data, study_file)
-    plan(work, root)
+    log = root / "sources.json"  # the version of the library that last ran each notebook; trainings record their own
+    made_by = json.loads(log.read_text()) if log.exists() else {}
+    made_by |= {job.name: sources() for job in plan(work, root) if job.notebook != "10_train"}
+    write_if_new(log, json.dumps(made_by))
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--config", f"study={study_file}", f"root={root}"),
         *("--snakefile", str(PROJECT / "Snakefile"), "--directory", str(PROJECT)),
@@ -82,7 +83,7 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
 
     Raises DataError when a training domain is not there (after an attempt to fetch it).
     """
-    left_out = []
+    left_out = {}
     for domain in dict.fromkeys([*study.train_domains, *study.test_domains]):
         try:
             if "HippocampusMR" in domain.split("+"):
@@ -93,11 +94,11 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
         except DataError as error:
             if domain in study.train_domains:
                 raise
-            left_out.append(f"{domain} is left out of the tests: {error}")
-    there = [domain for domain in study.test_domains if not any(line.startswith(f"{domain} is ") for line in left_out)]
+            left_out[domain] = f"{domain} is left out of the tests: {error}"
+    there = [domain for domain in study.test_domains if domain not in left_out]
     if not there:
-        raise DataError("no test domain is there:\n- " + "\n- ".join(left_out))
-    return study.model_copy(update={"test_domains": there}), left_out
+        raise DataError("no test domain is there:\n- " + "\n- ".join(left_out.values()))
+    return study.model_copy(update={"test_domains": there}), [*left_out.values()]
 
 
 def compute(snakemake: list[str], work: list[Job], root: Path, lock: int) -> bool:

@@ -156,7 +156,7 @@ def test_nothing_in_common_and_values_twice_are_refused():
     with pytest.raises(ValueError, match="expected 'sam' and 'adam' on the same pairs and seeds, got adam"):
         difference(rows([[1.0, 2.0]], optimizer="adam"), "adam", "sam")
     table = two([[0.1, 0.2]], [[0.2, 0.3]])
-    with pytest.raises(ValueError, match=r"4 twice, first .*are tables of several studies mixed\?"):
+    with pytest.raises(ValueError, match=r"4 twice, first .*are several studies mixed\?"):
         difference(pd.concat([table, table]), "adam", "sam")
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 
 import numpy as np
@@ -316,12 +315,10 @@ def test_a_training_that_went_on_with_another_version_is_named(make):
 
 def test_tables_of_another_version_than_the_trainings_are_named(make):
     study, root = make()
-    starts = [{"time": 1000, "sources": sources()}, {"time": 2000, "sources": "0123456789ab"}]
-    (root / "sources.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
-    for path in root.rglob("*.csv"):
-        os.utime(path, (1500, 1500))
+    made_by = {job.name: sources() for job in jobs(study, root, "", root)[:-1] if job.notebook != "10_train"}
+    (root / "sources.json").write_text(json.dumps(made_by))
     assert gather(study, root).problems == []
-    os.utime(root / "a/sam/seed0/landscape.csv", (2500, 2500))
+    (root / "sources.json").write_text(json.dumps(made_by | {"a/sam/seed0/30_loss_landscape": "0123456789ab"}))
     (problem,) = gather(study, root).problems
     assert "0123456789ab in 1, first a/sam/seed0/30_loss_landscape" in problem
 

@@ -263,6 +263,23 @@ def test_parameter_files_are_rewritten_only_when_they_change(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
+def test_what_lacks_a_file_or_was_made_with_other_parameters_is_to_be_run(tmp_path):
+    work = jobs(study_of(tmp_path, optimizers=["adam"], baselines=None), tmp_path, "", tmp_path / "s.yaml")
+    assert plan(work, tmp_path) == work
+    for file in (file for job in work for file in job.makes):
+        (tmp_path / file).touch()
+    assert plan(work, tmp_path) == []
+    changed = study_of(tmp_path, optimizers=["adam"], baselines=None, landscape={"pairs": 2})
+    for path in tmp_path.rglob("*.csv"):
+        os.utime(path, (1000, 1000))
+    for path in (tmp_path / "brain-mr/adam/seed0/20_evaluate.yaml", tmp_path / "none/20_evaluate.yaml"):
+        os.utime(path, (900, 900))
+    again = jobs(changed, tmp_path, "", tmp_path / "s.yaml")
+    assert [job.notebook for job in plan(again, tmp_path)] == ["30_loss_landscape"]
+    (tmp_path / "brain-mr/adam/seed0/weights.pt").unlink()
+    assert [job.folder for job in plan(again, tmp_path)] == ["brain-mr/adam/seed0"] * 3 + [""]
+
+
 def real_images(folder):
     """A data set of five 2-D images with two test pairs."""
     rng = np.random.default_rng(0)
@@ -437,9 +454,9 @@ def test_a_failed_training_keeps_what_the_others_did(project, damaged):
 
 def test_a_study_that_goes_on_with_another_version_of_the_library_says_so(project, damaged):
     (line,) = [line for line in damaged.stderr.splitlines() if "the runs differ in the library (hash" in line]
-    first, second = {
-        json.loads(line)["sources"]: 1 for line in (project / "runs/tiny/sources.jsonl").read_text().splitlines()
-    }
+    made_by = json.loads((project / "runs/tiny/sources.json").read_text())
+    first, second = (made_by[f"{run}/20_evaluate"] for run in ("brain-mr/adam/seed0", "none"))
+    assert first != second
     assert f"{first} in " in line
     assert f"{second} in " in line
     assert line.split(f"{second} in ")[1].startswith("2, first none/20_evaluate")  # and Adam's landscape
