@@ -31,7 +31,7 @@ Product = Callable[[np.ndarray], np.ndarray]  # v to H v, both (n,)
 
 
 def measures(
-    net: GradICON, batch: Batch, loss: dict[str, Any], settings: Landscape, *, progress: bool = True
+    net: GradICON, batch: Batch, loss: dict[str, Any], settings: Landscape
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every measure of flatness of a network on one batch: `sharpness` and `curvature` in one table, and the spectrum.
 
@@ -42,25 +42,14 @@ def measures(
     should the network have changed.
     """
     batch = batch.to(next(net.parameters()).device)
-    how: dict[str, Any] = {"seed": settings.direction_seed, "progress": progress}
-    at_a_distance = settings.model_dump(include={"rhos", "draws", "ascent_steps"}) | how
-    at_w = settings.model_dump(include={"eigenvalues", "probes", "lanczos_steps"}) | how
     with unchanged(net):
-        first = sharpness(net, terms_on(batch, torch.float64, **loss), **at_a_distance)
-        second, spectrum = curvature(net, terms_on(batch, torch.float32, **loss), dtype=torch.float32, **at_w)
+        first = sharpness(net, terms_on(batch, torch.float64, **loss), settings)
+        second, spectrum = curvature(net, terms_on(batch, torch.float32, **loss), settings, torch.float32)
     return pd.concat([part for part in (first, second) if len(part)], ignore_index=True), spectrum
 
 
 def curvature(
-    net: nn.Module,
-    terms: TermsOf,
-    *,
-    eigenvalues: int,
-    probes: int,
-    lanczos_steps: int,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    progress: bool = False,
+    net: nn.Module, terms: TermsOf, settings: Landscape, dtype: torch.dtype = torch.float64
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What the Hessian H of each of the loss's TERMS tells at a network's weights; rows of `COLUMNS`, and the spectrum.
 
@@ -69,40 +58,31 @@ def curvature(
       spectrum instead.)
     - trace: Hutchinson's estimate from `probes` random signs, with its 95 % t-interval; 0: neither this nor the
       spectrum
-    - the spectrum: see `spectral_density`; lanczos_steps 0: none
+    - the spectrum, rows of `spectral_density` and their term, from as many probes of `lanczos_steps`
 
     dtype: what the products are computed in; `terms` must suit it. A term that is constant or linear has zeros, one
     that is not finite NaN. The graph of the gradient is kept while a term is measured, several times as large as a
     training step's, beside 20 (more eigenvalues: more) or `lanczos_steps` vectors of all weights. Raises: ValueError
     for more eigenvalues or steps than the network has parameters.
     """
-    space = WeightSpace(net, terms, dtype)
-    n = len(space.w)
-    if eigenvalues >= n or lanczos_steps > n:
+    space, seed, probes = WeightSpace(net, terms, dtype), settings.direction_seed, settings.probes
+    n, eigenvalues, steps = len(space.w), settings.eigenvalues, settings.lanczos_steps
+    if eigenvalues >= n or steps > n:
         raise ValueError(
             f"expected less than {n} eigenvalues and at most {n} lanczos_steps, as the network has {n} parameters; "
-            f"got eigenvalues={eigenvalues} and lanczos_steps={lanczos_steps}"
+            f"got eigenvalues={eigenvalues} and lanczos_steps={steps}"
         )
-    tables, spectra = [], []
-    with tqdm(desc="Hessian", unit="product", disable=not progress, leave=False) as bar:
+    rows, spectra = [], []
+    with tqdm(desc="Hessian", unit="product", leave=False) as bar:
         for i, term in enumerate(TERMS):
-            rows, spectrum = _of_term(hessian(space, i, bar), n, eigenvalues, probes, lanczos_steps, seed)
-            tables.append(pd.DataFrame(rows, columns=COLUMNS).assign(term=term))
-            spectra.append(spectrum.assign(term=term))
-    return pd.concat(tables, ignore_index=True), pd.concat(spectra, ignore_index=True)
-
-
-def _of_term(
-    product: Product, n: int, eigenvalues: int, probes: int, steps: int, seed: int
-) -> tuple[list[dict[str, Any]], pd.DataFrame]:
-    rows = []
-    if eigenvalues:
-        values = largest_eigenvalues(product, n, eigenvalues, seed=seed)
-        rows += [row(f"eigenvalue_{i + 1}", value) for i, value in enumerate(values)]
-    if probes:
-        mean, low, high = trace(product, n, probes, seed=seed)
-        rows.append(row("trace", mean, low=low, high=high, n=probes))
-    return rows, spectral_density(product, n, probes if steps else 0, steps, seed=seed)
+            product = hessian(space, i, bar)
+            values = largest_eigenvalues(product, n, eigenvalues, seed=seed) if eigenvalues else []
+            rows += [row(f"eigenvalue_{k}", value, term) for k, value in enumerate(values, start=1)]
+            if probes:
+                mean, low, high = trace(product, n, probes, seed=seed)
+                rows.append(row("trace", mean, term, low=low, high=high, n=probes))
+            spectra.append(spectral_density(product, n, probes, steps, seed=seed).assign(term=term))
+    return pd.DataFrame(rows, columns=COLUMNS), pd.concat(spectra, ignore_index=True)
 
 
 def hessian(space: WeightSpace, term: int, bar: tqdm | None = None) -> Product:

@@ -40,16 +40,10 @@ class WeightSpace:
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        terms: TermsOf = lambda net: (),
-        dtype: torch.dtype | None = None,
-        *,
-        training: bool = False,
+        self, net: nn.Module, terms: TermsOf = lambda net: (), dtype: torch.dtype | None = None, *, training=False
     ):
         self.net = copy.deepcopy(net).train(training).requires_grad_(True)
-        if dtype is not None:
-            self.net.to(dtype)
+        self.net.to(dtype=dtype)
         if isinstance(self.net, GradICON):
             self.net.precision = "float32"
         self.terms = terms
@@ -57,9 +51,14 @@ class WeightSpace:
         self.w = vector(self.net)
         self._stand(self.w)
 
+    def parts(self, of: Tensor) -> list[Tensor]:
+        """Of a vector `(n,)`, a tensor for every parameter."""
+        parts = of.split([p.numel() for p in self.params])
+        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+
     def _stand(self, at: Tensor) -> None:
-        for p, part in zip(self.params, at.split([p.numel() for p in self.params]), strict=True):
-            p.data = part.view(p.shape)
+        for p, part in zip(self.params, self.parts(at), strict=True):
+            p.data = part
 
     @contextmanager
     def at(
@@ -69,14 +68,13 @@ class WeightSpace:
 
         So do its buffers: BatchNorm's statistics that were moved or replaced inside are put back.
         """
-        buffers = list(self.net.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        buffers = [(buffer, buffer.clone()) for buffer in self.net.buffers()]
         self._stand(torch.add(self.w if origin is None else origin, eps, alpha=distance))
         try:
             yield self.net
         finally:
             self._stand(self.w)
-            for buffer, value in zip(buffers, before, strict=True):
+            for buffer, value in buffers:
                 buffer.copy_(value)
 
     def values(self, eps: Tensor | float = 0.0) -> np.ndarray:
