@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.training.losses import Batch, objective
@@ -49,16 +50,7 @@ class WeightSpace:
         self.terms = terms
         self.params = list(self.net.parameters())
         self.w = vector(self.net)
-        self._stand(self.w)
-
-    def parts(self, of: Tensor) -> list[Tensor]:
-        """Of a vector `(n,)`, a tensor for every parameter."""
-        parts = of.split([p.numel() for p in self.params])
-        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
-
-    def _stand(self, at: Tensor) -> None:
-        for p, part in zip(self.params, self.parts(at), strict=True):
-            p.data = part
+        vector_to_parameters(self.w, self.params)
 
     @contextmanager
     def at(
@@ -69,11 +61,11 @@ class WeightSpace:
         So do its buffers: BatchNorm's statistics that were moved or replaced inside are put back.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.net.buffers()]
-        self._stand(torch.add(self.w if origin is None else origin, eps, alpha=distance))
+        vector_to_parameters(torch.add(self.w if origin is None else origin, eps, alpha=distance), self.params)
         try:
             yield self.net
         finally:
-            self._stand(self.w)
+            vector_to_parameters(self.w, self.params)
             for buffer, value in buffers:
                 buffer.copy_(value)
 
