@@ -6,7 +6,6 @@ batch with one fixed draw of the penalty's points, the same for every network th
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, fingerprint, unchanged, vector
 from fmsam_lib.images.domains import open_domain, readable_test_pairs
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.pair import Pair
@@ -192,15 +191,10 @@ def landscape(
             rows = line(net, loss, direction, radius=radius, points=settings.line_points)
             parts.append(rows.assign(kind="line", direction=i))
         side = settings.plane_points
-        about = [*before, digest(batch), list(seeds[:2]), settings.normalisation, [radius, side], trained.loss()]
+        about = [*before, fingerprint(batch), list(seeds[:2]), settings.normalisation, [radius, side], trained.loss()]
         file, key = None if keep is None else Path(keep) / f".plane-{where}.json", json.dumps(about)
         square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=side, keep=file, key=key)
         parts.append(square.assign(kind="plane"))
     angles = [(i, j, cosine(drawn[i], drawn[j])) for j in range(len(drawn)) for i in range(j)]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))
     return pd.concat(parts, ignore_index=True).assign(test_domain=where)
-
-
-def digest(batch: Batch) -> str:
-    """A hash of all that is in a batch."""
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in batch if t is not None)).hexdigest()

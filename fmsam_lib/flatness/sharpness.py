@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from fmsam_lib.flatness.weight_space import TERMS, TermsOf, WeightSpace
 from fmsam_lib.parameters import Landscape
@@ -42,26 +42,23 @@ def sharpness(net: nn.Module, terms: TermsOf, settings: Landscape) -> pd.DataFra
     finite is NaN.
     """
     space = WeightSpace(net, terms, torch.float64)
-    at_w, rhos, draws = space.values(), settings.rhos, settings.draws
+    at_w = space.values()
     rows = [row("weight_norm", float(space.w.norm()), "")]
-    scales = {False: torch.ones_like(space.w), True: space.w.abs()}
-    with tqdm(total=(2 * len(TERMS) + draws) * len(rhos), desc="sharpness", leave=False) as bar:
-        for i, term in enumerate(TERMS):
-            rows.append(row("loss", at_w[i], term))
-            _, g = space.gradient(i)
-            for adaptive, scale in scales.items():
-                slope = float((scale * g).norm())
-                rows.append(row("adaptive_gradient_norm" if adaptive else "gradient_norm", slope, term))
-                for rho in rhos:
-                    rise, higher = _climb(space, i, at_w[i], scale, scale * g, rho, settings.ascent_steps)
-                    rows.append(row("asam_rise" if adaptive else "sam_rise", rise, term, rho))
-                    rows.append(row("adaptive_ascent_rise" if adaptive else "ascent_rise", higher, term, rho))
-                    if not adaptive:
-                        fall = space.values(-rho / slope * g)[i] - at_w[i] if slope else math.nan
-                        rows.append(row("gradient_curvature", (rise + fall) / rho**2, term, rho))
-                    bar.update()
-        rows += _noise(space, at_w, scales, settings, bar)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    scales = {"": torch.ones_like(space.w), "adaptive_": space.w.abs()}
+    for i, term in enumerate(tqdm(TERMS, desc="climbs", unit="term", leave=False)):
+        rows.append(row("loss", at_w[i], term))
+        _, g = space.gradient(i)
+        for prefix, scale in scales.items():
+            slope = float((scale * g).norm())
+            rows.append(row(f"{prefix}gradient_norm", slope, term))
+            for rho in settings.rhos:
+                rise, higher = _climb(space, i, at_w[i], scale, scale * g, rho, settings.ascent_steps)
+                rows.append(row("asam_rise" if prefix else "sam_rise", rise, term, rho))
+                rows.append(row(f"{prefix}ascent_rise", higher, term, rho))
+                if not prefix:
+                    fall = space.values(-rho / slope * g)[i] - at_w[i] if slope else math.nan
+                    rows.append(row("gradient_curvature", (rise + fall) / rho**2, term, rho))
+    return pd.DataFrame(rows + _noise(space, at_w, scales, settings), columns=COLUMNS)
 
 
 def _climb(
@@ -92,25 +89,19 @@ def _climb(
     return float(first), float(best)
 
 
-def _noise(
-    space: WeightSpace, at_w: np.ndarray, scales: dict[bool, Tensor], settings: Landscape, bar: tqdm
-) -> list[dict]:
+def _noise(space: WeightSpace, at_w: np.ndarray, scales: dict[str, Tensor], settings: Landscape) -> list[dict]:
     """The same draws for every radius, adaptive or not, and term."""
     generator = torch.Generator().manual_seed(settings.direction_seed)
-    rises: dict[tuple[bool, float], list[np.ndarray]]
-    rises = {(adaptive, rho): [] for adaptive in scales for rho in settings.rhos}
-    for _ in range(settings.draws):  # drawn on the CPU: the same on every device
+    kinds, rises = [(prefix, rho) for prefix in scales for rho in settings.rhos], []
+    for _ in trange(settings.draws, desc="noise", leave=False):  # drawn on the CPU: the same on every device
         z = torch.randn(len(space.w), generator=generator, dtype=torch.float64).to(space.w.device) / len(space.w) ** 0.5
-        for rho in settings.rhos:
-            for adaptive, scale in scales.items():
-                eps = rho * scale * z
-                rises[adaptive, rho].append((space.values(eps) + space.values(-eps)) / 2 - at_w)
-            bar.update()
+        around = [rho * scales[prefix] * z for prefix, rho in kinds]
+        rises.append([(space.values(eps) + space.values(-eps)) / 2 - at_w for eps in around])
     return [
-        row("adaptive_noise_rise" if adaptive else "noise_rise", mean, term, rho, low, high, settings.draws)
-        for (adaptive, rho), values in rises.items()
-        for term, of_term in zip(TERMS, np.transpose(values), strict=True)
-        for mean, low, high in [mean_interval(of_term)]
+        row(f"{prefix}noise_rise", mean, term, rho, low, high, settings.draws)
+        for i, (prefix, rho) in enumerate(kinds)
+        for k, term in enumerate(TERMS)
+        for mean, low, high in [mean_interval(np.array(rises)[:, i, k])]
     ]
 
 

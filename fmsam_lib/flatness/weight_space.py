@@ -99,10 +99,11 @@ def terms_on(batch: Batch, dtype: torch.dtype, **settings: Any) -> TermsOf:
     return lambda net: objective(net, there, **settings)
 
 
-def fingerprint(net: nn.Module) -> str:
-    """SHA-256 over the names and values of all parameters and buffers: whether a network is still the same."""
+def fingerprint(of: nn.Module | Batch) -> str:
+    """SHA-256 over the names and values of all parameters and buffers, or all that is in a batch: is it the same?"""
     digest = hashlib.sha256()
-    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+    named = [*of.named_parameters(), *of.named_buffers()] if isinstance(of, nn.Module) else of._asdict().items()
+    for name, tensor in ((name, tensor) for name, tensor in named if tensor is not None):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

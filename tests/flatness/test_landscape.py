@@ -17,7 +17,6 @@ from fmsam_lib.flatness.landscape import (
     TRAINING,
     batches_of,
     cosine,
-    digest,
     fixed_batch,
     landscape,
     line,
@@ -354,7 +353,7 @@ def test_a_line_through_a_network_in_training_mode_is_that_in_eval_mode(part):
 def test_the_training_batch_is_the_same_for_every_seed_and_optimizer():
     runs = [Train(**(RUN | changes)) for changes in ({}, {"seed": 3, "optimizer": "sam"})]
     batches = [batches_of(run, [], pairs=2)[TRAINING] for run in runs]
-    assert digest(batches[0]) == digest(batches[1])
+    assert fingerprint(batches[0]) == fingerprint(batches[1])
     assert batches[0].moving.shape == (2, 1, 24, 24)
     mixture = batches_of(Train(**(RUN | {"train_domain": "brain-mr+heart-mr"})), [], pairs=2)[TRAINING]
     assert torch.equal(mixture.fixed[0], batches[0].fixed[0])
@@ -366,7 +365,7 @@ def test_a_network_is_measured_on_its_training_images_and_every_test_domain():
     batches = batches_of(Train(**RUN), ["brain-mr", "heart-mr"], pairs=1)
     assert list(batches) == [TRAINING, "brain-mr", "heart-mr"]
     assert torch.equal(batches["heart-mr"].moving[0], open_domain("heart-mr", shape=(24, 24)).test_pair(0).moving)
-    assert len({digest(batch) for batch in batches.values()}) == 3
+    assert len({fingerprint(batch) for batch in batches.values()}) == 3
     assert all(torch.equal(batch.points, batches[TRAINING].points) for batch in batches.values())
 
 
