@@ -68,43 +68,35 @@ def curvature(
     space, seed, probes = WeightSpace(net, terms, dtype), settings.direction_seed, settings.probes
     n, eigenvalues, steps = len(space.w), settings.eigenvalues, settings.lanczos_steps
     if eigenvalues >= n or steps > n:
-        raise ValueError(
-            f"expected less than {n} eigenvalues and at most {n} lanczos_steps, as the network has {n} parameters; "
-            f"got eigenvalues={eigenvalues} and lanczos_steps={steps}"
-        )
+        got = f"eigenvalues={eigenvalues} and lanczos_steps={steps}"
+        raise ValueError(f"expected less than {n} eigenvalues and at most {n} lanczos_steps of {n} weights, got {got}")
     rows, spectra = [], []
-    with tqdm(desc="Hessian", unit="product", leave=False) as bar:
-        for i, term in enumerate(TERMS):
-            product = hessian(space, i, bar)
-            values = largest_eigenvalues(product, n, eigenvalues, seed=seed) if eigenvalues else []
-            rows += [row(f"eigenvalue_{k}", value, term) for k, value in enumerate(values, start=1)]
-            if probes:
-                mean, low, high = trace(product, n, probes, seed=seed)
-                rows.append(row("trace", mean, term, low=low, high=high, n=probes))
-            spectra.append(spectral_density(product, n, probes, steps, seed=seed).assign(term=term))
+    for i, term in enumerate(tqdm(TERMS, desc="Hessian", unit="term", leave=False)):
+        product = hessian(space, i)
+        values = largest_eigenvalues(product, n, eigenvalues, seed=seed) if eigenvalues else []
+        rows += [row(f"eigenvalue_{k}", value, term) for k, value in enumerate(values, start=1)]
+        if probes:
+            mean, low, high = trace(product, n, probes, seed=seed)
+            rows.append(row("trace", mean, term, low=low, high=high, n=probes))
+        spectra.append(spectral_density(product, n, probes, steps, seed=seed).assign(term=term))
     return pd.DataFrame(rows, columns=COLUMNS), pd.concat(spectra, ignore_index=True)
 
 
-def hessian(space: WeightSpace, term: int, bar: tqdm | None = None) -> Product:
+def hessian(space: WeightSpace, term: int) -> Product:
     """The exact product `v -> H v` of one of the TERMS at w, all NaN where a term or its gradient is not finite.
 
     The gradient's graph is built once, here; a product is one way back through it.
     """
     values = space.terms(space.net)
-    if not all(torch.isfinite(value) for value in values):
+    finite, gradient = all(torch.isfinite(value) for value in values), values[term]
+    if finite and gradient.requires_grad:  # not a constant; a parameter that it does not depend on gets zeros
+        gradient = vector(torch.autograd.grad(gradient, space.params, create_graph=True, materialize_grads=True))
+    if not (finite and torch.isfinite(gradient).all()):
         return lambda v: np.full_like(v, np.nan)
-    if not values[term].requires_grad:  # a constant
-        return np.zeros_like
-    # a parameter that the term does not depend on has a gradient of zeros
-    gradient = vector(torch.autograd.grad(values[term], space.params, create_graph=True, materialize_grads=True))
-    if not torch.isfinite(gradient).all():
-        return lambda v: np.full_like(v, np.nan)
-    if not gradient.requires_grad:  # a linear term
+    if not gradient.requires_grad:  # of a constant or linear term
         return np.zeros_like
 
     def product(v: np.ndarray) -> np.ndarray:
-        if bar is not None:
-            bar.update()
         along = torch.from_numpy(v).to(gradient)
         products = torch.autograd.grad(gradient, space.params, along, retain_graph=True, materialize_grads=True)
         return vector(products).cpu().double().numpy()
@@ -146,12 +138,10 @@ def spectral_density(product: Product, n: int, probes: int, steps: int, *, seed:
     eigenvalues, its weights adding up to 1 (Ghorbani et al. 2019, arXiv 1901.10159). At most `steps` nodes a probe,
     fewer where the matrix has fewer different eigenvalues; one of NaN where products are not finite.
     """
-    random = np.random.default_rng(seed)
-    rows = [
-        (probe, node, weight)
-        for probe in range(probes)
-        for node, weight in zip(*lanczos(product, random.standard_normal(n), steps), strict=True)
-    ]
+    random, rows = np.random.default_rng(seed), []
+    for probe in range(probes):
+        nodes, weights = lanczos(product, random.standard_normal(n), steps)
+        rows += [(probe, node, weight) for node, weight in zip(nodes, weights, strict=True)]
     return pd.DataFrame(rows, columns=["probe", "node", "weight"])
 
 
