@@ -84,8 +84,7 @@ def random_direction(net: nn.Module, *, seed: int, normalisation: Normalisation 
             d = torch.zeros_like(p)
         elif normalisation != "none":
             output = 1 if id(p) in transposed else 0  # transposed convolutions have their output channels second
-            kept = [output] if normalisation == "filter" else []
-            others = [axis for axis in range(p.dim()) if axis not in kept]
+            others = [axis for axis in range(p.dim()) if axis != output or normalisation == "layer"]
             weights = p.detach().contiguous()  # the memory layout would decide how sums are rounded
             own, drawn = (torch.linalg.vector_norm(t, dim=others, keepdim=True) for t in (weights, d))
             d = d * own / drawn

@@ -70,10 +70,8 @@ def mix_buffers(net: nn.Module, corners: list[nn.Module], shares: list[float]) -
     """
     largest = shares.index(max(shares))
     for (name, buffer), *theirs in zip(net.named_buffers(), *(corner.buffers() for corner in corners), strict=True):
-        if not buffer.is_floating_point():
-            buffer.copy_(theirs[largest])
-            continue
-        mixed = sum(share * b for share, b in zip(shares, theirs, strict=True))
+        floating = buffer.is_floating_point()
+        mixed = sum(share * b for share, b in zip(shares, theirs, strict=True)) if floating else theirs[largest]
         if name.endswith("running_var"):
             mixed = torch.maximum(mixed, torch.stack(theirs).amin(0))
         buffer.copy_(mixed)
@@ -102,7 +100,7 @@ class Solutions:
         aside = to_treatment - (to_treatment @ self.along) * self.along
         if not (min(lengths) > 0 and aside.norm() > 1e-6 * lengths[1]):
             raise ValueError(
-                "expected a start and two other solutions, got three networks on one line: is a run given twice?"
+                "expected a start and two solutions, got three networks on one line: is a run given twice?"
             )
         self.across = aside / aside.norm()
         self.places = [self.place(net)[:2] for net in self.corners]
@@ -172,9 +170,7 @@ def between(settings: Between) -> pd.DataFrame:
         raise ConfigError("expected two runs from one start with one loss, got\n- " + "\n- ".join(differing))
     names = [folder.parent.name for folder in folders]  # a study's name for each optimizer
     if names[0] == names[1] and folders[0] != folders[1]:
-        raise ConfigError(
-            f"expected folders that tell them apart, <name>/seed<seed>, got {folders[0]} and {folders[1]}"
-        )
+        raise ConfigError(f"expected folders that tell them apart, <name>/seed<seed>, got {folders[0]}, {folders[1]}")
     nets = [starting(runs[0]).eval(), *(load(folder / "weights.pt") for folder in folders)]
     with unchanged(*nets):
         solutions = Solutions(*nets)
