@@ -84,7 +84,7 @@ def test_04_shows_what_the_climb_does(tmp_path):
 
 
 OPTIMIZERS = ("adam", "adam-2x", "sam")
-STALE = '{"key": "of other weights"}\n{"row": 0, "values": [[9, 9, 9], [9, 9, 9], [9, 9, 9]]}\n'
+STALE = '{"key": "of other weights", "rows": [[[9, 9, 9], [9, 9, 9], [9, 9, 9]]]}\n'
 
 
 @pytest.fixture(scope="session")
@@ -104,7 +104,7 @@ def make_tiny_study(root):
         execute("20_evaluate", out, run=str(out), out=str(out), methods=methods, io=15, fields=True, **looks)
         if optimizer == "adam-2x":
             continue
-        (out / f".plane-{DOMAIN}.jsonl").write_text(STALE)  # as an interrupted run of other weights leaves it
+        (out / f".plane-{DOMAIN}.json").write_text(STALE)  # as an interrupted run of other weights leaves it
         small = {"pairs": 2, "line_points": 5, "plane_points": 3, "directions": 1, "rhos": [0.01, 0.1], "draws": 2}
         small |= {"measured_on": ["training"], "ascent_steps": 1, "eigenvalues": 1, "probes": 2, "lanczos_steps": 5}
         execute("30_loss_landscape", out, run=str(out), out=str(out), **small, **test)

@@ -31,7 +31,7 @@ Product = Callable[[np.ndarray], np.ndarray]  # v to H v, both (n,)
 
 
 def measures(
-    net: GradICON, batch: Batch, loss: dict[str, Any], settings: Landscape, *, progress: bool = True
+    net: GradICON, batch: Batch, loss: dict[str, Any], settings: Landscape
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every measure of flatness of a network on one batch: `sharpness` and `curvature` in one table, and the spectrum.
 
@@ -42,25 +42,14 @@ def measures(
     should the network have changed.
     """
     batch = batch.to(next(net.parameters()).device)
-    how: dict[str, Any] = {"seed": settings.direction_seed, "progress": progress}
-    at_a_distance = settings.model_dump(include={"rhos", "draws", "ascent_steps"}) | how
-    at_w = settings.model_dump(include={"eigenvalues", "probes", "lanczos_steps"}) | how
     with unchanged(net):
-        first = sharpness(net, terms_on(batch, torch.float64, **loss), **at_a_distance)
-        second, spectrum = curvature(net, terms_on(batch, torch.float32, **loss), dtype=torch.float32, **at_w)
+        first = sharpness(net, terms_on(batch, torch.float64, **loss), settings)
+        second, spectrum = curvature(net, terms_on(batch, torch.float32, **loss), settings, torch.float32)
     return pd.concat([part for part in (first, second) if len(part)], ignore_index=True), spectrum
 
 
 def curvature(
-    net: nn.Module,
-    terms: TermsOf,
-    *,
-    eigenvalues: int,
-    probes: int,
-    lanczos_steps: int,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    progress: bool = False,
+    net: nn.Module, terms: TermsOf, settings: Landscape, dtype: torch.dtype = torch.float64
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What the Hessian H of each of the loss's TERMS tells at a network's weights; rows of `COLUMNS`, and the spectrum.
 
@@ -69,62 +58,45 @@ def curvature(
       spectrum instead.)
     - trace: Hutchinson's estimate from `probes` random signs, with its 95 % t-interval; 0: neither this nor the
       spectrum
-    - the spectrum: see `spectral_density`; lanczos_steps 0: none
+    - the spectrum, rows of `spectral_density` and their term, from as many probes of `lanczos_steps`
 
     dtype: what the products are computed in; `terms` must suit it. A term that is constant or linear has zeros, one
     that is not finite NaN. The graph of the gradient is kept while a term is measured, several times as large as a
     training step's, beside 20 (more eigenvalues: more) or `lanczos_steps` vectors of all weights. Raises: ValueError
     for more eigenvalues or steps than the network has parameters.
     """
-    space = WeightSpace(net, terms, dtype)
-    n = len(space.w)
-    if eigenvalues >= n or lanczos_steps > n:
-        raise ValueError(
-            f"expected less than {n} eigenvalues and at most {n} lanczos_steps, as the network has {n} parameters; "
-            f"got eigenvalues={eigenvalues} and lanczos_steps={lanczos_steps}"
-        )
-    tables, spectra = [], []
-    with tqdm(desc="Hessian", unit="product", disable=not progress, leave=False) as bar:
-        for i, term in enumerate(TERMS):
-            rows, spectrum = _of_term(hessian(space, i, bar), n, eigenvalues, probes, lanczos_steps, seed)
-            tables.append(pd.DataFrame(rows, columns=COLUMNS).assign(term=term))
-            spectra.append(spectrum.assign(term=term))
-    return pd.concat(tables, ignore_index=True), pd.concat(spectra, ignore_index=True)
+    space, seed, probes = WeightSpace(net, terms, dtype), settings.direction_seed, settings.probes
+    n, eigenvalues, steps = len(space.w), settings.eigenvalues, settings.lanczos_steps
+    if eigenvalues >= n or steps > n:
+        got = f"eigenvalues={eigenvalues} and lanczos_steps={steps}"
+        raise ValueError(f"expected less than {n} eigenvalues and at most {n} lanczos_steps of {n} weights, got {got}")
+    rows, spectra = [], []
+    for i, term in enumerate(tqdm(TERMS, desc="Hessian", unit="term", leave=False)):
+        product = hessian(space, i)
+        values = largest_eigenvalues(product, n, eigenvalues, seed=seed) if eigenvalues else []
+        rows += [row(f"eigenvalue_{k}", value, term) for k, value in enumerate(values, start=1)]
+        if probes:
+            mean, low, high = trace(product, n, probes, seed=seed)
+            rows.append(row("trace", mean, term, low=low, high=high, n=probes))
+        spectra.append(spectral_density(product, n, probes, steps, seed=seed).assign(term=term))
+    return pd.DataFrame(rows, columns=COLUMNS), pd.concat(spectra, ignore_index=True)
 
 
-def _of_term(
-    product: Product, n: int, eigenvalues: int, probes: int, steps: int, seed: int
-) -> tuple[list[dict[str, Any]], pd.DataFrame]:
-    rows = []
-    if eigenvalues:
-        values = largest_eigenvalues(product, n, eigenvalues, seed=seed)
-        rows += [row(f"eigenvalue_{i + 1}", value) for i, value in enumerate(values)]
-    if probes:
-        mean, low, high = trace(product, n, probes, seed=seed)
-        rows.append(row("trace", mean, low=low, high=high, n=probes))
-    return rows, spectral_density(product, n, probes if steps else 0, steps, seed=seed)
-
-
-def hessian(space: WeightSpace, term: int, bar: tqdm | None = None) -> Product:
+def hessian(space: WeightSpace, term: int) -> Product:
     """The exact product `v -> H v` of one of the TERMS at w, all NaN where a term or its gradient is not finite.
 
     The gradient's graph is built once, here; a product is one way back through it.
     """
     values = space.terms(space.net)
-    if not all(torch.isfinite(value) for value in values):
+    finite, gradient = all(torch.isfinite(value) for value in values), values[term]
+    if finite and gradient.requires_grad:  # not a constant; a parameter that it does not depend on gets zeros
+        gradient = vector(torch.autograd.grad(gradient, space.params, create_graph=True, materialize_grads=True))
+    if not (finite and torch.isfinite(gradient).all()):
         return lambda v: np.full_like(v, np.nan)
-    if not values[term].requires_grad:  # a constant
-        return np.zeros_like
-    # a parameter that the term does not depend on has a gradient of zeros
-    gradient = vector(torch.autograd.grad(values[term], space.params, create_graph=True, materialize_grads=True))
-    if not torch.isfinite(gradient).all():
-        return lambda v: np.full_like(v, np.nan)
-    if not gradient.requires_grad:  # a linear term
+    if not gradient.requires_grad:  # of a constant or linear term
         return np.zeros_like
 
     def product(v: np.ndarray) -> np.ndarray:
-        if bar is not None:
-            bar.update()
         along = torch.from_numpy(v).to(gradient)
         products = torch.autograd.grad(gradient, space.params, along, retain_graph=True, materialize_grads=True)
         return vector(products).cpu().double().numpy()
@@ -166,12 +138,10 @@ def spectral_density(product: Product, n: int, probes: int, steps: int, *, seed:
     eigenvalues, its weights adding up to 1 (Ghorbani et al. 2019, arXiv 1901.10159). At most `steps` nodes a probe,
     fewer where the matrix has fewer different eigenvalues; one of NaN where products are not finite.
     """
-    random = np.random.default_rng(seed)
-    rows = [
-        (probe, node, weight)
-        for probe in range(probes)
-        for node, weight in zip(*lanczos(product, random.standard_normal(n), steps), strict=True)
-    ]
+    random, rows = np.random.default_rng(seed), []
+    for probe in range(probes):
+        nodes, weights = lanczos(product, random.standard_normal(n), steps)
+        rows += [(probe, node, weight) for node, weight in zip(nodes, weights, strict=True)]
     return pd.DataFrame(rows, columns=["probe", "node", "weight"])
 
 

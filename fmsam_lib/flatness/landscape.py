@@ -6,7 +6,6 @@ batch with one fixed draw of the penalty's points, the same for every network th
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, fingerprint, unchanged, vector
 from fmsam_lib.images.domains import open_domain, readable_test_pairs
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Landscape, Train
-from fmsam_lib.records import written_whole
+from fmsam_lib.records import write_json
 from fmsam_lib.training.losses import Batch, jittered_points, objective
 from fmsam_lib.training.sam import dot, norm
 
@@ -41,20 +40,17 @@ def fixed_batch(dataset, *, pairs: int) -> Batch:
     return _batch(readable_test_pairs(dataset, pairs))
 
 
-def training_batch(trained: Train, *, pairs: int, data: str = "") -> Batch:
-    """The first training pairs of the domain (each of a mixture's in turn) that a training used.
-
-    The same for every seed and optimizer, so that their networks can be compared on it.
-    """
-    dataset = open_domain(trained.train_domain, shape=tuple(trained.shape), data=data or trained.data or None)
-    return _batch([dataset.training_pair(i) for i in range(pairs)])
-
-
 def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str = "") -> dict[str, Batch]:
-    """The batches that a training's network is measured on: of its training images, and of every test domain."""
-    domains = {name: open_domain(name, shape=tuple(trained.shape), data=data or None) for name in test_domains}
-    tests = {name: fixed_batch(dataset, pairs=pairs) for name, dataset in domains.items()}
-    return {TRAINING: training_batch(trained, pairs=pairs, data=data)} | tests
+    """The batches that a training's network is measured on: of its training images, and of every test domain.
+
+    TRAINING has the first training pairs of its domain (each of a mixture's in turn): the same for every seed and
+    optimizer, so that their networks can be compared on it.
+    """
+    shape = tuple(trained.shape)
+    domains = {name: open_domain(name, shape=shape, data=data or None) for name in test_domains}
+    dataset = open_domain(trained.train_domain, shape=shape, data=data or trained.data or None)
+    batches = {TRAINING: _batch([dataset.training_pair(i) for i in range(pairs)])}
+    return batches | {name: fixed_batch(domain, pairs=pairs) for name, domain in domains.items()}
 
 
 def _batch(pairs: list[Pair]) -> Batch:
@@ -88,8 +84,7 @@ def random_direction(net: nn.Module, *, seed: int, normalisation: Normalisation 
             d = torch.zeros_like(p)
         elif normalisation != "none":
             output = 1 if id(p) in transposed else 0  # transposed convolutions have their output channels second
-            kept = [output] if normalisation == "filter" else []
-            others = [axis for axis in range(p.dim()) if axis not in kept]
+            others = [axis for axis in range(p.dim()) if axis != output or normalisation == "layer"]
             weights = p.detach().contiguous()  # the memory layout would decide how sums are rounded
             own, drawn = (torch.linalg.vector_norm(t, dim=others, keepdim=True) for t in (weights, d))
             d = d * own / drawn
@@ -150,44 +145,31 @@ def plane(
     the start.)
     """
     grid = places(radius, points)
-    done = {} if keep is None else _kept(keep, key)
+    rows = [] if keep is None else _kept(keep, key)
     space, first, second = WeightSpace(net), vector(along), vector(across)
-    bar = tqdm(total=points**2, initial=points * len(done), desc="plane", unit="point", leave=False)
-    for i, beta in enumerate(grid.tolist()):
-        if i in done:
-            continue
-        row = space.w + beta * second
-        done[i] = []
+    for beta in tqdm(grid.tolist()[len(rows) :], desc="plane", unit="row", leave=False):
+        origin, row = space.w + beta * second, []
         for alpha in grid.tolist():
-            with space.at(first, alpha, origin=row) as there:
-                done[i].append(loss(there).tolist())
-            bar.update()
+            with space.at(first, alpha, origin=origin) as there:
+                row.append(loss(there).tolist())
+        rows.append(row)
         if keep is not None:
-            with open(keep, "a") as file:
-                file.write(json.dumps({"row": i, "values": done[i]}) + "\n")
-    bar.close()
-    values = np.array([done[i] for i in range(points)]).reshape(points**2, -1)
-    alpha, beta = (np.repeat(axis.ravel(), len(TERMS)) for axis in np.meshgrid(grid, grid))
-    return _rows(alpha=alpha, beta=beta, values=values)
+            write_json(keep, {"key": key, "rows": rows})
+    alphas, betas = (np.repeat(axis.ravel(), len(TERMS)) for axis in np.meshgrid(grid, grid))
+    return _rows(alpha=alphas, beta=betas, values=np.array(rows))
 
 
-def _kept(path: Path, key: str) -> dict[int, list[list[float]]]:
-    """The finished rows of a plane with this key; a last line that a kill cut short does not count."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    rows = {line["row"]: line["values"] for line in lines[1:]} if lines and lines[0] == {"key": key} else {}
-    with written_whole(path) as partial:
-        kept = [{"key": key}, *({"row": row, "values": values} for row, values in rows.items())]
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    return rows
+def _kept(path: Path, key: str) -> list[list[list[float]]]:
+    """The finished rows of a plane with this key."""
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # what a full disk may leave
+        return []
+    return kept["rows"] if kept["key"] == key else []
 
 
 def _rows(*, values: np.ndarray, **columns: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(columns | {"term": TERMS * len(values), "value": values.ravel()})
+    return pd.DataFrame(columns | {"term": TERMS * (values.size // len(TERMS)), "value": values.ravel()})
 
 
 def landscape(
@@ -196,7 +178,7 @@ def landscape(
     """Lines along several directions, the plane of the first two, and the directions' cosines, on one batch.
 
     where: what the batch is of, `test_domain` in the rows. trained: the parameters of the training, whose loss this is.
-    keep: a folder for what an interrupted plane has done, `.plane-<where>.jsonl`. Rows of kind "line", "plane" and
+    keep: a folder for what an interrupted plane has done, `.plane-<where>.json`. Rows of kind "line", "plane" and
     "cosine" (of the directions `direction` and `alpha`). Raises RuntimeError should the network have changed.
     """
     loss, radius = loss_of(batch, **trained.loss()), settings.radius
@@ -208,15 +190,10 @@ def landscape(
             rows = line(net, loss, direction, radius=radius, points=settings.line_points)
             parts.append(rows.assign(kind="line", direction=i))
         side = settings.plane_points
-        about = [*before, digest(batch), list(seeds[:2]), settings.normalisation, [radius, side], trained.loss()]
-        file, key = None if keep is None else Path(keep) / f".plane-{where}.jsonl", json.dumps(about)
+        about = [*before, fingerprint(batch), list(seeds[:2]), settings.normalisation, [radius, side], trained.loss()]
+        file, key = None if keep is None else Path(keep) / f".plane-{where}.json", json.dumps(about)
         square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=side, keep=file, key=key)
         parts.append(square.assign(kind="plane"))
     angles = [(i, j, cosine(drawn[i], drawn[j])) for j in range(len(drawn)) for i in range(j)]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))
     return pd.concat(parts, ignore_index=True).assign(test_domain=where)
-
-
-def digest(batch: Batch) -> str:
-    """A hash of all that is in a batch."""
-    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in batch if t is not None)).hexdigest()

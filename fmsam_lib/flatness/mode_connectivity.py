@@ -5,13 +5,14 @@ interpolated as the weights are, which is exact at the solutions, or gathered an
 without which a barrier may be one of the statistics alone (Jordan et al. 2023, arXiv 2211.08403).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
@@ -69,29 +70,19 @@ def mix_buffers(net: nn.Module, corners: list[nn.Module], shares: list[float]) -
     """
     largest = shares.index(max(shares))
     for (name, buffer), *theirs in zip(net.named_buffers(), *(corner.buffers() for corner in corners), strict=True):
-        if not buffer.is_floating_point():
-            buffer.copy_(theirs[largest])
-            continue
-        mixed = sum(share * b for share, b in zip(shares, theirs, strict=True))
+        floating = buffer.is_floating_point()
+        mixed = sum(share * b for share, b in zip(shares, theirs, strict=True)) if floating else theirs[largest]
         if name.endswith("running_var"):
             mixed = torch.maximum(mixed, torch.stack(theirs).amin(0))
         buffer.copy_(mixed)
 
 
-@torch.no_grad()
 def re_estimate(net: nn.Module, batches: Sequence[Batch]) -> None:
     """Gather BatchNorm's running statistics anew: plain means over the batches, both directions of each together."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # a plain mean
-    net.train()
-    for batch in batches:
-        net(torch.cat([batch.moving, batch.fixed]), torch.cat([batch.fixed, batch.moving]))
-    net.eval()
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.momentum = momentum
+    pairs = [torch.stack([torch.cat([b.moving, b.fixed]), torch.cat([b.fixed, b.moving])]) for b in batches]
+    unpack = net.register_forward_pre_hook(lambda net, given: tuple(given[0]))  # `update_bn` hands on one tensor
+    update_bn(pairs, net)
+    unpack.remove()
 
 
 class Solutions:
@@ -142,15 +133,16 @@ class Solutions:
         return pd.DataFrame(rows, columns=["alpha", "beta", "term", "value"]).assign(kind="plane")
 
 
-def trajectories(solutions: Solutions, folders: dict[str, Path], steps: dict[str, int]) -> pd.DataFrame:
+def trajectories(solutions: Solutions, trainings: Iterable[tuple[str, Path, int]]) -> pd.DataFrame:
     """Where the trainings went on the plane, from their `snapshots/`: rows optimizer, step, alpha, beta, value.
 
-    value: the share of the distance from the start that lies beside the plane. Start and end are always there.
+    trainings: optimizer, folder and number of steps of each. value: the share of the distance from the start that lies
+    beside the plane. Start and end are always there.
     """
     rows = []
-    for i, (optimizer, folder) in enumerate(folders.items(), start=1):
-        seen = {0: solutions.corners[0], steps[optimizer]: solutions.corners[i]}
-        for file in sorted(Path(folder).glob("snapshots/step*.pt")):
+    for (optimizer, folder, steps), end in zip(trainings, solutions.corners[1:], strict=True):
+        seen: dict[int, nn.Module | Tensor] = {0: solutions.corners[0], steps: end}
+        for file in folder.glob("snapshots/step*.pt"):
             seen[int(file.stem.removeprefix("step"))] = torch.load(file, weights_only=True)
         rows += [(optimizer, step, *solutions.place(seen[step])) for step in sorted(seen)]
     return pd.DataFrame(rows, columns=["optimizer", "step", "alpha", "beta", "value"]).assign(kind="trajectory")
@@ -158,11 +150,9 @@ def trajectories(solutions: Solutions, folders: dict[str, Path], steps: dict[str
 
 def extent(places: pd.DataFrame, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates of a grid that shows all places (rows alpha, beta) with a fifth of their extent round them."""
-    axes = []
-    for column in ("alpha", "beta"):
-        low, high = places[column].min(), places[column].max()
-        axes.append(np.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), points))
-    return axes[0], axes[1]
+    low, high = places[["alpha", "beta"]].min(), places[["alpha", "beta"]].max()
+    alphas, betas = np.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), points).T
+    return alphas, betas
 
 
 def between(settings: Between) -> pd.DataFrame:
@@ -180,14 +170,11 @@ def between(settings: Between) -> pd.DataFrame:
         raise ConfigError("expected two runs from one start with one loss, got\n- " + "\n- ".join(differing))
     names = [folder.parent.name for folder in folders]  # a study's name for each optimizer
     if names[0] == names[1] and folders[0] != folders[1]:
-        raise ConfigError(
-            f"expected runs in folders that tell them apart, <name>/seed<seed>, got {folders[0]} and {folders[1]}"
-        )
+        raise ConfigError(f"expected folders that tell them apart, <name>/seed<seed>, got {folders[0]}, {folders[1]}")
     nets = [starting(runs[0]).eval(), *(load(folder / "weights.pt") for folder in folders)]
-    steps = {name: run.updates for name, run in zip(names, runs, strict=True)}
     with unchanged(*nets):
         solutions = Solutions(*nets)
-        tracks = trajectories(solutions, dict(zip(names, folders, strict=True)), steps)
+        tracks = trajectories(solutions, zip(names, folders, (run.updates for run in runs), strict=True))
         axes = extent(tracks, settings.plane_points)
         batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
         parts = [tracks.assign(test_domain="")]
@@ -195,6 +182,5 @@ def between(settings: Between) -> pd.DataFrame:
             loss = loss_of(batch, **runs[0].loss())
             on_path = path(nets[1], nets[2], loss, points=settings.path_points, anew=[batches[TRAINING]])
             parts += [part.assign(test_domain=domain) for part in (on_path, solutions.plane(loss, *axes))]
-    about = {"train_domain": runs[0].train_domain, "seed": runs[0].seed}
-    about |= dict(zip(("baseline", "treatment"), names, strict=True))
+    about = {"train_domain": runs[0].train_domain, "seed": runs[0].seed, "baseline": names[0], "treatment": names[1]}
     return pd.concat(parts, ignore_index=True).assign(**about)

@@ -15,20 +15,15 @@ import pandas as pd
 import torch
 from scipy.special import stdtrit
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm, trange
 
 from fmsam_lib.flatness.weight_space import TERMS, TermsOf, WeightSpace
+from fmsam_lib.parameters import Landscape
 
 COLUMNS = ["measure", "rho", "term", "value", "low", "high", "n"]
 
-# An ascent's steps, of rho: between creeping along the boundary of the ball and power iterations, which leap. Of 0.1
-# to 2 it found the highest losses around a trained network within 10 steps, for radii up to 0.05 (adaptive: 1).
-ASCENT_STEP = 1.0
 
-
-def sharpness(
-    net: nn.Module, terms: TermsOf, *, rhos: list[float], draws: int, ascent_steps: int, seed: int = 0, progress=False
-) -> pd.DataFrame:
+def sharpness(net: nn.Module, terms: TermsOf, settings: Landscape) -> pd.DataFrame:
     """The loss's slope and rises around a network's weights w, of n parameters; rows of `COLUMNS`.
 
     For each of the TERMS L, g its gradient at w; in brackets the adaptive twin, where `s = |w|` instead of 1:
@@ -49,24 +44,21 @@ def sharpness(
     space = WeightSpace(net, terms, torch.float64)
     at_w = space.values()
     rows = [row("weight_norm", float(space.w.norm()), "")]
-    scales = {False: torch.ones_like(space.w), True: space.w.abs()}
-    with tqdm(total=(2 * len(TERMS) + draws) * len(rhos), desc="sharpness", disable=not progress, leave=False) as bar:
-        for i, term in enumerate(TERMS):
-            rows.append(row("loss", at_w[i], term))
-            _, g = space.gradient(i)
-            for adaptive, scale in scales.items():
-                slope = float((scale * g).norm())
-                rows.append(row("adaptive_gradient_norm" if adaptive else "gradient_norm", slope, term))
-                for rho in rhos:
-                    rise, higher = _climb(space, i, at_w[i], scale, scale * g, rho, ascent_steps)
-                    rows.append(row("asam_rise" if adaptive else "sam_rise", rise, term, rho))
-                    rows.append(row("adaptive_ascent_rise" if adaptive else "ascent_rise", higher, term, rho))
-                    if not adaptive:
-                        fall = space.values(-rho / slope * g)[i] - at_w[i] if slope else math.nan
-                        rows.append(row("gradient_curvature", (rise + fall) / rho**2, term, rho))
-                    bar.update()
-        rows += _noise(space, at_w, scales, rhos, draws, seed, bar)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    scales = {"": torch.ones_like(space.w), "adaptive_": space.w.abs()}
+    for i, term in enumerate(tqdm(TERMS, desc="climbs", unit="term", leave=False)):
+        rows.append(row("loss", at_w[i], term))
+        _, g = space.gradient(i)
+        for prefix, scale in scales.items():
+            slope = float((scale * g).norm())
+            rows.append(row(f"{prefix}gradient_norm", slope, term))
+            for rho in settings.rhos:
+                rise, higher = _climb(space, i, at_w[i], scale, scale * g, rho, settings.ascent_steps)
+                rows.append(row("asam_rise" if prefix else "sam_rise", rise, term, rho))
+                rows.append(row(f"{prefix}ascent_rise", higher, term, rho))
+                if not prefix:
+                    fall = space.values(-rho / slope * g)[i] - at_w[i] if slope else math.nan
+                    rows.append(row("gradient_curvature", (rise + fall) / rho**2, term, rho))
+    return pd.DataFrame(rows + _noise(space, at_w, scales, settings), columns=COLUMNS)
 
 
 def _climb(
@@ -74,7 +66,9 @@ def _climb(
 ) -> tuple[float, float]:
     """The rise at SAM's step, and the highest of an ascent from there; eps is `scale * v`, `|v| <= rho`.
 
-    slope: the gradient with respect to v, at w.
+    slope: the gradient with respect to v, at w. An ascent's steps are as long as rho: between creeping along the ball's
+    boundary and power iterations, which leap. Of 0.1 to 2 times rho this found the highest losses around a trained
+    network within 10 steps, for radii up to 0.05 (adaptive: 1).
     """
     length = float(slope.norm())
     if length == 0:
@@ -88,37 +82,26 @@ def _climb(
         length = float(slope.norm())
         if not 0 < length < math.inf:
             break
-        v = v + ASCENT_STEP * rho / length * slope
+        v = v + rho / length * slope
         v = v * min(1.0, rho / float(v.norm()))
         if step == steps - 1:
             best = np.maximum(best, space.values(scale * v)[term] - at_w)
     return float(first), float(best)
 
 
-def _noise(
-    space: WeightSpace,
-    at_w: np.ndarray,
-    scales: dict[bool, Tensor],
-    rhos: list[float],
-    draws: int,
-    seed: int,
-    bar: tqdm,
-) -> list[dict]:
+def _noise(space: WeightSpace, at_w: np.ndarray, scales: dict[str, Tensor], settings: Landscape) -> list[dict]:
     """The same draws for every radius, adaptive or not, and term."""
-    generator = torch.Generator().manual_seed(seed)
-    rises: dict[tuple[bool, float], list[np.ndarray]] = {(adaptive, rho): [] for adaptive in scales for rho in rhos}
-    for _ in range(draws):  # drawn on the CPU: the same on every device
+    generator = torch.Generator().manual_seed(settings.direction_seed)
+    kinds, rises = [(prefix, rho) for prefix in scales for rho in settings.rhos], []
+    for _ in trange(settings.draws, desc="noise", leave=False):  # drawn on the CPU: the same on every device
         z = torch.randn(len(space.w), generator=generator, dtype=torch.float64).to(space.w.device) / len(space.w) ** 0.5
-        for rho in rhos:
-            for adaptive, scale in scales.items():
-                eps = rho * scale * z
-                rises[adaptive, rho].append((space.values(eps) + space.values(-eps)) / 2 - at_w)
-            bar.update()
+        around = [rho * scales[prefix] * z for prefix, rho in kinds]
+        rises.append([(space.values(eps) + space.values(-eps)) / 2 - at_w for eps in around])
     return [
-        row("adaptive_noise_rise" if adaptive else "noise_rise", mean, term, rho, low, high, draws)
-        for (adaptive, rho), values in rises.items()
-        for term, of_term in zip(TERMS, np.transpose(values), strict=True)
-        for mean, low, high in [mean_interval(of_term)]
+        row(f"{prefix}noise_rise", mean, term, rho, low, high, settings.draws)
+        for i, (prefix, rho) in enumerate(kinds)
+        for k, term in enumerate(TERMS)
+        for mean, low, high in [mean_interval(np.array(rises)[:, i, k])]
     ]
 
 

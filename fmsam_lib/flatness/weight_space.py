@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.training.losses import Batch, objective
@@ -40,26 +41,16 @@ class WeightSpace:
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        terms: TermsOf = lambda net: (),
-        dtype: torch.dtype | None = None,
-        *,
-        training: bool = False,
+        self, net: nn.Module, terms: TermsOf = lambda net: (), dtype: torch.dtype | None = None, *, training=False
     ):
         self.net = copy.deepcopy(net).train(training).requires_grad_(True)
-        if dtype is not None:
-            self.net.to(dtype)
+        self.net.to(dtype=dtype)
         if isinstance(self.net, GradICON):
             self.net.precision = "float32"
         self.terms = terms
         self.params = list(self.net.parameters())
         self.w = vector(self.net)
-        self._stand(self.w)
-
-    def _stand(self, at: Tensor) -> None:
-        for p, part in zip(self.params, at.split([p.numel() for p in self.params]), strict=True):
-            p.data = part.view(p.shape)
+        vector_to_parameters(self.w, self.params)
 
     @contextmanager
     def at(
@@ -69,14 +60,13 @@ class WeightSpace:
 
         So do its buffers: BatchNorm's statistics that were moved or replaced inside are put back.
         """
-        buffers = list(self.net.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        self._stand(torch.add(self.w if origin is None else origin, eps, alpha=distance))
+        buffers = [(buffer, buffer.clone()) for buffer in self.net.buffers()]
+        vector_to_parameters(torch.add(self.w if origin is None else origin, eps, alpha=distance), self.params)
         try:
             yield self.net
         finally:
-            self._stand(self.w)
-            for buffer, value in zip(buffers, before, strict=True):
+            vector_to_parameters(self.w, self.params)
+            for buffer, value in buffers:
                 buffer.copy_(value)
 
     def values(self, eps: Tensor | float = 0.0) -> np.ndarray:
@@ -109,10 +99,11 @@ def terms_on(batch: Batch, dtype: torch.dtype, **settings: Any) -> TermsOf:
     return lambda net: objective(net, there, **settings)
 
 
-def fingerprint(net: nn.Module) -> str:
-    """SHA-256 over the names and values of all parameters and buffers: whether a network is still the same."""
+def fingerprint(of: nn.Module | Batch) -> str:
+    """SHA-256 over the names and values of all parameters and buffers, or all that is in a batch: is it the same?"""
     digest = hashlib.sha256()
-    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+    named = [*of.named_parameters(), *of.named_buffers()] if isinstance(of, nn.Module) else of._asdict().items()
+    for name, tensor in ((name, tensor) for name, tensor in named if tensor is not None):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

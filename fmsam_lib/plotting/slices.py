@@ -89,12 +89,7 @@ def check_map(pair: Pair, phi_map: Tensor) -> Tensor:
 
 
 def cut(
-    pair: Pair,
-    phi_map: Tensor | None = None,
-    *,
-    axis: int | None = None,
-    index: int | None = None,
-    strength: float = 1.0,
+    pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index: int | None = None, strength=1.0
 ) -> Cut:
     """The plane across `axis` (the last one unless given) at `index` (the middle); a 2-D pair is its own plane.
 

@@ -1,7 +1,6 @@
-"""What all figures share: an optimizer's colour, marker and line style, names for people, panels, holes.
+"""What all figures share: an optimizer's colour, marker and line style, names for people, panels.
 
-An optimizer looks the same in every figure; what is compared shares its scale; what is missing shows as a hatched hole
-with a dash, or is counted in its panel.
+An optimizer looks the same in every figure; what is compared shares its scale; what is missing is counted in its panel.
 """
 
 import math
@@ -10,12 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
 from fmsam_lib.plotting.slices import WIDTH, Picture
 
@@ -33,30 +29,13 @@ LOOKS: dict[str, dict[str, Any]] = {
     "random": {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
 }
 OTHER_LOOKS = [LOOKS[name] for name in ("looksam", "adam-2x", "sam-every", "random")]
-REFINED: dict[str, Any] = {  # + io: on a network's map
-    "markerfacecolor": "white",
-    "linestyle": (0, (7, 1, 1, 1, 1, 1)),
-}
+# + io: on a network's map
+REFINED: dict[str, Any] = {"markerfacecolor": "white", "linestyle": (0, (7, 1, 1, 1, 1, 1))}
 NAMES = {
     "none": "before registration", "adam": "Adam", "adam-2x": "Adam, twice the steps", "sam": "SAM", "asam": "ASAM",
     "sam-every": "SAM now and then", "looksam": "LookSAM", "random": "random direction", "sgd": "SGD", "adamw": "AdamW",
     "io": "instance optimisation alone", "ants-syn": "ANTs SyN",
 }  # fmt: skip
-HATCHED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
-UNTRAINED = ("none", "io", "ants-syn")  # methods without a network: they belong to no training domain
-# a metric's name and decimals
-METRICS = {
-    "dice": ("Dice", 3),
-    "hd95": ("HD95", 1),
-    "surface_distance": ("mean surface distance", 2),
-    "tre": ("target registration error", 2),
-    "map_error": ("error of the map", 2),
-    "inverse_error": ("inverse error", 2),
-    "folding_percent": ("folded volume", 2),
-    "jacobian_min": ("smallest Jacobian determinant", 2),
-    "sdlogj": ("SD of the log-Jacobian", 3),
-    "sdlogj_learn2reg": ("SD of the log-Jacobian (Learn2Reg)", 3),
-}
 MEASURES = {
     "loss": "loss", "weight_norm": "length of the weights", "trace": "trace of the Hessian",
     "eigenvalue_1": "largest eigenvalue of the Hessian", "eigenvalue_2": "second largest eigenvalue",
@@ -119,13 +98,6 @@ def measure_name(measure: str, rho: float | None = None) -> str:
     return name if rho is None or math.isnan(rho) else f"{name}, ρ = {rho:g}"
 
 
-def metric_name(rows: pd.DataFrame, metric: str) -> str:
-    """The metric's name with its unit in these rows."""
-    units = [str(unit) for unit in rows.unit.dropna().unique() if str(unit) not in ("", "1")]
-    name = METRICS.get(metric, (metric,))[0]
-    return f"{name} ({units[0]})" if units else name
-
-
 def wrapped(domains: str, width: int = 20) -> str:
     """Domains such as `a+b+c` over several lines."""
     return textwrap.fill(domains.replace("+", " + "), width, break_on_hyphens=False)
@@ -134,16 +106,6 @@ def wrapped(domains: str, width: int = 20) -> str:
 def measured_on(test_domain: str) -> str:
     """Where something was measured; "training" is the batch of training images."""
     return "measured on training images" if test_domain == "training" else f"tested on {test_domain}"
-
-
-def log_ticks(axis: Axis, values: pd.Series) -> None:
-    """A log axis on which a narrow range of values has ticks too, and none of them overlap."""
-    ratio = values.max() / values.min()
-    locator = ticker.LogLocator(subs=(1, 2, 5) if ratio < 30 else (1,), numticks=6)
-    axis.set_major_locator(ticker.MaxNLocator(4) if ratio < 4 else locator)
-    axis.set_minor_formatter(ticker.NullFormatter())
-    if ratio < 30:
-        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def panels(number: int, most: int, height: float, ylabel: str = "", **share) -> tuple[Figure, list[Axes]]:
@@ -181,14 +143,6 @@ def curve(axes: Axes, values: pd.Series, style: dict, **more) -> None:
     line = values.groupby(level=0).agg(["mean", "min", "max"])
     axes.fill_between(line.index, line["min"], line["max"], color=style["color"], alpha=0.2, linewidth=0)
     axes.plot(line.index, line["mean"], **{"markevery": max(1, len(line) // 8), "markersize": 5} | style | more)
-
-
-def hole(axes: Axes, corner: tuple[float, float], transform) -> None:
-    """A hatched unit square with a dash: nothing was measured here."""
-    x, y = corner
-    axes.add_patch(Rectangle(corner, 1, 1, transform=transform, **HATCHED))
-    box = {"facecolor": "white", "linewidth": 0, "pad": 2}
-    axes.text(x + 0.5, y + 0.5, "–", transform=transform, ha="center", va="center", fontsize=14, bbox=box)
 
 
 def note(axes: Axes, *lines: str) -> None:

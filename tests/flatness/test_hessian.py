@@ -120,7 +120,7 @@ def by_measure(table, term):
 
 
 def test_a_bowls_curvature_and_zeros_of_linear_and_constant_terms():
-    table, spectrum = curvature(Weights().eval(), bowl, eigenvalues=2, probes=300, lanczos_steps=12)
+    table, spectrum = curvature(Weights().eval(), bowl, Landscape(eigenvalues=2, probes=300, lanczos_steps=12))
     assert list(table.columns) == COLUMNS
     total = by_measure(table, "total")
     assert list(total.index) == ["eigenvalue_1", "eigenvalue_2", "trace"]
@@ -139,20 +139,20 @@ def test_a_bowls_curvature_and_zeros_of_linear_and_constant_terms():
 
 
 def test_parts_can_be_left_out():
-    table, spectrum = curvature(Weights().eval(), bowl, eigenvalues=0, probes=0, lanczos_steps=5)
+    table, spectrum = curvature(Weights().eval(), bowl, Landscape(eigenvalues=0, probes=0, lanczos_steps=5))
     assert (len(table), list(table.columns)) == (0, COLUMNS)
     assert (len(spectrum), list(spectrum.columns)) == (0, ["probe", "node", "weight", "term"])
-    table, spectrum = curvature(Weights().eval(), bowl, eigenvalues=0, probes=2, lanczos_steps=0)
+    table, spectrum = curvature(Weights().eval(), bowl, Landscape(eigenvalues=0, probes=2, lanczos_steps=2))
     assert set(table.measure) == {"trace"}
-    assert len(spectrum) == 0
-    table, _ = curvature(Weights().eval(), bowl, eigenvalues=1, probes=0, lanczos_steps=0)
+    assert set(spectrum.probe) == {0, 1}
+    table, _ = curvature(Weights().eval(), bowl, Landscape(eigenvalues=1, probes=0, lanczos_steps=2))
     assert set(table.measure) == {"eigenvalue_1"}
 
 
 @pytest.mark.parametrize("wrong", [{"eigenvalues": 12}, {"lanczos_steps": 13}])
 def test_more_than_the_network_has_is_named(wrong):
     with pytest.raises(ValueError, match=r"less than 12 eigenvalues .* got eigenvalues="):
-        curvature(Weights().eval(), bowl, **(SMALL | wrong))
+        curvature(Weights().eval(), bowl, Landscape(**(SMALL | wrong)))
 
 
 def test_a_term_that_is_not_finite_has_nan():
@@ -164,7 +164,7 @@ def test_a_term_that_is_not_finite_has_nan():
         return root, root, (net.b**2).sum()
 
     for broken in (terms, steep):
-        table, spectrum = curvature(Weights().eval(), broken, **SMALL)
+        table, spectrum = curvature(Weights().eval(), broken, Landscape(**SMALL))
         assert by_measure(table, "total").isna().all()
         nodes = spectrum[spectrum.term == "total"]
         assert list(nodes.probe) == [0, 1, 2]
@@ -215,7 +215,7 @@ def dense_hessian(net, batch, term):
 def test_a_networks_curvature_is_that_of_its_dense_hessian(planar):
     net, batch, dense = planar
     table, spectrum = curvature(
-        net, lambda net: objective(net, batch, **LOSS), eigenvalues=3, probes=30, lanczos_steps=10
+        net, lambda net: objective(net, batch, **LOSS), Landscape(eigenvalues=3, probes=30, lanczos_steps=10)
     )
     for term, matrix in zip(TERMS, dense, strict=True):
         eigenvalues = np.linalg.eigvalsh(matrix)
@@ -240,16 +240,15 @@ def test_a_3d_networks_curvature_is_that_of_its_dense_hessian():
     v = np.random.default_rng(0).standard_normal(len(dense))
     found = hessian.hessian(WeightSpace(net, terms, torch.float64), 0)(v)
     np.testing.assert_allclose(found, dense @ v, atol=1e-10 * np.linalg.norm(dense @ v))
-    table, _ = curvature(net, terms, eigenvalues=1, probes=0, lanczos_steps=0)
+    table, _ = curvature(net, terms, Landscape(eigenvalues=1, probes=0, lanczos_steps=2))
     assert by_measure(table, "total").eigenvalue_1 == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-6)
 
 
 def test_measures_in_float32_are_near_those_in_float64(planar):
     net, batch, _ = planar
-    how = {"eigenvalues": 1, "probes": 4, "lanczos_steps": 0, "seed": 0}
-    exact, _ = curvature(net, lambda net: objective(net, batch, **LOSS), **how)
-    settings = Landscape(eigenvalues=1, probes=4, rhos=[0.1], draws=2, ascent_steps=1)
-    found, _ = measures(net, batch, LOSS, settings, progress=False)
+    settings = Landscape(eigenvalues=1, probes=4, lanczos_steps=2, rhos=[0.1], draws=2, ascent_steps=1)
+    exact, _ = curvature(net, lambda net: objective(net, batch, **LOSS), settings)
+    found, _ = measures(net, batch, LOSS, settings)
     for name in ("eigenvalue_1", "trace"):
         near = found[found.measure == name].value.to_numpy()
         np.testing.assert_allclose(near, exact[exact.measure == name].value, rtol=1e-3)
@@ -258,7 +257,9 @@ def test_measures_in_float32_are_near_those_in_float64(planar):
 def test_another_library_finds_the_same_largest_eigenvalues(planar):
     peer = pytest.importorskip("hessian_eigenthings", reason="the second opinion needs hessian-eigenthings")
     net, batch, _ = planar
-    table, _ = curvature(net, lambda net: objective(net, batch, **LOSS), eigenvalues=2, probes=0, lanczos_steps=0)
+    table, _ = curvature(
+        net, lambda net: objective(net, batch, **LOSS), Landscape(eigenvalues=2, probes=0, lanczos_steps=2)
+    )
     double = copy.deepcopy(net).double()
     for term, name in enumerate(TERMS):
         operator = peer.HessianOperator(double, [()], lambda net, _, t=term: objective(net, batch, **LOSS)[t])
@@ -292,8 +293,8 @@ def test_saving_memory_changes_no_product():
 def test_all_measures_of_a_network_that_stays_as_it_is():
     net, batch = network(2, levels=2), images(2)
     before, state = fingerprint(net), torch.get_rng_state()
-    table, spectrum = measures(net, batch, LOSS, ALL, progress=False)
-    again, same = measures(net, batch, LOSS, ALL, progress=False)
+    table, spectrum = measures(net, batch, LOSS, ALL)
+    again, same = measures(net, batch, LOSS, ALL)
     assert table.equals(again)
     assert spectrum.equals(same)
     assert list(table.columns) == COLUMNS
@@ -317,14 +318,14 @@ def test_a_network_that_changed_on_the_way_is_an_error(monkeypatch):
 
     monkeypatch.setattr(weight_space, "objective", careless)
     with pytest.raises(RuntimeError, match="expected the network to stay as it was"):
-        measures(net, images(2), LOSS, ALL, progress=False)
+        measures(net, images(2), LOSS, ALL)
 
 
 def test_a_network_of_nan_is_measured_as_nan():
     net = network(2)
     with torch.no_grad():
         net.steps[0].last.bias.fill_(np.nan)
-    table, spectrum = measures(net, images(2), LOSS, ALL, progress=False)
+    table, spectrum = measures(net, images(2), LOSS, ALL)
     assert table.value.isna().all()
     assert spectrum.node.isna().all()
 
@@ -334,9 +335,9 @@ def test_neither_mode_nor_memory_layout_changes_a_measure():
     net, batch = GradICON(2, down=(4, 8), levels=2, last_step=False).eval(), images(2)
     for step in net.steps:
         nn.init.normal_(step.last.weight, std=0.3)
-    expected = measures(net, batch, LOSS, ALL, progress=False)
+    expected = measures(net, batch, LOSS, ALL)
     net = net.to(memory_format=torch.channels_last).train()
     assert not all(p.is_contiguous() for p in net.parameters())
-    found = measures(net, batch, LOSS, ALL, progress=False)
+    found = measures(net, batch, LOSS, ALL)
     assert [a.equals(b) for a, b in zip(found, expected, strict=True)] == [True, True]
     assert not all(p.is_contiguous() for p in net.parameters())

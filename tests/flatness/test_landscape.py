@@ -17,7 +17,6 @@ from fmsam_lib.flatness.landscape import (
     TRAINING,
     batches_of,
     cosine,
-    digest,
     fixed_batch,
     landscape,
     line,
@@ -25,7 +24,6 @@ from fmsam_lib.flatness.landscape import (
     places,
     plane,
     random_direction,
-    training_batch,
 )
 from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, fingerprint, vector
 from fmsam_lib.images.domains import open_domain
@@ -354,10 +352,10 @@ def test_a_line_through_a_network_in_training_mode_is_that_in_eval_mode(part):
 
 def test_the_training_batch_is_the_same_for_every_seed_and_optimizer():
     runs = [Train(**(RUN | changes)) for changes in ({}, {"seed": 3, "optimizer": "sam"})]
-    batches = [training_batch(run, pairs=2) for run in runs]
-    assert digest(batches[0]) == digest(batches[1])
+    batches = [batches_of(run, [], pairs=2)[TRAINING] for run in runs]
+    assert fingerprint(batches[0]) == fingerprint(batches[1])
     assert batches[0].moving.shape == (2, 1, 24, 24)
-    mixture = training_batch(Train(**(RUN | {"train_domain": "brain-mr+heart-mr"})), pairs=2)
+    mixture = batches_of(Train(**(RUN | {"train_domain": "brain-mr+heart-mr"})), [], pairs=2)[TRAINING]
     assert torch.equal(mixture.fixed[0], batches[0].fixed[0])
     heart = open_domain("heart-mr", shape=(24, 24))
     assert torch.equal(mixture.fixed[1], heart.training_pair(0).fixed)
@@ -367,7 +365,7 @@ def test_a_network_is_measured_on_its_training_images_and_every_test_domain():
     batches = batches_of(Train(**RUN), ["brain-mr", "heart-mr"], pairs=1)
     assert list(batches) == [TRAINING, "brain-mr", "heart-mr"]
     assert torch.equal(batches["heart-mr"].moving[0], open_domain("heart-mr", shape=(24, 24)).test_pair(0).moving)
-    assert len({digest(batch) for batch in batches.values()}) == 3
+    assert len({fingerprint(batch) for batch in batches.values()}) == 3
     assert all(torch.equal(batch.points, batches[TRAINING].points) for batch in batches.values())
 
 
@@ -411,7 +409,7 @@ def square(loss, keep=None, key="a"):
 
 @pytest.mark.parametrize("until", [0, 4, 5, 13, 24])
 def test_an_interrupted_plane_goes_on_to_the_same_bits(tmp_path, until):
-    keep, again = tmp_path / "rows.jsonl", Counted()
+    keep, again = tmp_path / "rows.json", Counted()
     with pytest.raises(KeyboardInterrupt):
         square(Counted(until), keep)
     pd.testing.assert_frame_equal(square(again, keep), square(Counted()), check_exact=True)
@@ -421,43 +419,34 @@ def test_an_interrupted_plane_goes_on_to_the_same_bits(tmp_path, until):
     assert once_more.calls == 0
 
 
-@pytest.mark.parametrize("cut", [0, 1, 60])
-def test_a_line_that_the_kill_cut_short_is_done_again(tmp_path, cut):
-    keep, again = tmp_path / "rows.jsonl", Counted()
+@pytest.mark.parametrize(("cut", "calls"), [(0, 10), (1, 10), (2, 25), (60, 25), (None, 25)])
+def test_of_a_file_that_was_cut_short_nothing_counts(tmp_path, cut, calls):
+    keep, again = tmp_path / "rows.json", Counted()
     with pytest.raises(KeyboardInterrupt):
         square(Counted(16), keep)
     text = keep.read_text()
-    keep.write_text(text[: -cut - 1])  # without its newline at least
-    expected = square(Counted())
-    with pytest.raises(KeyboardInterrupt):
-        square(Counted(5 if cut else 0), keep)  # what is appended must not be glued to the torn line
-    pd.testing.assert_frame_equal(square(again, keep), expected, check_exact=True)
-    assert again.calls == 10
-    assert [json.loads(text).get("row") for text in keep.read_text().splitlines()] == [None, 0, 1, 2, 3, 4]
-
-
-def test_nothing_is_kept_of_a_file_whose_first_line_is_torn(tmp_path):
-    keep, again = tmp_path / "rows.jsonl", Counted()
-    keep.write_text('{"key": "')
+    keep.write_text('{"key": "' if cut is None else text[: len(text) - cut])  # 1 is the last newline
     pd.testing.assert_frame_equal(square(again, keep), square(Counted()), check_exact=True)
-    assert again.calls == 25
+    assert again.calls == calls
+    assert len(json.loads(keep.read_text())["rows"]) == 5
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
 
 
 def test_rows_of_another_key_do_not_count(tmp_path):
-    keep, again = tmp_path / "rows.jsonl", Counted()
+    keep, again = tmp_path / "rows.json", Counted()
     square(Counted(), keep, key="a")
     square(again, keep, key="b")
     assert again.calls == 25
-    assert json.loads(keep.read_text().splitlines()[0]) == {"key": "b"}
+    assert json.loads(keep.read_text())["key"] == "b"
 
 
 def test_losses_that_are_not_finite_are_kept_too(tmp_path):
     def cliff(net):
         return np.array([np.nan, np.inf, -np.inf])
 
-    first = square(cliff, tmp_path / "rows.jsonl")
+    first = square(cliff, tmp_path / "rows.json")
     again = Counted()
-    pd.testing.assert_frame_equal(square(again, tmp_path / "rows.jsonl"), first, check_exact=True)
+    pd.testing.assert_frame_equal(square(again, tmp_path / "rows.json"), first, check_exact=True)
     assert again.calls == 0
     assert of(first, "similarity").value.eq(np.inf).all()
 
@@ -512,7 +501,7 @@ def test_an_interrupted_landscape_goes_on_only_for_the_same_measurement(tmp_path
 
 def test_a_written_landscape_has_all_columns(tmp_path):
     table, _ = measured(keep=tmp_path)
-    assert (tmp_path / ".plane-heart-mr.jsonl").exists()
+    assert (tmp_path / ".plane-heart-mr.json").exists()
     write_csv(table.assign(train_domain="brain-mr", optimizer="adam", seed=0), tmp_path / "landscape.csv", COLUMNS)
     read = pd.read_csv(tmp_path / "landscape.csv")
     assert list(read.columns) == COLUMNS

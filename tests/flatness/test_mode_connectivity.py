@@ -357,8 +357,7 @@ def test_trajectories_pass_through_the_snapshots(tmp_path):
     halfway = solutions.origin + 2.0 * solutions.along + 0.5 * solutions.across
     torch.save(halfway, tmp_path / "a" / "snapshots" / "step000500.pt")
     (tmp_path / "a" / "snapshots" / ".step000700.pt.12.partial").write_bytes(b"half")
-    folders = {"adam": tmp_path / "a", "sam": tmp_path / "none"}
-    table = trajectories(solutions, folders, {"adam": 1000, "sam": 2000})
+    table = trajectories(solutions, [("adam", tmp_path / "a", 1000), ("sam", tmp_path / "none", 2000)])
     assert table[["optimizer", "step"]].to_numpy().tolist() == [
         ["adam", 0], ["adam", 500], ["adam", 1000], ["sam", 0], ["sam", 2000]
     ]  # fmt: skip

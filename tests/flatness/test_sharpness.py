@@ -13,11 +13,12 @@ from torch import nn
 from fmsam_lib.flatness.sharpness import COLUMNS, mean_interval, sharpness
 from fmsam_lib.flatness.weight_space import TERMS, fingerprint
 from fmsam_lib.model.network import GradICON
+from fmsam_lib.parameters import Landscape
 from fmsam_lib.training.losses import Batch, jittered_points, objective
 from fmsam_lib.training.sam import SAM
 
 LOSS = {"lmbda": 1.5, "sigma": 3.0}
-HOW = {"rhos": [0.01, 0.5], "draws": 50, "ascent_steps": 60}
+HOW = Landscape(rhos=[0.01, 0.5], draws=50, ascent_steps=60)
 PARAMETERS = 9
 
 
@@ -64,7 +65,7 @@ def of(table, measure, term="total", rho=None):
 
 @pytest.fixture(scope="module")
 def measured():
-    return sharpness(Weights().eval(), bowls, **HOW)
+    return sharpness(Weights().eval(), bowls, HOW)
 
 
 def test_there_is_a_row_for_every_measure_radius_and_term(measured):
@@ -84,7 +85,7 @@ def test_loss_and_lengths(measured, term):
     assert of(measured, "weight_norm", "").value == pytest.approx(np.linalg.norm(w), rel=1e-12)
 
 
-@pytest.mark.parametrize("rho", HOW["rhos"])
+@pytest.mark.parametrize("rho", HOW.rhos)
 @pytest.mark.parametrize("term", TERMS)
 def test_each_term_rises_along_its_own_gradient(measured, term, rho):
     w, g, hessian = at_w(term)
@@ -106,7 +107,7 @@ def highest_in_ball(g, hessian, rho):
     return g @ v + v @ hessian @ v / 2
 
 
-@pytest.mark.parametrize("rho", HOW["rhos"])
+@pytest.mark.parametrize("rho", HOW.rhos)
 @pytest.mark.parametrize("term", TERMS)
 def test_the_ascent_finds_the_highest_place_in_the_ball(measured, term, rho):
     w, g, hessian = at_w(term)
@@ -126,14 +127,14 @@ def test_near_the_minimum_the_ascent_climbs_the_steepest_eigenvector():
         value = w @ torch.tensor(HESSIANS["similarity"]).to(w) @ w / 2
         return value, value, value
 
-    table = sharpness(net, bowl, rhos=[0.3], draws=1, ascent_steps=200)
+    table = sharpness(net, bowl, Landscape(rhos=[0.3], draws=2, ascent_steps=200))
     assert of(table, "ascent_rise", rho=0.3).value == pytest.approx(0.3**2 * 4 / 2, rel=1e-3)
     assert of(table, "sam_rise", rho=0.3).value < 0.9 * 0.3**2 * 4 / 2
 
 
 def test_an_ascent_is_never_lower_than_sams_step():
     for steps in (0, 1, 3):
-        table = sharpness(Weights().eval(), bowls, rhos=[0.01, 3.0], draws=1, ascent_steps=steps)
+        table = sharpness(Weights().eval(), bowls, Landscape(rhos=[0.01, 3.0], draws=2, ascent_steps=steps))
         for sam, ascent in (("sam_rise", "ascent_rise"), ("asam_rise", "adaptive_ascent_rise")):
             first, higher = (table[table.measure == name].value.to_numpy() for name in (sam, ascent))
             assert (higher >= first).all()
@@ -143,7 +144,7 @@ def test_an_ascent_is_never_lower_than_sams_step():
 def test_noise_rises_by_the_mean_curvature(measured):
     """`rho^2 trace(H) / (2 n)` in expectation, whatever the gradient; adaptive: of `s H s`."""
     net, rho = Weights().eval(), 0.5
-    table = sharpness(net, bowls, rhos=[rho], draws=2000, ascent_steps=0, seed=4)
+    table = sharpness(net, bowls, Landscape(rhos=[rho], draws=2000, ascent_steps=0, direction_seed=4))
     for term in ("total", "similarity"):
         w, _, hessian = at_w(term)
         for measure, trace in (("noise_rise", hessian.trace()), ("adaptive_noise_rise", w**2 @ hessian.diagonal())):
@@ -155,7 +156,9 @@ def test_noise_rises_by_the_mean_curvature(measured):
 
 
 def test_noise_is_seeded(measured):
-    again, other = (sharpness(Weights().eval(), bowls, **HOW, seed=seed) for seed in (0, 1))
+    again, other = (
+        sharpness(Weights().eval(), bowls, HOW.model_copy(update={"direction_seed": seed})) for seed in (0, 1)
+    )
     assert again.equals(measured)
     assert of(other, "noise_rise", rho=0.5).value != of(measured, "noise_rise", rho=0.5).value
 
@@ -183,7 +186,7 @@ def test_adaptive_measures_do_not_see_a_rescaling_of_the_layers():
         errors = (net(x) - y) ** 2
         return errors.mean(), errors[:, 0].mean(), errors[:, 1].mean()
 
-    one, other = (sharpness(n, terms, rhos=[0.1, 0.5], draws=3, ascent_steps=5) for n in (net, rescaled))
+    one, other = (sharpness(n, terms, Landscape(rhos=[0.1, 0.5], draws=3, ascent_steps=5)) for n in (net, rescaled))
     adaptive = one.measure.str.contains("adaptive|asam") | (one.measure == "loss")
     np.testing.assert_allclose(one[adaptive].value, other[adaptive].value, rtol=1e-9)
     plain = one[~adaptive & (one.measure != "gradient_curvature")].index
@@ -198,7 +201,7 @@ def test_a_weight_of_zero_stays_in_adaptive_measures():
         of_b = net.b.sum() + (net.b**2).sum()
         return of_b, of_b, net.a.sum()
 
-    table = sharpness(net, terms, rhos=[0.1], draws=2, ascent_steps=3)
+    table = sharpness(net, terms, Landscape(rhos=[0.1], draws=2, ascent_steps=3))
     for measure in ("adaptive_gradient_norm", "asam_rise", "adaptive_ascent_rise", "adaptive_noise_rise"):
         assert table[(table.measure == measure) & (table.term == "total")].value.item() == 0
     assert of(table, "sam_rise", rho=0.1).value > 0.1
@@ -212,7 +215,7 @@ def test_without_a_gradient_there_is_no_climb():
     def terms(net):  # a minimum, a constant with a graph, one without
         return (net.w() ** 2).sum(), 0 * net.w().sum() + 2, torch.tensor(3.0)
 
-    table = sharpness(net, terms, rhos=[0.5], draws=3, ascent_steps=3)
+    table = sharpness(net, terms, Landscape(rhos=[0.5], draws=3, ascent_steps=3))
     for term in TERMS:
         for measure in ("sam_rise", "asam_rise", "ascent_rise", "adaptive_ascent_rise"):
             assert of(table, measure, term, 0.5).value == 0
@@ -232,7 +235,7 @@ def test_what_meets_a_loss_that_is_not_finite_is_nan():
         w = net.w()
         return 1 - torch.sqrt(1 - w @ w), w.sum() / 0, w.sum()
 
-    table = sharpness(net, terms, rhos=[0.1, 2.0], draws=2, ascent_steps=2)
+    table = sharpness(net, terms, Landscape(rhos=[0.1, 2.0], draws=2, ascent_steps=2))
     assert len(table) == 1 + 3 * 3 + 3 * 2 * 7
     by_term = {term: table[table.term == term] for term in TERMS}
     assert by_term["similarity"].value.isna().all()
@@ -266,7 +269,7 @@ def terms_on(batch):
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_networks_rise_is_that_at_sams_own_step(dim, adaptive):
     net, terms = network(dim), terms_on(images((16,) * dim))
-    table = sharpness(net, terms, rhos=[0.05], draws=1, ascent_steps=3)
+    table = sharpness(net, terms, Landscape(rhos=[0.05], draws=2, ascent_steps=3))
     double = copy.deepcopy(net).double()
     for i, term in enumerate(TERMS):
         double.zero_grad()
@@ -283,7 +286,7 @@ def test_the_network_stays_as_it_is():
     net = network(down=(4, 4), levels=2)
     net.steps[0].last.bias.requires_grad_(False)
     before, frozen, state = fingerprint(net), [p.requires_grad for p in net.parameters()], torch.get_rng_state()
-    sharpness(net, terms_on(images()), rhos=[0.1], draws=2, ascent_steps=2)
+    sharpness(net, terms_on(images()), Landscape(rhos=[0.1], draws=2, ascent_steps=2))
     assert fingerprint(net) == before
     assert [p.requires_grad for p in net.parameters()] == frozen
     assert all(p.grad is None for p in net.parameters())
@@ -293,9 +296,9 @@ def test_the_network_stays_as_it_is():
 
 def test_half_precision_in_training_does_not_round_what_is_measured():
     net, terms = network(), terms_on(images())
-    expected = sharpness(net, terms, rhos=[0.1], draws=1, ascent_steps=1)
+    expected = sharpness(net, terms, Landscape(rhos=[0.1], draws=2, ascent_steps=1))
     net.precision = "bf16"
-    assert sharpness(net, terms, rhos=[0.1], draws=1, ascent_steps=1).equals(expected)
+    assert sharpness(net, terms, Landscape(rhos=[0.1], draws=2, ascent_steps=1)).equals(expected)
     assert net.precision == "bf16"
 
 
@@ -304,15 +307,15 @@ def test_a_network_of_nan_is_measured_as_nan():
     net = network(down=(4, 4), levels=2)
     with torch.no_grad():
         net.steps[0].last.bias.fill_(np.nan)
-    table = sharpness(net, terms_on(images()), rhos=[0.1], draws=2, ascent_steps=2)
+    table = sharpness(net, terms_on(images()), Landscape(rhos=[0.1], draws=2, ascent_steps=2))
     assert table.value.isna().all()
 
 
 def test_a_networks_mode_changes_no_measure():
-    net, terms, how = network(down=(4, 4), levels=2), terms_on(images()), {"rhos": [0.1], "draws": 1, "ascent_steps": 1}
-    expected, before = sharpness(net, terms, **how), fingerprint(net)
+    net, terms, how = network(down=(4, 4), levels=2), terms_on(images()), Landscape(rhos=[0.1], draws=2, ascent_steps=1)
+    expected, before = sharpness(net, terms, how), fingerprint(net)
     net.steps[0].norm[0].train()  # a part is enough to move its statistics
-    assert sharpness(net, terms, **how).equals(expected)
-    assert sharpness(net.train(), terms, **how).equals(expected)
+    assert sharpness(net, terms, how).equals(expected)
+    assert sharpness(net.train(), terms, how).equals(expected)
     assert fingerprint(net) == before
     assert all(m.training for m in net.modules())

@@ -1,6 +1,3 @@
-import io
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -78,20 +75,6 @@ def test_panels_are_those_asked_for_and_the_lowest_of_each_column_has_its_number
     assert [ax.get_ylabel() for ax in axes] == ["loss", "", "", "loss", ""]
     figure.draw_without_rendering()
     assert [any(t.get_visible() for t in ax.get_xticklabels()) for ax in axes] == [False, False, True, True, True]
-
-
-@pytest.mark.parametrize("values", [[0.0164, 0.0181], [0.00041, 0.00049], [9.6, 10.4], [1.0, 25.0], [1e-6, 1e3]])
-def test_ticks_of_a_log_axis_are_there_and_do_not_overlap(values):
-    """Half the figure's width, as beside Dice; a range of ten per cent had ten labels that overlapped."""
-    figure, (ax, _) = looks.panels(2, 2, 2.5)
-    ax.set_xscale("log")
-    ax.plot(values, [0, 1])
-    looks.log_ticks(ax.xaxis, pd.Series(values))
-    figure.savefig(io.BytesIO(), format="png")
-    low, high = ax.get_xlim()
-    boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text() and low <= t.get_position()[0] <= high]
-    assert len(boxes) >= 2
-    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_a_mean_and_its_range_are_drawn_and_what_is_missing_is_said():

@@ -1,5 +1,6 @@
 """What the report's figures of results say, read back from their artists; the pictures themselves are for eyes."""
 
+import io
 import itertools
 
 import numpy as np
@@ -433,3 +434,17 @@ def test_radii_are_the_means_of_seeds_against_rho():
 def test_one_radius_is_nothing_to_compare():
     rows = toy_radii()
     assert radii(rows[rows.rho == 0.01]) is None
+
+
+@pytest.mark.parametrize("values", [[0.0164, 0.0181], [0.00041, 0.00049], [9.6, 10.4], [1.0, 25.0], [1e-6, 1e3]])
+def test_ticks_of_a_log_axis_are_there_and_do_not_overlap(values):
+    """Half the figure's width, as beside Dice; a range of ten per cent had ten labels that overlapped."""
+    figure, (ax, _) = looks.panels(2, 2, 2.5)
+    ax.set_xscale("log")
+    ax.plot(values, [0, 1])
+    run().log_ticks(ax.xaxis, pd.Series(values))
+    figure.savefig(io.BytesIO(), format="png")
+    low, high = ax.get_xlim()
+    boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text() and low <= t.get_position()[0] <= high]
+    assert len(boxes) >= 2
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
