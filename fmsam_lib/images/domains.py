@@ -7,6 +7,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
 from fmsam_lib.records import DataError, data_error
 
-SYNTHETIC_TRAINING_PAIRS, SYNTHETIC_VALIDATION_PAIRS, SYNTHETIC_TEST_PAIRS = 200, 10, 50
 FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
 FIRST_VALIDATION_INDEX = 2_000_000
 HELD_OUT = 20  # of the training subjects of a data set, one in so many is kept for validation, two at least
@@ -30,10 +30,10 @@ def domain_names(data=None) -> list[str]:
     return [*synthetic.DOMAINS, *folders]
 
 
-def open_domain(name: str, *, shape: Sequence[int], data=None, cache=None, seed: int = 0):
+def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0):
     """A source of pairs on the grid `shape`: a synthetic domain, a data set's folder, or "a+b", a mixture.
 
-    data: the folder of data sets (see `data_folder`). cache: see `cache.load`.
+    data: the folder of data sets (see `data_folder`).
 
     All have `name`, `shape`, `data` ("" where all is synthetic), `seed`, `labels`, `modality`, `pairing`, `unit` ("mm",
     or "voxel" where the spacing is unknown), `training_count` (images; pairs of a synthetic domain),
@@ -44,15 +44,14 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, cache=None, seed:
     """
     shape = tuple(shape)
     if "+" in name:
-        parts = [open_domain(part, shape=shape, data=data, cache=cache, seed=seed) for part in name.split("+")]
-        return Mixture(name, parts)
+        return Mixture(name, [open_domain(part, shape=shape, data=data, seed=seed) for part in name.split("+")])
     if name in synthetic.DOMAINS:
         return SyntheticDomain(name, shape, seed)
     known = domain_names(data)
     if name not in known:
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
         raise data_error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
-    return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
+    return FileDomain(read_manifest(data_folder(data) / name), shape, seed)
 
 
 def opens_again(domain) -> bool:
@@ -90,9 +89,7 @@ class SyntheticDomain:
     """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
 
     unit, data = "mm", ""
-    training_count = SYNTHETIC_TRAINING_PAIRS
-    validation_count = SYNTHETIC_VALIDATION_PAIRS
-    test_count = SYNTHETIC_TEST_PAIRS
+    training_count, validation_count, test_count = 200, 10, 50
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int):
         domain = synthetic.DOMAINS[name]
@@ -101,7 +98,7 @@ class SyntheticDomain:
         self.made: dict[int, Pair] = {}
 
     def training_pair(self, index: int) -> Pair:
-        number = int(np.random.default_rng([self.seed, index]).integers(SYNTHETIC_TRAINING_PAIRS))
+        number = int(np.random.default_rng([self.seed, index]).integers(self.training_count))
         if number not in self.made:
             pair = synthetic.make_pair(self.name, seed=self.seed, index=number, shape=self.shape)
             self.made[number] = dataclasses.replace(pair, true_map=None)  # the largest part, not needed to train
@@ -120,10 +117,10 @@ class SyntheticDomain:
 class FileDomain:
     """Pairs of a manifest's files; each file is read once and then kept in memory."""
 
-    def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
+    def __init__(self, manifest: Manifest, shape: tuple[int, ...], seed: int):
         if len(shape) > manifest.dimensions:
             raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
-        self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
+        self.manifest, self.shape, self.seed = manifest, shape, seed
         self.name, self.data = manifest.name, str(manifest.folder.parent.resolve())
         self.labels, self.modality, self.pairing = manifest.labels, manifest.modality, manifest.pairing
         self.unit = "mm" if manifest.spacing_known else "voxel"
@@ -162,7 +159,7 @@ class FileDomain:
 
     def _sample(self, image: Path) -> Sample:
         if image not in self.samples:
-            options = {"modality": self.modality, "shape": self.shape, "labels": self.labels, "cache": self.cache}
+            options: dict[str, Any] = {"modality": self.modality, "shape": self.shape, "labels": self.labels}
             self.samples[image] = load(image, self.manifest.label_of[image], **options)
         return self.samples[image]
 

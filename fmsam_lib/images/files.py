@@ -31,14 +31,12 @@ class Sample:
     """One image on the study's grid; shared, so do not write into its tensors.
 
     image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)` uint8 or None. affine: `(4, 4)` float64, index
-    to RAS mm; on a 2-D grid its first two columns belong to the grid's axes. original_shape: `(D,)`,
-    the canonical image before it was resampled.
+    to RAS mm; on a 2-D grid its first two columns belong to the grid's axes.
     """
 
     image: Tensor
     label: Tensor | None
     affine: np.ndarray
-    original_shape: tuple[int, ...]
 
 
 def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
@@ -68,7 +66,7 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
         values = _slice(values, label_affine, dim)[0][np.ix_(*nearest)]
         label = torch.from_numpy(np.rint(values).astype(np.uint8))[None]
     grid_affine = affine @ np.diag([*steps, *[1.0] * (4 - dim)])
-    return Sample(resample(image, shape), label, grid_affine, image.shape)
+    return Sample(resample(image, shape), label, grid_affine)
 
 
 def resample(image: np.ndarray, shape: Sequence[int]) -> Tensor:
