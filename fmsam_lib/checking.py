@@ -9,9 +9,9 @@ import difflib
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fmsam_lib.records import PROJECT
 
@@ -26,29 +26,15 @@ def each_once(values: list) -> list:
     return values
 
 
-def _odd(value: int) -> int:
+def odd(value: int) -> int:
     if value % 2 == 0:
         raise ValueError("expected an odd number")
     return value
 
 
-def _in_project(path: str) -> str:
+def in_project(path: str) -> str:
     """Relative paths of results count from the project's folder, wherever a notebook was started."""
     return str(PROJECT / path) if path else ""
-
-
-Natural = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Several = Annotated[int, Field(ge=2)]
-Points = Annotated[int, Field(ge=3)]
-OddPoints = Annotated[Points, AfterValidator(_odd)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[list[Name], Field(min_length=1), AfterValidator(each_once)]
-Side = Annotated[int, Field(ge=16)]
-Shape = Annotated[list[Side], Field(min_length=2, max_length=3)]
-Folder = Annotated[str, AfterValidator(_in_project)]
 
 
 class Parameters(BaseModel):
