@@ -1,10 +1,8 @@
 """Images brought onto the grid, remembered on disk: the second time no image file is opened."""
 
-import contextlib
 import functools
 import hashlib
 import os
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 from fmsam_lib.images.files import Sample, decode
+from fmsam_lib.records import written_whole
 
 CACHE_VERSION = 2  # raise it whenever `decode` returns something else than before
 
@@ -65,15 +64,11 @@ def _store(entry: Path, sample: Sample, layout: np.dtype) -> None:
         if value is not None:
             record[name] = value
     record["checksum"] = _checksum(record.view(np.uint64))
-    part = entry.with_suffix(f".{uuid.uuid4().hex}.part")
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        record.tofile(part)
-        part.replace(entry)  # in one step: no reader ever meets half an entry
+        with written_whole(entry) as part:  # no reader ever meets half an entry
+            record.tofile(part)
     except OSError as error:
         _warn_once(f"{entry.parent} keeps no cache: {error.strerror}. Set FMSAM_CACHE to a writable folder.")
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,11 +48,11 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0):
         return Mixture(name, [open_domain(part, shape=shape, data=data, seed=seed) for part in name.split("+")])
     if name in synthetic.DOMAINS:
         return SyntheticDomain(name, shape, seed)
-    known = domain_names(data)
+    folder, known = data_folder(data), domain_names(data)
     if name not in known:
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
-        raise data_error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
-    return FileDomain(read_manifest(data_folder(data) / name), shape, seed)
+        raise data_error(folder, f"one of {', '.join(known)}", repr(name), todo)
+    return FileDomain(read_manifest(folder / name), shape, seed)
 
 
 def opens_again(domain) -> bool:
@@ -146,11 +147,9 @@ class FileDomain:
 
     def check(self, *, training: bool = True, test: bool = True) -> list[str]:
         """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
-        manifest = self.manifest
-        pairs = [*(manifest.training_pairs or []) * training, *manifest.test_pairs * test]
-        images = {*manifest.training * training, *(image for pair in pairs for image in pair)}
+        pairs = [*(self.manifest.training_pairs or []) * training, *self.manifest.test_pairs * test]
         problems = []
-        for image in sorted(images):
+        for image in sorted({*self.manifest.training * training, *itertools.chain(*pairs)}):
             try:
                 self._sample(image)
             except DataError as error:
@@ -188,7 +187,7 @@ def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | 
     once, the next one of another subject moving.
     """
     listed = manifest.training_pairs
-    images = list(dict.fromkeys([*manifest.training, *(image for pair in listed or [] for image in pair)]))
+    images = [*manifest.training, *itertools.chain(*(listed or []))]
     subjects = list(dict.fromkeys(manifest.subject[image] for image in images))
     kept_apart = set(subjects[-max(2, len(subjects) // HELD_OUT) :]) if len(subjects) >= 10 else set()
     training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]

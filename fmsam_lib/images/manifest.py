@@ -1,5 +1,6 @@
 """Data sets: a folder `<Name>/` each, with Learn2Reg's manifest `<Name>_dataset.json`, read and checked here."""
 
+import itertools
 import json
 import os
 import re
@@ -90,8 +91,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     training = [folder / entry["image"] for entry in content["training"]]
     training_pairs = image_pairs("training_paired_images") if "training_paired_images" in content else None
     test_pairs = image_pairs("registration_val")
-    trained_on = {*training, *(image for pair in training_pairs or [] for image in pair)}
-    tested_on = {image for pair in test_pairs for image in pair}
+    trained_on, tested_on = {*training, *itertools.chain(*(training_pairs or []))}, {*itertools.chain(*test_pairs)}
     listed = [entry for entry in [*content["training"], *content.get("test", [])] if isinstance(entry, dict)]
     entries = {folder / entry["image"]: entry for entry in listed}
     label_of = {}
