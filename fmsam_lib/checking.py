@@ -6,6 +6,7 @@ model filled in, or a `ConfigError`.
 
 import ast
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def read(kind: type[Model], values: dict, *, source: str = "parameters") -> Mode
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_in_words(kind, problem) for problem in error.errors()))
+        problems = dict.fromkeys(_in_words(kind, problem) for problem in error.errors())
     count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
     raise ConfigError(f"{count} in {source} (of {kind.__name__}):\n" + "\n".join(f"- {p}" for p in problems))
 
@@ -122,14 +123,11 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
     that a misspelt one is found and variables of later cells don't count when a person runs the cell again.
     Both cells begin with "# Parameters".
     """
-    cells = namespace["In"]
-    last = max((i for i, cell in enumerate(cells) if cell.startswith("# Parameters")), default=None)
-    if last is None:
+    groups = itertools.groupby(namespace["In"], lambda cell: cell.startswith("# Parameters"))
+    given = [list(cells) for of_parameters, cells in groups if of_parameters]
+    if not given:
         raise ConfigError('no parameter cell was run: run the first code cell (it begins with "# Parameters")')
-    first = last
-    while cells[first - 1].startswith("# Parameters"):
-        first -= 1
-    names = {name: None for cell in cells[first : last + 1] for name in _assigned(cell)}
+    names = {name: None for cell in given[-1] for name in _assigned(cell)}
     return read(kind, {name: namespace[name] for name in names}, source="the parameter cell")
 
 
