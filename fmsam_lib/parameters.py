@@ -105,8 +105,8 @@ class Train(Parameters):
         if self.batch % parts:
             raise ValueError(f"expected batch to be a multiple of processes x accumulate, {parts}, got {self.batch}")
         if self.first_stage and not (self.first_stage < self.steps and (self.last_step or self.weights)):
-            got = f"first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
-            raise ValueError(f"expected first_stage to be below steps, and last_step, added after it; got {got}")
+            got = f"got first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
+            raise ValueError(f"expected first_stage to be below steps, and last_step, which is added after it; {got}")
         if self.optimizer == "looksam" and self.processes > 1 and not self.sync_climb:
             raise ValueError("expected sync_climb with looksam in several processes: all need one direction")
         return self
