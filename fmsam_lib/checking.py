@@ -6,12 +6,13 @@ model filled in, or a `ConfigError`.
 
 import ast
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from fmsam_lib.records import PROJECT
 
@@ -26,29 +27,15 @@ def each_once(values: list) -> list:
     return values
 
 
-def _odd(value: int) -> int:
+def odd(value: int) -> int:
     if value % 2 == 0:
         raise ValueError("expected an odd number")
     return value
 
 
-def _in_project(path: str) -> str:
+def in_project(path: str) -> str:
     """Relative paths of results count from the project's folder, wherever a notebook was started."""
     return str(PROJECT / path) if path else ""
-
-
-Natural = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Several = Annotated[int, Field(ge=2)]
-Points = Annotated[int, Field(ge=3)]
-OddPoints = Annotated[Points, AfterValidator(_odd)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[list[Name], Field(min_length=1), AfterValidator(each_once)]
-Side = Annotated[int, Field(ge=16)]
-Shape = Annotated[list[Side], Field(min_length=2, max_length=3)]
-Folder = Annotated[str, AfterValidator(_in_project)]
 
 
 class Parameters(BaseModel):
@@ -103,7 +90,7 @@ def read(kind: type[Model], values: dict, *, source: str = "parameters") -> Mode
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = list(dict.fromkeys(_in_words(kind, problem) for problem in error.errors()))
+        problems = dict.fromkeys(_in_words(kind, problem) for problem in error.errors())
     count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
     raise ConfigError(f"{count} in {source} (of {kind.__name__}):\n" + "\n".join(f"- {p}" for p in problems))
 
@@ -136,14 +123,11 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
     that a misspelt one is found and variables of later cells don't count when a person runs the cell again.
     Both cells begin with "# Parameters".
     """
-    cells = namespace["In"]
-    last = max((i for i, cell in enumerate(cells) if cell.startswith("# Parameters")), default=None)
-    if last is None:
+    groups = itertools.groupby(namespace["In"], lambda cell: cell.startswith("# Parameters"))
+    given = [list(cells) for of_parameters, cells in groups if of_parameters]
+    if not given:
         raise ConfigError('no parameter cell was run: run the first code cell (it begins with "# Parameters")')
-    first = last
-    while cells[first - 1].startswith("# Parameters"):
-        first -= 1
-    names = {name: None for cell in cells[first : last + 1] for name in _assigned(cell)}
+    names = {name: None for cell in given[-1] for name in _assigned(cell)}
     return read(kind, {name: namespace[name] for name in names}, source="the parameter cell")
 
 

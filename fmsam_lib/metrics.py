@@ -77,19 +77,17 @@ def _row(metric: str, value: float, unit: str, label: str = "") -> dict:
 def _check(pair: Pair, phi_map: Tensor | None, inverse: Tensor | None) -> None:
     shape = tuple(pair.fixed.shape[1:])
     if len(pair.spacing) != len(shape):
-        raise ValueError(
-            f"{pair.name}: expected a spacing for each of {len(shape)} axes, got {pair.spacing}; give the pair one"
-        )
+        raise ValueError(f"{pair.name}: expected a spacing for each of {len(shape)} axes, got {pair.spacing}")
     if phi_map is None and inverse is not None:
         raise ValueError(f"{pair.name}: got an inverse, but no map that it is the inverse of; give both")
     expected = (1, len(shape), *shape)
     for name, given in {"phi_map": phi_map, "inverse": inverse}.items():
-        if given is not None and tuple(given.shape) != expected:
-            raise ValueError(
-                f"{pair.name}: expected {name} of shape {expected}, one map on the images' grid, "
-                f"got {tuple(given.shape)}; measure one pair at a time, with maps of its own"
-            )
-        if given is not None and not given.isfinite().all():
+        if given is None:
+            continue
+        if tuple(given.shape) != expected:
+            got = f"{tuple(given.shape)}; measure one pair at a time"
+            raise ValueError(f"{pair.name}: expected {name} of shape {expected}, on the images' grid, got {got}")
+        if not given.isfinite().all():
             raise ValueError(f"{pair.name}: expected a finite {name}, got NaN or infinity; leave the pair out")
 
 
@@ -139,9 +137,8 @@ def surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple
     As DeepMind's package `surface-distance`, which Learn2Reg measures with, has it: surfaces lie between samples, in
     elements of length or area w, and outside the image there is nothing. With d the distances of one surface's
     elements from the other surface, HD95 is the larger of the two directions' 95th percentiles of d weighted by w,
-    the mean that of the two directions' `sum(w d) / sum(w)`.
-
-    Raises ValueError where a mask is empty or the shapes do not fit.
+    the mean that of the two directions' `sum(w d) / sum(w)`. Raises ValueError where a mask is empty or the shapes do
+    not fit.
 
     >>> a, b = torch.zeros(2, 8, 8, dtype=torch.bool)
     >>> a[2:5, 2:5] = b[3:6, 2:5] = True
@@ -153,19 +150,15 @@ def surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple
     from monai.metrics.utils import get_mask_edges
 
     if a.shape != b.shape or a.dim() != len(spacing) or a.dim() not in (2, 3):
-        raise ValueError(
-            f"expected two masks of one shape, 2-D or 3-D, and a spacing for each axis, got {tuple(a.shape)}, "
-            f"{tuple(b.shape)} and {tuple(spacing)}; bring them onto one grid"
-        )
+        got = f"{tuple(a.shape)}, {tuple(b.shape)} and {tuple(spacing)}"
+        raise ValueError(f"expected two masks of one shape, 2-D or 3-D, and a spacing for each axis, got {got}")
     if not (a.any() and b.any()):
         raise ValueError("expected two masks with something in them, got an empty one; there is no distance to it")
     (around,) = find_objects((a | b).numpy().astype(np.uint8))  # the smallest box
     a, b = (F.pad(mask[around], [1] * (2 * mask.dim())) for mask in (a, b))
     surface_a, surface_b, weight_a, weight_b = (e.numpy() for e in get_mask_edges(a, b, crop=False, spacing=spacing))
-    directed = [
-        (_distances(here, there, spacing), weight[here].astype(np.float64))
-        for here, there, weight in ((surface_a, surface_b, weight_a), (surface_b, surface_a, weight_b))
-    ]
+    one, other = _distances(surface_a, surface_b, spacing), _distances(surface_b, surface_a, spacing)
+    directed = [(one, weight_a[surface_a].astype(np.float64)), (other, weight_b[surface_b].astype(np.float64))]
     means = [float(np.average(distance, weights=weight)) for distance, weight in directed]
     return max(_percentile(*both, 0.95) for both in directed), sum(means) / 2
 
@@ -181,7 +174,7 @@ def _percentile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
     """The smallest value that, with all below it, has this share of the weight."""
     order = np.argsort(values)
     reached = np.cumsum(weights[order]) / weights.sum()
-    return float(values[order][min(int(np.searchsorted(reached, share)), len(values) - 1)])
+    return float(values[order][np.searchsorted(reached[:-1], share)])
 
 
 def _mean_length(displacement: Tensor, pair: Pair) -> float:
@@ -236,9 +229,7 @@ def learn2reg_field(phi_map: Tensor) -> np.ndarray:
     """The displacement field that Learn2Reg wants of a map `(1, D, *S)`: `(*S, D)` float32, voxels of the fixed grid.
 
     Saved with the fixed image's affine as `disp_<fixed>_<moving>.nii.gz`. At sample i the moving image is seen
-    at index `i + field[i]`.
-
-    Raises ValueError for more than one map.
+    at index `i + field[i]`. Raises ValueError for more than one map.
     """
     if len(phi_map) != 1:
         raise ValueError(f"expected one map (1, D, *S), got {tuple(phi_map.shape)}; export one pair at a time")
@@ -252,7 +243,6 @@ def sdlogj_learn2reg(phi_map: Tensor) -> float:
 
     u is in voxels and has central differences; two samples of border are left out, `det + 3` is clipped to
     [1e-9, 1e9]. The 3 makes folds harmless and everything smaller than `sdlogj`: do not compare the two.
-
     Raises ValueError where a side has fewer than 5 samples, for then nothing is left.
     """
     u = torch.from_numpy(learn2reg_field(phi_map))  # (*S, D)

@@ -6,28 +6,28 @@ holds both equal.
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fmsam_lib.checking import (
-    ConfigError,
-    Count,
-    Folder,
-    Name,
-    Names,
-    Natural,
-    NotNegative,
-    OddPoints,
-    Parameters,
-    Points,
-    Positive,
-    Several,
-    Shape,
-    Side,
-    each_once,
-    read,
-)  # fmt: skip
+from fmsam_lib.checking import ConfigError, Parameters, each_once, in_project, odd, read
+
+Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]
+Points = Annotated[int, Field(ge=3)]
+OddPoints = Annotated[Points, AfterValidator(odd)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+T = TypeVar("T")
+Distinct = Annotated[list[T], AfterValidator(each_once)]
+Some = Annotated[Distinct[T], Field(min_length=1)]
+Names = Some[Name]
+Side = Annotated[int, Field(ge=16)]
+Shape = Annotated[list[Side], Field(min_length=2, max_length=3)]
+Channels = Annotated[list[Count], Field(min_length=1)]
+Folder = Annotated[str, AfterValidator(in_project)]
 
 EQUAL_COMPUTE = "adam-2x"  # Adam with twice the steps: the baseline at SAM's cost
 Optimizer = Literal["adam", "adam-2x", "sam", "asam", "sam-every", "looksam", "random"]
@@ -35,7 +35,6 @@ Similarity = Literal["lncc", "lncc2", "mind"]
 Method = Literal["none", "ants-syn", "io", "network", "network+io"]
 Corruption = Literal["noise", "bias_field", "gamma", "inversion", "blur", "slices", "misalignment"]
 Modality = Literal["mr", "ct"]
-
 
 DATA = "folder of data sets; empty: the environment's FMSAM_DATA, else the project's data"
 THREADS = "processor threads; another number may change the last bits of a result"
@@ -56,9 +55,7 @@ class Look(Parameters):
     """Notebook 01: one domain's images."""
 
     domain: Name = Field("brain-mr", description="a synthetic domain, or a data set's folder such as HippocampusMR")
-    shape: Shape = Field(
-        [64, 64, 64], description="samples along each axis of the grid that every image is brought onto"
-    )
+    shape: Shape = Field([64, 64, 64], description="every image is brought onto a grid of so many samples")
     data: str = Field("", description=DATA)
     index: Natural = Field(0, description="which test pair to show")
     pairs: Count = Field(10, description="how many test pairs to measure")
@@ -69,16 +66,12 @@ class Train(Parameters):
 
     out: Folder = Field(f"{MINE}/sam/seed0", description="folder of this run; counts from the project's folder")
     train_domain: Name = Field("brain-mr", description="domain to train on; several joined with +")
-    optimizer: Optimizer = Field(
-        "sam", description="adam, adam-2x, sam, asam, sam-every, looksam or random (see below)"
-    )
+    optimizer: Optimizer = Field("sam", description="adam, adam-2x, sam, asam, sam-every, looksam or random")
     seed: Natural = Field(0, description="of the first weights and the order of the pairs")
     shape: Shape = Field([64, 64], description="samples along each axis")
     data: str = Field("", description=DATA)
     weights: str = Field("", description='file to fine-tune, or "unigradicon", "multigradicon"; empty: random weights')
-    down: Annotated[list[Count], Field(min_length=1)] = Field(
-        [16, 32, 64], description="channels after each halving in every step's U-Net; with weights, the file decides"
-    )
+    down: Channels = Field([16, 32, 64], description="channels after each halving; with weights, the file decides")
     levels: Count = Field(3, description="resolutions: quarter, half, full; with weights, the file decides")
     last_step: bool = Field(False, description="one more step at full resolution; with weights, the file decides")
     first_stage: Natural = Field(0, description="optimizer steps before the last step is added (uniGradICON: 4 of 5)")
@@ -112,19 +105,19 @@ class Train(Parameters):
         if self.batch % parts:
             raise ValueError(f"expected batch to be a multiple of processes x accumulate, {parts}, got {self.batch}")
         if self.first_stage and not (self.first_stage < self.steps and (self.last_step or self.weights)):
-            raise ValueError(
-                f"expected first_stage to be below steps, and last_step, which is added after it; got "
-                f"first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
-            )
+            got = f"got first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
+            raise ValueError(f"expected first_stage to be below steps, and last_step, which is added after it; {got}")
         if self.optimizer == "looksam" and self.processes > 1 and not self.sync_climb:
-            raise ValueError(
-                "expected sync_climb with looksam in several processes: they must bend their gradients by one direction"
-            )
+            raise ValueError("expected sync_climb with looksam in several processes: all need one direction")
         return self
 
-    def loss(self) -> dict:
+    def loss(self) -> dict[str, Any]:
         """What `losses.objective` takes of it."""
-        return {"similarity": self.similarity, "sigma": self.sigma, "lmbda": self.lmbda}
+        return self.model_dump(include={"similarity", "sigma", "lmbda"})
+
+    def about(self) -> dict[str, Any]:
+        """The columns of tables that say which training a row belongs to."""
+        return self.model_dump(include={"train_domain", "optimizer", "seed"})
 
     @property
     def stages(self) -> tuple[int, int]:
@@ -143,10 +136,7 @@ class Evaluate(Parameters):
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train; empty for none and ants-syn")
     out: Folder = Field(f"{MINE}/sam/seed0", description="folder for results.csv, costs.csv and robustness.csv")
-    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(each_once)] = Field(
-        ["network"],
-        description="network, network+io (instance optimisation), io (that alone, from zero), none, ants-syn",
-    )
+    methods: Some[Method] = Field(["network"], description="network, network+io, io (untrained), none or ants-syn")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="synthetic domains or data sets")
     shape: Shape = Field([64, 64], description="samples along each axis")
     data: str = Field("", description=DATA)
@@ -155,9 +145,7 @@ class Evaluate(Parameters):
     io_lr: Positive = Field(0.0003, description="network+io: learning rate of these steps")
     alone_io: Natural = Field(200, description="io: as many steps, of a network that is the identity at first")
     alone_lr: Positive = Field(0.001, description="io: learning rate")
-    corruptions: Annotated[list[Corruption], AfterValidator(each_once)] = Field(
-        ["noise", "bias_field", "gamma", "inversion", "blur", "slices", "misalignment"], description="[] for none"
-    )
+    corruptions: Distinct[Corruption] = Field(list(get_args(Corruption)), description="[] for none")
     corrupted_pairs: Count = Field(5, description="corrupt at most this many test pairs of each domain")
     fields: bool = Field(False, description="keep every displacement field in Learn2Reg's form, in fields/")
     threads: Count = Field(1, description=THREADS)
@@ -187,12 +175,8 @@ class Landscape(Parameters):
     directions: Count = Field(3, description="lines")
     normalisation: Literal["filter", "layer", "none"] = Field("filter", description="filter, layer or none")
     direction_seed: Natural = Field(0, description="of the random directions: the same for networks to compare")
-    measured_on: Annotated[list[Name], AfterValidator(each_once)] = Field(
-        [], description="those of training and the test domains to measure flatness on; empty: all"
-    )
-    rhos: Annotated[list[Positive], Field(min_length=1), AfterValidator(each_once)] = Field(
-        [0.003, 0.01, 0.03], description="radii"
-    )
+    measured_on: Distinct[Name] = Field([], description="training and test domains to measure flatness on; empty: all")
+    rhos: Some[Positive] = Field([0.003, 0.01, 0.03], description="radii")
     draws: Several = Field(8, description="pairs of random perturbations for the average rise")
     ascent_steps: Natural = Field(5, description="of gradient ascent to the worst weights within rho; 0: none")
     eigenvalues: Natural = Field(1, description="of the Hessian, the largest; 0: none")
@@ -229,9 +213,7 @@ class Registering(Parameters):
 
     modality: Modality = Field("mr", description="mr or ct: of both images")
     moving_modality: Literal["", "mr", "ct"] = Field("", description="of the moving image, if it is another")
-    shape: Annotated[list[Side], Field(max_length=3)] = Field(
-        [], description="grid to work on; empty: the network's own"
-    )
+    shape: Annotated[list[Side], Field(max_length=3)] = Field([], description="grid; empty: the network's own")
     io: Natural = Field(0, description="steps of instance optimisation on this pair")
     lr: Positive = Field(2.0e-5, description="learning rate of instance optimisation")
     lmbda: NotNegative = Field(1.5, description="weight of the regulariser in it")
@@ -256,9 +238,7 @@ class RegisterYourOwn(Register):
     """Notebook 50: the same with the defaults of a small network that learns this pair alone."""
 
     fixed: str = Field("", description="image that stays, NIfTI; empty: a synthetic pair is made")
-    weights: str = Field(
-        "", description="unigradicon, multigradicon or a file; empty: a small network learns this pair"
-    )
+    weights: str = Field("", description="unigradicon, multigradicon, a file; empty: a network learns this pair")
     shape: Shape = Field([40, 40, 40], description="grid that the network works on; 175 each for unigradicon")
     io: Natural = Field(100, description="steps of instance optimisation; 0 or 50 for a trained network")
     lr: Positive = Field(2.0e-3, description="its learning rate; 2.0e-5 for a trained network")
@@ -284,9 +264,3 @@ def trained_with(folder: Path | str) -> Train:
     if absent:
         raise ConfigError(f"expected every parameter in {path}, got none for {', '.join(sorted(absent))}; train anew")
     return read(Train, values, source=str(path))
-
-
-def about_run(folder: Path | str) -> dict:
-    """`train_domain`, `optimizer` and `seed` of the training in `folder`."""
-    run = trained_with(folder)
-    return {"train_domain": run.train_domain, "optimizer": run.optimizer, "seed": run.seed}

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -65,14 +66,13 @@ def _commit() -> str:
 
     Recorded benchmarks may differ: one script's record should not mark the next one's.
     """
-    git = ["git", "-C", str(PROJECT)]
+    asked: dict[str, Any] = {"cwd": PROJECT, "stderr": subprocess.DEVNULL, "text": True}
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/*.csv"]
-        dirty = subprocess.run(status, capture_output=True, text=True, check=True)
+        commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], **asked)
+        dirty = subprocess.check_output(["git", "status", "--porcelain", "--", ".", ":!benchmarks/*.csv"], **asked)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+    return commit.strip() + "+" * bool(dirty)
 
 
 def _cpu() -> str:
@@ -87,7 +87,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     """A path to write to that takes `path`'s place when the block ends well, and is removed when not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         yield partial
         os.replace(partial, path)
@@ -106,6 +106,4 @@ def write_csv(table: pd.DataFrame, path: Path | str, columns: list[str] | None =
     how: further options of `DataFrame.to_csv`.
     """
     with written_whole(path) as partial:
-        (table if columns is None else table.reindex(columns=columns)).to_csv(
-            partial, index=False, lineterminator="\n", **how
-        )
+        table.reindex(columns=columns).to_csv(partial, index=False, lineterminator="\n", **how)

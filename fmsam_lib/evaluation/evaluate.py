@@ -29,7 +29,7 @@ from fmsam_lib.metrics import learn2reg_field, measure
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
 from fmsam_lib.pair import Pair
-from fmsam_lib.parameters import Evaluate, about_run, trained_with
+from fmsam_lib.parameters import Evaluate, trained_with
 from fmsam_lib.records import DataError, written_whole
 
 ROWS = ["test_domain", "pair", "label", "metric", "value", "unit"]
@@ -183,7 +183,7 @@ def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[st
     if name == "io":
         net, steps, lr = baselines.untrained(trained), run.alone_io, run.alone_lr
     else:
-        net, about = load(Path(run.run) / "weights.pt"), about_run(run.run)
+        net, about = load(Path(run.run) / "weights.pt"), trained.about()
         if name == "network":
             return net, about
         steps, lr = run.io, run.io_lr

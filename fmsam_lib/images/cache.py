@@ -1,10 +1,8 @@
 """Images brought onto the grid, remembered on disk: the second time no image file is opened."""
 
-import contextlib
 import functools
 import hashlib
 import os
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +12,9 @@ import numpy as np
 import torch
 
 from fmsam_lib.images.files import Sample, decode
+from fmsam_lib.records import written_whole
 
-CACHE_VERSION = 1  # raise it whenever `decode` returns something else than before
+CACHE_VERSION = 2  # raise it whenever `decode` returns something else than before
 
 
 def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None, cache=None) -> Sample:
@@ -24,19 +23,15 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
     cache: the folder, else the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or
     time) and damaged cache entries are decoded anew; a folder that cannot be written means no cache.
     """
-    shape = tuple(shape)
-    options: dict[str, Any] = {
-        "modality": modality,
-        "shape": shape,
-        "labels": None if labels is None else sorted(labels),
-    }
+    labels = None if labels is None else sorted(labels)
+    options: dict[str, Any] = {"modality": modality, "shape": tuple(shape), "labels": labels}
     files = [os.path.abspath(path) for path in (image_path, label_path) if path is not None]
     if not all(map(os.path.isfile, files)):
         return decode(image_path, label_path, **options)  # has the words for what is missing
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((CACHE_VERSION, stamps, options)).encode()).hexdigest()
     folder = cache or os.environ.get("FMSAM_CACHE") or Path.home() / ".cache" / "fmsam"
-    entry, layout = Path(folder) / f"{key[:32]}.sample", _layout(shape, len(files) == 2)
+    entry, layout = Path(folder) / f"{key[:32]}.sample", _layout(options["shape"], len(files) == 2)
     try:
         stored = np.fromfile(entry, dtype=np.uint64)
     except OSError:
@@ -47,14 +42,14 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
         return sample
     record = stored.view(layout)[0]
     label = torch.from_numpy(record["label"]) if len(files) == 2 else None
-    return Sample(torch.from_numpy(record["image"]), label, record["affine"], tuple(record["original_shape"].tolist()))
+    return Sample(torch.from_numpy(record["image"]), label, record["affine"])
 
 
 @functools.cache
 def _layout(shape: tuple[int, ...], has_label: bool) -> np.dtype:
     """One record of fixed layout, stored raw: parsing an .npy header would double the time of a read."""
-    fields: list[tuple] = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("original_shape", "i8", (len(shape),))]
-    fields += [("image", "f4", (1, *shape))] + [("label", "u1", (1, *shape))] * has_label
+    fields: list[tuple] = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("image", "f4", (1, *shape))]
+    fields += [("label", "u1", (1, *shape))] * has_label
     return np.dtype([*fields, ("padding", "u1", (-np.dtype(fields).itemsize % 8,))])
 
 
@@ -69,15 +64,11 @@ def _store(entry: Path, sample: Sample, layout: np.dtype) -> None:
         if value is not None:
             record[name] = value
     record["checksum"] = _checksum(record.view(np.uint64))
-    part = entry.with_suffix(f".{uuid.uuid4().hex}.part")
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        record.tofile(part)
-        part.replace(entry)  # in one step: no reader ever meets half an entry
+        with written_whole(entry) as part:  # no reader ever meets half an entry
+            record.tofile(part)
     except OSError as error:
         _warn_once(f"{entry.parent} keeps no cache: {error.strerror}. Set FMSAM_CACHE to a writable folder.")
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 @functools.cache

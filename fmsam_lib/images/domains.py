@@ -4,9 +4,11 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,6 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
 from fmsam_lib.records import DataError, data_error
 
-SYNTHETIC_TRAINING_PAIRS, SYNTHETIC_VALIDATION_PAIRS, SYNTHETIC_TEST_PAIRS = 200, 10, 50
 FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
 FIRST_VALIDATION_INDEX = 2_000_000
 HELD_OUT = 20  # of the training subjects of a data set, one in so many is kept for validation, two at least
@@ -30,10 +31,10 @@ def domain_names(data=None) -> list[str]:
     return [*synthetic.DOMAINS, *folders]
 
 
-def open_domain(name: str, *, shape: Sequence[int], data=None, cache=None, seed: int = 0):
+def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0):
     """A source of pairs on the grid `shape`: a synthetic domain, a data set's folder, or "a+b", a mixture.
 
-    data: the folder of data sets (see `data_folder`). cache: see `cache.load`.
+    data: the folder of data sets (see `data_folder`).
 
     All have `name`, `shape`, `data` ("" where all is synthetic), `seed`, `labels`, `modality`, `pairing`, `unit` ("mm",
     or "voxel" where the spacing is unknown), `training_count` (images; pairs of a synthetic domain),
@@ -44,15 +45,14 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, cache=None, seed:
     """
     shape = tuple(shape)
     if "+" in name:
-        parts = [open_domain(part, shape=shape, data=data, cache=cache, seed=seed) for part in name.split("+")]
-        return Mixture(name, parts)
+        return Mixture(name, [open_domain(part, shape=shape, data=data, seed=seed) for part in name.split("+")])
     if name in synthetic.DOMAINS:
         return SyntheticDomain(name, shape, seed)
-    known = domain_names(data)
+    folder, known = data_folder(data), domain_names(data)
     if name not in known:
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
-        raise data_error(data_folder(data), f"one of {', '.join(known)}", repr(name), todo)
-    return FileDomain(read_manifest(data_folder(data) / name), shape, cache, seed)
+        raise data_error(folder, f"one of {', '.join(known)}", repr(name), todo)
+    return FileDomain(read_manifest(folder / name), shape, seed)
 
 
 def opens_again(domain) -> bool:
@@ -90,9 +90,7 @@ class SyntheticDomain:
     """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
 
     unit, data = "mm", ""
-    training_count = SYNTHETIC_TRAINING_PAIRS
-    validation_count = SYNTHETIC_VALIDATION_PAIRS
-    test_count = SYNTHETIC_TEST_PAIRS
+    training_count, validation_count, test_count = 200, 10, 50
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int):
         domain = synthetic.DOMAINS[name]
@@ -101,7 +99,7 @@ class SyntheticDomain:
         self.made: dict[int, Pair] = {}
 
     def training_pair(self, index: int) -> Pair:
-        number = int(np.random.default_rng([self.seed, index]).integers(SYNTHETIC_TRAINING_PAIRS))
+        number = int(np.random.default_rng([self.seed, index]).integers(self.training_count))
         if number not in self.made:
             pair = synthetic.make_pair(self.name, seed=self.seed, index=number, shape=self.shape)
             self.made[number] = dataclasses.replace(pair, true_map=None)  # the largest part, not needed to train
@@ -120,10 +118,10 @@ class SyntheticDomain:
 class FileDomain:
     """Pairs of a manifest's files; each file is read once and then kept in memory."""
 
-    def __init__(self, manifest: Manifest, shape: tuple[int, ...], cache, seed: int):
+    def __init__(self, manifest: Manifest, shape: tuple[int, ...], seed: int):
         if len(shape) > manifest.dimensions:
             raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
-        self.manifest, self.shape, self.cache, self.seed = manifest, shape, cache, seed
+        self.manifest, self.shape, self.seed = manifest, shape, seed
         self.name, self.data = manifest.name, str(manifest.folder.parent.resolve())
         self.labels, self.modality, self.pairing = manifest.labels, manifest.modality, manifest.pairing
         self.unit = "mm" if manifest.spacing_known else "voxel"
@@ -149,11 +147,9 @@ class FileDomain:
 
     def check(self, *, training: bool = True, test: bool = True) -> list[str]:
         """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
-        manifest = self.manifest
-        pairs = [*(manifest.training_pairs or []) * training, *manifest.test_pairs * test]
-        images = {*manifest.training * training, *(image for pair in pairs for image in pair)}
+        pairs = [*(self.manifest.training_pairs or []) * training, *self.manifest.test_pairs * test]
         problems = []
-        for image in sorted(images):
+        for image in sorted({*self.manifest.training * training, *itertools.chain(*pairs)}):
             try:
                 self._sample(image)
             except DataError as error:
@@ -162,7 +158,7 @@ class FileDomain:
 
     def _sample(self, image: Path) -> Sample:
         if image not in self.samples:
-            options = {"modality": self.modality, "shape": self.shape, "labels": self.labels, "cache": self.cache}
+            options: dict[str, Any] = {"modality": self.modality, "shape": self.shape, "labels": self.labels}
             self.samples[image] = load(image, self.manifest.label_of[image], **options)
         return self.samples[image]
 
@@ -191,7 +187,7 @@ def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | 
     once, the next one of another subject moving.
     """
     listed = manifest.training_pairs
-    images = list(dict.fromkeys([*manifest.training, *(image for pair in listed or [] for image in pair)]))
+    images = [*manifest.training, *itertools.chain(*(listed or []))]
     subjects = list(dict.fromkeys(manifest.subject[image] for image in images))
     kept_apart = set(subjects[-max(2, len(subjects) // HELD_OUT) :]) if len(subjects) >= 10 else set()
     training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from fmsam_lib.images.manifest import data_folder, read_manifest
-from fmsam_lib.records import data_error
+from fmsam_lib.records import data_error, written_whole
 
 
 def fetch_hippocampus(folder: Path | str | None = None) -> Path:
@@ -19,10 +19,8 @@ def fetch_hippocampus(folder: Path | str | None = None) -> Path:
     """
     folder = data_folder(folder)
     target, extracted = folder / "HippocampusMR", folder / "Task04_Hippocampus"
-    if (target / "HippocampusMR_dataset.json").is_file():
-        return read_manifest(target).folder
-    folder.mkdir(parents=True, exist_ok=True)
     if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         # Everything is prepared aside, then moved in one step: what is half finished never looks complete.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as work:
             source = extracted if extracted.is_dir() else _download_hippocampus(folder, Path(work))
@@ -33,7 +31,7 @@ def fetch_hippocampus(folder: Path | str | None = None) -> Path:
                     shutil.copyfile(file, ready / part / file.name)
             _write_hippocampus_manifest(ready, source)
             os.replace(ready, target)
-    else:
+    elif not (target / "HippocampusMR_dataset.json").is_file():
         _write_hippocampus_manifest(target, target)
     return read_manifest(target).folder
 
@@ -42,16 +40,14 @@ def _download_hippocampus(folder: Path, work: Path) -> Path:
     from monai.apps import DecathlonDataset, download_and_extract  # here: importing MONAI takes seconds
 
     task = "Task04_Hippocampus"
-    by_hand = folder / f"{task}.tar"
+    where, by_hand = folder / "HippocampusMR", folder / f"{task}.tar"
     tar = by_hand if by_hand.is_file() else work / by_hand.name
     try:
         url, md5 = DecathlonDataset.resource[task], DecathlonDataset.md5[task]
         download_and_extract(url, filepath=tar, output_dir=work, hash_val=md5, hash_type="md5")
     except Exception as error:  # without network MONAI raises no narrower one
-        expected = "task 4 (Hippocampus) of the Medical Segmentation Decathlon"
-        where = folder / "HippocampusMR"
         todo = f"Without network, put {by_hand.name} into {folder}, or its imagesTr and labelsTr into {where}."
-        found = f"{type(error).__name__}: {error}"
+        expected, found = "task 4 of the Medical Segmentation Decathlon", f"{type(error).__name__}: {error}"
         raise data_error(tar if tar == by_hand else where, expected, found, todo) from error
     return work / task
 
@@ -83,6 +79,5 @@ def _write_hippocampus_manifest(target: Path, source: Path) -> None:
             for fixed, moving in zip(test, reversed(test), strict=True)
         ],
     }
-    part = target / "manifest.part"
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, target / "HippocampusMR_dataset.json")
+    with written_whole(target / "HippocampusMR_dataset.json") as part:
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")

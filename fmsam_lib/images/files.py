@@ -31,14 +31,12 @@ class Sample:
     """One image on the study's grid; shared, so do not write into its tensors.
 
     image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)` uint8 or None. affine: `(4, 4)` float64, index
-    to RAS mm; on a 2-D grid its first two columns belong to the grid's axes. original_shape: `(D,)`,
-    the canonical image before it was resampled.
+    to RAS mm; on a 2-D grid its first two columns belong to the grid's axes.
     """
 
     image: Tensor
     label: Tensor | None
     affine: np.ndarray
-    original_shape: tuple[int, ...]
 
 
 def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
@@ -67,8 +65,7 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
         nearest = [np.floor(np.arange(n) * step + 0.5).astype(int) for n, step in zip(shape, steps, strict=True)]
         values = _slice(values, label_affine, dim)[0][np.ix_(*nearest)]
         label = torch.from_numpy(np.rint(values).astype(np.uint8))[None]
-    grid_affine = affine @ np.diag([*steps, *[1.0] * (4 - dim)])
-    return Sample(resample(image, shape), label, grid_affine, image.shape)
+    return Sample(resample(image, shape), label, affine @ np.diag([*steps, *[1.0] * (4 - dim)]))
 
 
 def resample(image: np.ndarray, shape: Sequence[int]) -> Tensor:
@@ -91,18 +88,17 @@ def reading(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
-        found = f"{type(error).__name__}: {error}"
-        todo = "The file may be damaged: copy it again."
-        if ".nii" not in Path(path).name.lower():
-            todo = "Convert it to NIfTI: SimpleITK reads most formats and writes .nii.gz; dcm2niix converts DICOM."
-        raise data_error(path, "a readable image", found, todo) from error
+        todo = "Convert it to NIfTI: SimpleITK reads most formats and writes .nii.gz; dcm2niix converts DICOM."
+        if ".nii" in Path(path).name.lower():
+            todo = "The file may be damaged: copy it again."
+        raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", todo) from error
 
 
 def open_file(path: Path) -> Any:
     """The nibabel image of a file that is there and whole; its values are not read yet."""
+    if path.is_dir():
+        raise data_error(path, "an image file", "a folder", "Convert a folder of DICOM files with dcm2niix.")
     if not path.is_file():
-        if path.is_dir():
-            raise data_error(path, "an image file", "a folder", "Convert a folder of DICOM files with dcm2niix.")
         raise data_error(path, "an image file", "no such file", "Check the path.")
     with reading(path):
         if path.suffix == ".gz":  # nibabel stops before the checksum at the end, so let gzip check it
@@ -128,8 +124,7 @@ def spatial_shape(path, file, dim: int) -> tuple[int, int, int]:
 
 def check_affine(path, affine: np.ndarray) -> None:
     if not np.isfinite(affine).all() or np.linalg.cond(affine[:3, :3]) > 1e6:
-        todo = "Set the header's spacing and orientation."
-        raise data_error(path, "an invertible affine", str(affine.tolist()), todo)
+        raise data_error(path, "an invertible affine", f"{affine.tolist()}", "Set its spacing and orientation.")
 
 
 def values_of(path, file, shape: tuple[int, int, int]) -> np.ndarray:
@@ -153,14 +148,13 @@ def _read(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 def check_same_grid(label_path, label_shape, label_affine, image_path, shape, affine) -> None:
     """A label belongs to its image: the same canonical shape, and grids less than 0.1 voxels apart."""
+    todo = "Correct the wrong header or resample the label onto the image."
     if label_shape != shape:
-        expected = f"the shape {shape} of {image_path}"
-        raise data_error(label_path, expected, f"{label_shape}", "Resample the label onto the image.")
+        raise data_error(label_path, f"the shape {shape} of {image_path}", f"{label_shape}", todo)
     # How far the label's grid strays from the image's, in voxels, at worst; at a single slice, nowhere.
     apart = np.abs(np.linalg.inv(affine) @ label_affine - np.eye(4)) @ [*(n - 1 for n in shape), 1]
     if apart.max() > 0.1:
-        expected, found = f"the affine of {image_path}", f"grids {apart.max():.3g} voxels apart"
-        raise data_error(label_path, expected, found, "Correct the wrong header or resample the label.")
+        raise data_error(label_path, f"the affine of {image_path}", f"grids {apart.max():.3g} voxels apart", todo)
 
 
 def _slice(volume: np.ndarray, affine: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,11 +183,10 @@ def _check_label(path, label: np.ndarray, labels) -> None:
     values = np.unique(label)
     if np.abs(values - np.rint(values)).max() > 1e-3:
         raise data_error(path, "whole numbers", f"{values[np.rint(values) != values][0]:g}", "Save labels as integers.")
-    found = {int(value) for value in np.rint(values)} - {0}
-    named = set(range(1, 256)) if labels is None else set(labels)
+    found, named = {int(value) for value in np.rint(values)} - {0}, set(range(1, 256) if labels is None else labels)
     expected = "labels from 1 to 255" if labels is None else f"labels {sorted(named)}"
     if not found <= named:
-        todo = "Name them in the manifest or remove them."
-        raise data_error(path, expected, f"also {sorted(found - named)[:10]}", todo)
+        more = f"also {sorted(found - named)[:10]}"
+        raise data_error(path, expected, more, "Name them in the manifest or remove them.")
     if not found:
         raise data_error(path, expected, "only background", "Leave the image out.")

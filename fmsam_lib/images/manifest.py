@@ -1,5 +1,6 @@
 """Data sets: a folder `<Name>/` each, with Learn2Reg's manifest `<Name>_dataset.json`, read and checked here."""
 
+import itertools
 import json
 import os
 import re
@@ -58,12 +59,7 @@ def read_manifest(folder: Path | str) -> Manifest:
         todo = "Put the data set there or set FMSAM_DATA to its parent."
         raise data_error(path, "a data set's manifest", found, todo)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in MANIFEST_KEYS if key not in content]
-        if missing:
-            expected = f"the keys {', '.join(MANIFEST_KEYS)}"
-            raise data_error(path, expected, f"no {', '.join(missing)}", "Add what is missing.")
-        return _checked(path, content)
+        return _checked(path, json.loads(path.read_text(encoding="utf-8")))
     except DataError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -72,18 +68,22 @@ def read_manifest(folder: Path | str) -> Manifest:
 
 
 def _checked(path: Path, content: dict) -> Manifest:
+    def demand(fine: bool, expected: str, found: object, todo: str = "Correct the manifest.") -> None:
+        if not fine:
+            raise data_error(path, expected, str(found), todo)
+
+    missing = [key for key in MANIFEST_KEYS if key not in content]
+    demand(not missing, f"the keys {', '.join(MANIFEST_KEYS)}", f"no {', '.join(missing)}", "Add what is missing.")
     folder, dimensions, labels = path.parent, content["dimensions"], content["labels"]
-    if dimensions not in (2, 3):
-        raise data_error(path, "dimensions 2 or 3", repr(dimensions), "Correct the manifest.")
+    demand(dimensions in (2, 3), "dimensions 2 or 3", dimensions)
     modalities = sorted(set(content["modality"].values()))
-    if len(modalities) != 1 or modalities[0] not in MODALITIES:
-        expected = f"one modality, {' or '.join(MODALITIES)}"
-        raise data_error(path, expected, f"{modalities}", "Correct or split the manifest.")
+    fine, expected = modalities in [[known] for known in MODALITIES], f"one modality, {' or '.join(MODALITIES)}"
+    demand(fine, expected, modalities, "Correct or split the manifest.")
     if isinstance(labels.get("0"), dict):  # Learn2Reg nests them by modality
         labels = labels["0"]
     labels = {int(number): name for number, name in labels.items() if int(number) != 0}
-    if not all(0 < number < 256 for number in labels):
-        raise data_error(path, "labels from 1 to 255", f"{sorted(labels)}", "Renumber them, in the label files too.")
+    fine = all(0 < number < 256 for number in labels)
+    demand(fine, "labels from 1 to 255", sorted(labels), "Renumber them, in the label files too.")
 
     def image_pairs(key):
         return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content[key]]
@@ -91,8 +91,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     training = [folder / entry["image"] for entry in content["training"]]
     training_pairs = image_pairs("training_paired_images") if "training_paired_images" in content else None
     test_pairs = image_pairs("registration_val")
-    trained_on = {*training, *(image for pair in training_pairs or [] for image in pair)}
-    tested_on = {image for pair in test_pairs for image in pair}
+    trained_on, tested_on = {*training, *itertools.chain(*(training_pairs or []))}, {*itertools.chain(*test_pairs)}
     listed = [entry for entry in [*content["training"], *content.get("test", [])] if isinstance(entry, dict)]
     entries = {folder / entry["image"]: entry for entry in listed}
     label_of = {}
@@ -103,38 +102,24 @@ def _checked(path: Path, content: dict) -> Manifest:
             label = entries[image]["label"]
             label_of[image] = folder / label if label else None
 
-    absent = [file for file in (*label_of, *label_of.values()) if file and not file.is_file()]
-    if absent:
-        found, todo = f"{len(absent)} missing, first {absent[0]}", "Copy the files there or correct the manifest."
-        raise data_error(path, "every listed file on disk", found, todo)
+    absent = [str(file) for file in (*label_of, *label_of.values()) if file and not file.is_file()]
+    found = f"{len(absent)} missing: {', '.join(absent[:3])}"
+    demand(not absent, "every listed file on disk", found, "Copy the files there or correct the manifest.")
     twice = [image.name for image, times in Counter(training).items() if times > 1]
-    if twice:
-        raise data_error(path, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
+    demand(not twice, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
     itself = [fixed.name for fixed, moving in [*(training_pairs or []), *test_pairs] if fixed == moving]
-    if itself:
-        raise data_error(path, "pairs of two different images", f"{itself[0]} with itself", "Correct the pair.")
+    demand(not itself, "pairs of two different images", f"{', '.join(itself[:3])} with itself", "Correct the pair.")
     subjects = {image: str(entries.get(image, {}).get("subject", subject_of(image))) for image in label_of}
     shared = sorted({subjects[image] for image in trained_on} & {subjects[image] for image in tested_on})
-    if shared:
-        todo = "Move their images to one side, or tell subjects apart by a key 'subject' in the entries."
-        raise data_error(path, "no subject in both training and test", ", ".join(shared[:5]), todo)
+    todo = "Move their images to one side, or tell subjects apart by a key 'subject' in the entries."
+    demand(not shared, "no subject in both training and test", ", ".join(shared[:5]), todo)
     spacing_known = content.get("spacing_known", True)
-    if not isinstance(spacing_known, bool):
-        raise data_error(path, "spacing_known true or false", repr(spacing_known), "Correct the manifest.")
+    demand(isinstance(spacing_known, bool), "spacing_known true or false", repr(spacing_known))
+    said = {key: content[key] for key in ("name", "dimensions", "pairing")}
     return Manifest(
-        name=content["name"],
-        folder=folder,
-        dimensions=dimensions,
-        modality=modalities[0],
-        labels=labels,
-        pairing=content["pairing"],
-        training=training,
-        training_pairs=training_pairs,
-        test_pairs=test_pairs,
-        label_of=label_of,
-        subject=subjects,
-        spacing_known=spacing_known,
-    )
+        **said, folder=folder, modality=modalities[0], labels=labels, training=training, training_pairs=training_pairs,
+        test_pairs=test_pairs, label_of=label_of, subject=subjects, spacing_known=spacing_known,
+    )  # fmt: skip
 
 
 def subject_of(image: Path | str) -> str:

@@ -42,8 +42,7 @@ def paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tenso
     numbers = {name: number for number, name in d.labels.items()}
     # Painting a part only where it can be: the range of q[axis] in each slice across each axis.
     ranges = [
-        [f(q[axis], dim=[a for a in range(3) if a != axis]).numpy() for f in (torch.amin, torch.amax)]
-        for axis in range(3)
+        (f.amin(others).numpy(), f.amax(others).numpy()) for f, others in zip(q, ((1, 2), (0, 2), (0, 1)), strict=True)
     ]
     for part, brightness, box in zip(d.parts, look.brightness, _boxes(d.parts, ranges, edge), strict=False):
         if box is None:

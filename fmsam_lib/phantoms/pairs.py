@@ -40,7 +40,12 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
     Raises ValueError for an unknown domain, a shape that is too small or neither 2-D nor 3-D, or a
     negative index or seed.
     """
-    _check(domain, seed, index, shape)
+    if domain not in DOMAINS:
+        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {domain!r}: choose one of them")
+    if len(shape) not in (2, 3) or min(shape) < 16:
+        raise ValueError(f"expected a shape of 2 or 3 sides of at least 16, got {tuple(shape)}: give (64, 64)")
+    if index < 0 or seed < 0:
+        raise ValueError(f"expected index and seed from 0 on, got index {index}, seed {seed}: count pairs from 0")
     return _one_thread(os.getpid()).submit(_make_pair, DOMAINS[domain], seed, index, tuple(shape)).result()
 
 
@@ -53,7 +58,7 @@ def _one_thread(process: int) -> ThreadPoolExecutor:
     """
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(1, "pairs", initializer=torch.set_num_threads, initargs=(1,))
-    pool.submit(int).result()  # starts it
+    pool.submit(torch.get_num_threads).result()  # starts it, and torch in it, which takes the number that was set last
     torch.set_num_threads(threads)  # what threads to come begin with
     return pool
 
@@ -67,17 +72,17 @@ def _make_pair(d: Domain, seed: int, index: int, shape: tuple[int, ...]) -> Pair
         grid.insert(across, 1)  # from here on a plane is a volume of one slice
 
     moving_subject, moving_look = _subject(rng, d.variation, axes), new_look(rng)
-    if d.motion is None:
-        fixed_subject, fixed_look = _subject(rng, d.variation, axes), new_look(rng)
+    if breath_or_beat := d.motion:
+        fixed_subject, fixed_look, strength = moving_subject, moving_look, rng.uniform(0.8, 1.2)
+        motion = _within(axes, lambda q: strength * breath_or_beat(q))
     else:
-        fixed_subject, fixed_look = moving_subject, moving_look
-    motion = _motion(rng, d.motion, axes)
+        fixed_subject, fixed_look = _subject(rng, d.variation, axes), new_look(rng)
+        motion = torch.zeros_like
 
     # The maps are so smooth that it is enough to know them on a coarse lattice; cubic splines do the rest.
     nodes = [torch.linspace(-1, 1, 24) if n > 1 else torch.tensor([float(level)]) for n in grid]
     x = torch.stack(torch.meshgrid(*nodes, indexing="ij"))
-    q_moving = x + moving_subject(x)
-    q_fixed = x + fixed_subject(x)
+    q_moving, q_fixed = x + moving_subject(x), x + fixed_subject(x)
     q_fixed = q_fixed + motion(q_fixed)
     phi = _solve(moving_subject, q_fixed)
     q_moving, q_fixed, phi = refine(q_moving, grid), refine(q_fixed, grid), refine(phi, grid)
@@ -112,8 +117,7 @@ def _subject(rng: np.random.Generator, variation: float, axes: list[int]) -> Fie
 
     Its gradient is below `|L| + sum_k |a_k| |w_k| < 1` everywhere, so `x + u(x)` cannot fold.
     """
-    linear = rng.uniform(-0.07, 0.07, (3, 3))
-    shift = rng.uniform(-0.06, 0.06, (3, 1))
+    linear, shift = rng.uniform(-0.07, 0.07, (3, 3)), rng.uniform(-0.06, 0.06, (3, 1))
     direction = rng.standard_normal((5, 3))
     w = direction / np.linalg.norm(direction, axis=1, keepdims=True) * rng.uniform(1.5, 4.0, (5, 1))
     p = rng.uniform(0, 2 * np.pi, (5, 1))
@@ -121,19 +125,7 @@ def _subject(rng: np.random.Generator, variation: float, axes: list[int]) -> Fie
     a *= variation / (np.linalg.norm(a, axis=0) * np.linalg.norm(w, axis=1)).sum()
     L, t, W, P, A = (torch.tensor(m, dtype=torch.float32) for m in (linear, shift, w, p, a))
 
-    def displacement(x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return L @ x + t + A @ torch.sin(W @ x + P)
-
-    return _within(axes, displacement)
-
-
-def _motion(rng: np.random.Generator, motion: Field | None, axes: list[int]) -> Field:
-    """One breath or beat of the domain's, weaker or stronger; no motion between two subjects."""
-    if motion is None:
-        return torch.zeros_like
-    strength = rng.uniform(0.8, 1.2)
-    return _within(axes, lambda q: strength * motion(q))
+    return _within(axes, lambda x: L @ x.flatten(1) + t + A @ torch.sin(W @ x.flatten(1) + P))
 
 
 def _within(axes: list[int], displacement: Field) -> Field:
@@ -171,23 +163,10 @@ def _landmarks(d: Domain, across: int | None, level: float) -> Tensor:
 
 def _affine(d: Domain, axes: list[int], spacing: tuple[float, ...], across: int | None, level: float) -> Tensor:
     """Index to mm, `(4, 4)`, the field of view's centre at the origin; a plane's third column is across it."""
-    affine = torch.zeros(4, 4, dtype=torch.float64)
+    affine = np.zeros((4, 4))
+    affine[axes, range(len(axes))] = spacing
+    affine[:3, 3] = -np.array(d.field_of_view) / 2
     affine[3, 3] = 1
-    for column, (axis, mm) in enumerate(zip(axes, spacing, strict=True)):
-        affine[axis, column] = mm
-        affine[axis, 3] = -d.field_of_view[axis] / 2
     if across is not None:
-        affine[across, 2] = 1
-        affine[across, 3] = level * d.field_of_view[across] / 2
-    return affine
-
-
-def _check(domain: str, seed: int, index: int, shape: tuple[int, ...]) -> None:
-    if domain not in DOMAINS:
-        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {domain!r}: choose one of them")
-    if len(shape) not in (2, 3) or min(shape) < 16:
-        raise ValueError(
-            f"expected a shape of 2 or 3 sides of at least 16, got {tuple(shape)}: give (64, 64) or (64, 64, 64)"
-        )
-    if index < 0 or seed < 0:
-        raise ValueError(f"expected index and seed from 0 on, got index {index}, seed {seed}: count pairs from 0")
+        affine[across, 2:] = 1, level * d.field_of_view[across] / 2
+    return torch.from_numpy(affine)

@@ -4,12 +4,12 @@ import itertools
 import re
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from fmsam_lib.checking import Name, Names, Natural, Parameters, Shape, each_once, nearest
-from fmsam_lib.parameters import EQUAL_COMPUTE, Method, Optimizer
+from fmsam_lib.checking import Parameters, nearest
+from fmsam_lib.parameters import EQUAL_COMPUTE, Distinct, Method, Name, Names, Natural, Optimizer, Shape, Some
 
 BASELINE = "adam"  # the other optimizers are compared with it
 TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
@@ -25,14 +25,14 @@ class Study(Parameters):
     """
 
     description: str
-    leave_one_out: Annotated[list[Name], AfterValidator(each_once)] = Field([])
-    train_domains: Annotated[list[Name], AfterValidator(each_once)] = Field([])
+    leave_one_out: Distinct[Name] = Field([])
+    train_domains: Distinct[Name] = Field([])
     test_domains: Names
     variants: dict[str, dict[str, Any]] = Field({})
     optimizers: Names
-    seeds: Annotated[list[Natural], Field(min_length=1), AfterValidator(each_once)]
+    seeds: Some[Natural]
     shape: Shape
-    baselines: Annotated[list[Literal["ants-syn", "io"]], AfterValidator(each_once)] = Field([])
+    baselines: Distinct[Literal["ants-syn", "io"]] = Field([])
     train: dict[str, Any]
     evaluate: dict[str, Any]
     landscape: dict[str, Any]

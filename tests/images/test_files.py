@@ -205,7 +205,6 @@ def test_image_without_resampling_is_the_file_from_0_to_1(tmp_path):
     assert (sample.image.dtype, sample.label.dtype) == (torch.float32, torch.uint8)
     assert sample.image.shape == sample.label.shape == (1, *GRID)
     np.testing.assert_array_equal(sample.affine, np.diag([1, 2, 3, 1]))
-    assert sample.original_shape == GRID
 
 
 def test_ct_window_is_fixed_in_hounsfield_units(tmp_path):
@@ -304,7 +303,6 @@ def test_2d_files_however_their_slice_is_stored(tmp_path, axis):
     low, high = flat.min(), np.percentile(flat, 99)
     np.testing.assert_allclose(sample.image[0, ::2, ::2], np.clip((flat - low) / (high - low), 0, 1), atol=1e-5)
     np.testing.assert_array_equal(sample.label[0, ::2, ::2], label((6, 7)))
-    assert sample.original_shape == (6, 7)
     spacing = np.linalg.norm(sample.affine[:3, :2], axis=0)
     np.testing.assert_allclose(spacing, [0.5, 0.5 if axis is None else 1.0])
 
@@ -429,7 +427,6 @@ def same(a, b):
     assert torch.equal(a.image, b.image)
     assert (a.label is None and b.label is None) or torch.equal(a.label, b.label)
     assert np.array_equal(a.affine, b.affine)
-    assert a.original_shape == b.original_shape
 
 
 @pytest.mark.parametrize("shape", [(9, 5, 7), (5, 5)])

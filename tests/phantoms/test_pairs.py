@@ -87,6 +87,20 @@ def test_the_first_pair_leaves_the_number_of_threads_to_everyone():
     assert done.stdout.split() == ["3", "3"]
 
 
+def test_the_first_pair_is_the_same_whatever_the_number_of_threads():
+    """In a process of its own: once torch has begun in the pairs' thread, no number set elsewhere reaches it."""
+    code = (
+        "import hashlib, torch; torch.set_num_threads(2); from fmsam_lib.phantoms.pairs import make_pair\n"
+        "pair = make_pair('brain-mr', seed=1, index=0, shape=(48, 40))\n"
+        "print(hashlib.sha256(pair.true_map.numpy().tobytes()).hexdigest())"
+    )
+    made = [
+        subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True).stdout
+        for said in (code, code.replace("threads(2)", "threads(1)"))
+    ]
+    assert made[0] == made[1] != ""
+
+
 def test_a_forked_process_makes_pairs_too():
     first = tensors(make_pair("brain-mr", seed=0, index=0, shape=(16, 16)))
     with multiprocessing.get_context("fork").Pool(1) as pool:
