@@ -8,10 +8,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.domains import open_domain
-from fmsam_lib.images.files import decode
+from fmsam_lib.images.files import decode, resample
 from fmsam_lib.images.manifest import read_manifest, subject_of
 from fmsam_lib.records import DataError
 
@@ -254,6 +255,16 @@ def test_affine_of_the_new_grid_keeps_world_coordinates(tmp_path, shape):
         new = sample.affine @ [*(np.array(corner) * (np.array(shape) - 1)), 1]
         old = file.affine @ [*(np.array(corner) * (np.array(file.shape) - 1)), 1]
         np.testing.assert_allclose(new, old, atol=1e-5)
+
+
+def test_a_coarser_grid_is_smoothed_by_scikit_images_rule():
+    """A Gaussian of sigma `(step - 1) / 2` along the axes that become coarser, then linear interpolation."""
+    fine = np.random.default_rng(0).random((40, 31, 9), np.float32)
+    shape, steps = (14, 11, 17), (39 / 13, 30 / 10, 8 / 16)
+    smooth = gaussian_filter(fine, [1.0, 1.0, 0.0], mode="nearest")
+    places = np.stack(np.meshgrid(*[np.arange(n) * s for n, s in zip(shape, steps, strict=True)], indexing="ij"))
+    expected = map_coordinates(smooth, places, order=1)
+    assert np.allclose(resample(fine, shape)[0], expected, atol=1e-5)
 
 
 def test_resampling_a_linear_ramp_is_exact(tmp_path):
