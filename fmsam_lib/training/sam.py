@@ -28,9 +28,9 @@ class SAM:
             objective(net, batch).backward()  # its gradient is what moves w
         optimizer.step()
 
-    params: tensors, or groups `{"params": tensors, "rho": radius}`. Group i moves by `rho_i g_i / |g|`, |g| over
-        all groups: a group of rho 0 stays where it is, and counts in |g|. `sam.groups[i]["rho"]` may be
-        changed from step to step, as an optimizer's "lr".
+    params: what torch's optimizers take: tensors, `named_parameters()`, or groups `{"params": tensors, "rho": radius}`,
+        such as an optimizer's own. Group i moves by `rho_i g_i / |g|`, |g| over all groups: a group of rho 0 stays
+        where it is, and counts in |g|. `sam.groups[i]["rho"]` may be changed from step to step, as an optimizer's "lr".
     rho: radius of the ball, in the weights' own units (adaptive: relative to each weight, ASAM).
     net: its buffers (BatchNorm's running statistics) are put back after the block, so that the
         second pass leaves no trace in them.
@@ -53,7 +53,8 @@ class SAM:
     GradScaler climbs the same eps (the logged norms of gradients are then scaled too); one that overflowed makes
     all weights NaN inside the block, so that the scaler skips the step. Clip after the block.
 
-    Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient.
+    Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient, or one that is complex
+    or sparse.
     """
 
     def __init__(
@@ -67,9 +68,12 @@ class SAM:
         alpha: float = 0.0,
         random_seed: int | None = None,
     ):
-        params = list(params)
-        groups: list[dict] = params if params and isinstance(params[0], dict) else [{"params": params}]
-        self.groups: list[dict] = [{"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups]
+        try:  # torch itself reads them, of copies: it writes into the groups
+            given = params if isinstance(params, Tensor) else [dict(g) if isinstance(g, dict) else g for g in params]
+            groups = torch.optim.SGD(given, lr=0.0).param_groups
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"expected parameters as torch's optimizers take them, got {error!r}") from error
+        self.groups: list[dict] = [{"params": g["params"], "rho": float(g.get("rho", rho))} for g in groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         if not self.params:
             raise ValueError("expected parameters to perturb, got none")
@@ -102,6 +106,11 @@ class SAM:
         moved = [p for p in self.params if p.requires_grad and p.grad is not None]
         if not moved:
             raise RuntimeError("no parameter has a gradient: call backward() before `with sam.perturbed()`")
+        for grad in (p.grad for p in moved if p.grad is not None):
+            if grad.is_complex() or grad.layout != torch.strided:
+                got = f"{grad.layout} of {grad.dtype}, shape {tuple(grad.shape)}"
+                todo = "for complex weights train torch.view_as_real of them, and give layers sparse=False"
+                raise RuntimeError(f"expected real, dense gradients, got {got}: {todo}")
         first, self._random = self._random, None
         after = _random_state(self.params) if first else []
         buffers = list(self.net.buffers()) if self.net is not None else []

@@ -115,6 +115,101 @@ def test_groups_have_their_own_rho_and_one_norm():
         assert b.item() == pytest.approx(10 * 4 / 5)
 
 
+TAKEN = {  # ways to give a layer's weight and bias, all of which torch's optimizers take
+    "a list": lambda w, b: [w, b],
+    "a generator": lambda w, b: (p for p in (w, b)),
+    "a dict's values": lambda w, b: {"w": w, "b": b}.values(),
+    "named": lambda w, b: [("w", w), ("b", b)],
+    "a generator of named": lambda w, b: (pair for pair in (("w", w), ("b", b))),
+    "groups of one tensor": lambda w, b: [{"params": w}, {"params": b}],
+    "a generator of groups": lambda w, b: ({"params": p} for p in (w, b)),
+    "a tensor, a tuple": lambda w, b: [{"params": w}, {"params": (b,)}],
+    "groups of generators": lambda w, b: [{"params": (p for p in (w, b))}],
+    "groups of named": lambda w, b: [{"params": [("w", w)]}, {"params": iter([("b", b)])}],
+    "an empty group": lambda w, b: [{"params": []}, {"params": [w, b]}],
+    "other keys": lambda w, b: [{"params": w, "lr": 0.1, "name": "w"}, {"params": [b], "weight_decay": 0.0}],
+    "an optimizer's groups": lambda w, b: torch.optim.AdamW([{"params": w, "lr": 0.1}, {"params": b}]).param_groups,
+    "its groups, named": lambda w, b: torch.optim.SGD([("w", w), ("b", b)], lr=0.1).param_groups,
+}
+
+
+@pytest.mark.parametrize("give", TAKEN.values(), ids=TAKEN.keys())
+def test_what_torchs_optimizers_take_climbs_whole(give):
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3).double()
+    torch.optim.SGD(give(layer.weight, layer.bias), lr=0.1)
+    sam = SAM(give(layer.weight, layer.bias), 0.1)
+    layer(torch.randn(8, 5).double()).pow(2).mean().backward()
+    w, g = flat(layer), torch.cat([p.grad.flatten() for p in layer.parameters()])
+    with sam.perturbed():
+        torch.testing.assert_close(flat(layer) - w, 0.1 * g / g.norm(), rtol=1e-12, atol=1e-15)
+    assert torch.equal(flat(layer), w)
+
+
+def test_every_group_of_one_tensor_has_its_rho():
+    a, b, c = (nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(3))
+    for p, g in ((a, 2.0), (b, 3.0), (c, 6.0)):
+        p.grad = torch.tensor(g, dtype=torch.float64)
+    with SAM([{"params": a, "rho": 7.0}, {"params": [b], "rho": 14.0}, {"params": c}], rho=1.0).perturbed():
+        assert [p.item() for p in (a, b, c)] == pytest.approx([2, 6, 6 / 7], rel=1e-12)
+
+
+def test_the_groups_given_stay_as_they_are():
+    w = nn.Parameter(torch.ones(2))
+    optimizer, group = torch.optim.Adam([w]), {"params": w}
+    before = [dict(g) for g in optimizer.param_groups]
+    SAM(optimizer.param_groups, 0.1)
+    SAM([group], 0.1)
+    assert optimizer.param_groups == before
+    assert group.keys() == {"params"}
+    assert group["params"] is w
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        (nn.Parameter(torch.ones(2)), "iterable of Tensors or dicts"),
+        (nn.Parameter(torch.ones(())), "iterable of Tensors or dicts"),
+        (nn.Linear(2, 1), "not iterable"),
+        (nn.Sequential(nn.Linear(2, 1)), "one of the params is torch.nn.modules.linear.Linear"),
+        ({"params": [nn.Parameter(torch.ones(2))]}, "one of the params is str"),
+        ([1.0], "one of the params is float"),
+        ([{"params": [None]}], "one of the params is NoneType"),
+        ([{"rho": 0.1}], r"KeyError\(.params.\)"),
+        ([{"params": [nn.Parameter(torch.ones(2))]}, nn.Parameter(torch.ones(2))], "must be a dict"),
+        ([{"params": {nn.Parameter(torch.ones(2))}}], "ordered collections"),
+        ([2 * nn.Parameter(torch.ones(2))], "non-leaf"),
+    ],
+)  # fmt: skip
+def test_what_torchs_optimizers_refuse_is_refused(params, match):
+    with pytest.raises(ValueError, match=f"expected parameters as torch's optimizers take them.*{match}"):
+        SAM(params, 0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"random_seed": 0}, {"every": 2, "alpha": 0.7}], ids=str)
+@pytest.mark.parametrize("kind", ["complex", "sparse_coo"])
+def test_complex_and_sparse_gradients_are_refused_before_anything_moves(kind, options):
+    net, loss = model()
+    strange = (
+        nn.Parameter(torch.ones(4, dtype=torch.complex64)) if kind == "complex" else nn.Embedding(5, 2, sparse=True)
+    )
+    value = strange.abs().pow(2).sum() if kind == "complex" else strange(torch.tensor([1, 3])).pow(2).sum()
+    (loss() + value).backward()
+    saved = state(net)
+    sam = SAM([*net.parameters(), *([strange] if kind == "complex" else strange.parameters())], 0.1, **options)
+    with pytest.raises(RuntimeError, match=f"expected real, dense gradients, got .*{kind}"), sam.perturbed():
+        pytest.fail("entered the block")
+    assert same(net, saved)
+
+
+def test_complex_weights_without_a_gradient_do_no_harm():
+    net, loss = model()
+    loss().backward()
+    saved = state(net)
+    with SAM([*net.parameters(), nn.Parameter(torch.ones(4, dtype=torch.complex64))], 0.1).perturbed():
+        assert not same(net, saved)
+
+
 def test_a_zero_gradient_moves_nothing():
     w = nn.Parameter(torch.ones(3))
     w.grad = torch.zeros(3)
