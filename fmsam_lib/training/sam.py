@@ -92,13 +92,27 @@ class SAM:
         self.gradient_norm_there = math.nan  # |g| at w + eps
         self.step_norm = math.nan  # |eps|
         self.step_ratio = math.nan  # |eps| / |w|, of the parameters with a gradient
-        self.rise: float | Tensor = math.nan  # L(w + eps) - L(w): the loop sets it, which knows the losses
+        self._rise: float | Tensor | None = None  # None: not set since the last climb
         self._random: list[Tensor] | None = None
 
     @property
     def due(self) -> bool:
         """Whether this step climbs; LookSAM also does where it has no direction to go on with."""
         return self.steps % self.every == 0 or (self.alpha > 0 and self.vertical is None)
+
+    @property
+    def rise(self) -> float | Tensor:
+        """L(w + eps) - L(w): the loop sets it, which knows the losses. NaN where it was not set.
+
+        Set to what is not finite, it drops LookSAM's direction: the second pass may have stopped with half a gradient.
+        """
+        return math.nan if self._rise is None else self._rise
+
+    @rise.setter
+    def rise(self, value: float | Tensor) -> None:
+        self._rise = value
+        if self.vertical is not None and not math.isfinite(value):
+            self.vertical = None
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -129,7 +143,8 @@ class SAM:
             if first:
                 _set_random_state(self.params, after)
         self.gradient_norm_there = norm([p.grad for p in moved if p.grad is not None])
-        if gradients is not None:
+        went_wrong = self._rise is not None and not math.isfinite(self._rise)  # as the loop said inside the block
+        if gradients is not None and 0 < self.gradient_norm_there < math.inf and not went_wrong:
             self._look(moved, gradients)
         self.steps += 1
 
@@ -140,7 +155,7 @@ class SAM:
         eps takes shape in the parameters' own storage, as `weights` has their values: no further copy.
         """
         gradients = [p.grad for p in moved if p.grad is not None]
-        self.vertical = None  # its memory goes to the next one
+        self.vertical = self._rise = None  # its memory goes to the next one
         keep = [g.clone() for g in gradients] if self.alpha > 0 and self.every > 1 else None
         eps = [p if p.dtype in FULL else torch.empty_like(p, dtype=torch.float32) for p in moved]
         self.gradient_norm = length = norm(gradients)
@@ -224,12 +239,12 @@ class SAM:
         self.steps = state["steps"]
         for group, rho in zip(self.groups, state["rho"], strict=True):
             group["rho"] = rho
+        for name, value in state["last"].items():  # before the direction, which a rise of NaN drops
+            if name != "rho":
+                setattr(self, name, value)
         self.vertical = vertical and [
             v if v is None else v.to(p.device, copy=True) for v, p in zip(vertical, self.params, strict=True)
         ]
-        for name, value in state["last"].items():
-            if name != "rho":
-                setattr(self, name, value)
 
 
 def norm(tensors: list[Tensor]) -> float:

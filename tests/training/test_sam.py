@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from fmsam_lib.checking import read
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.parameters import Train
+from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.loop import make_batches, starting
+from fmsam_lib.training.losses import Loss, objective
 from fmsam_lib.training.sam import SAM
+from fmsam_lib.training.step import perturbation, train_step
 
 
 def quadratic(w, curvature):
@@ -589,6 +596,85 @@ def test_the_second_gradient_not_finite_is_not_kept_by_looksam():
         loss().backward()
     assert not sam.due
     assert all(torch.isfinite(v).all() for v in sam.vertical)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("when", ["inside", "behind", "behind, a tensor"])
+def test_looksam_keeps_nothing_of_a_second_pass_that_stopped_half_way(when, value):
+    """The loss of the second micro-batch is not finite: `.grad` holds the first one's gradient, all finite."""
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    with sam.perturbed():
+        net.zero_grad()
+        (loss() / 2).backward()
+        if when == "inside":
+            sam.rise = value
+    if when != "inside":
+        sam.rise = torch.tensor(value) if "tensor" in when else value
+    assert sam.vertical is None
+    assert sam.due
+    net.zero_grad()
+    loss().backward()
+    with sam.perturbed():  # what went wrong then counts no more
+        net.zero_grad()
+        loss().backward()
+    assert not sam.due
+    sam.rise = 0.1
+    assert not sam.due
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_looksam_keeps_nothing_of_a_second_pass_without_any_gradient(set_to_none):
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    with sam.perturbed():
+        net.zero_grad(set_to_none=set_to_none)
+    assert sam.vertical is None
+    assert sam.due
+
+
+@pytest.mark.parametrize("rise", [None, 0.1])
+def test_looksams_direction_comes_back_from_its_state_whether_or_not_the_rise_was_set(rise):
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    with sam.perturbed():
+        net.zero_grad()
+        loss().backward()
+    if rise is not None:
+        sam.rise = rise
+    other = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    for _ in range(2):  # also over a state that it has already
+        other.load_state_dict(sam.state_dict())
+        assert not other.due
+        assert all(torch.equal(a, b) for a, b in zip(other.vertical, sam.vertical, strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_training_steps_second_pass_that_is_not_finite_leaves_looksam_no_direction(accumulate, monkeypatch, tmp_path):
+    settings = {"out": str(tmp_path), "shape": [16, 16], "down": [4, 4], "levels": 2, "steps": 20, "batch": 4}
+    run = read(Train, settings | {"sigma": 3.0, "optimizer": "looksam", "every": 5, "accumulate": accumulate})
+    net, data, state, calls = (
+        starting(run).train(),
+        open_domain("brain-mr", shape=(16, 16)),
+        State(),
+        itertools.count(1),
+    )
+    net.shape = (16, 16)
+    sam, optimizer = perturbation(net, run), torch.optim.Adam(net.parameters(), run.lr)
+
+    def poisoned(*args, **options):
+        loss = objective(*args, **options)
+        return Loss(*(part * float("nan") for part in loss)) if next(calls) == 2 * accumulate else loss
+
+    monkeypatch.setattr("fmsam_lib.training.step.objective", poisoned)
+    train_step(net, make_batches(data, run, 0), run, optimizer, sam, state)
+    assert (state.skipped, sam.vertical, sam.due) == (1, None, True)
+    train_step(net, make_batches(data, run, 1), run, optimizer, sam, state)
+    assert (state.skipped, sam.due) == (1, False)
+    assert sam.vertical is not None
 
 
 def test_looksam_takes_a_missing_second_gradient_as_zero():
