@@ -19,6 +19,7 @@ DRAWS = 2000
 DISTANCES = ("hd95", "surface_distance")  # of structures
 LESS_IS_BETTER = (*DISTANCES, "tre", "map_error", "folding_percent", "sdlogj", "sdlogj_learn2reg", "inverse_error")
 CELL = ["train_domain", "test_domain"]
+ROUNDING = 4096  # of float64's steps, 1e-12 of a value: sums and means of measures err by less, none is as fine
 
 
 class Interval(NamedTuple):
@@ -35,9 +36,9 @@ class Difference(NamedTuple):
     """Treatment - baseline on the same pairs and seeds.
 
     low, high: 95 % interval of the mean (see `difference`). p: Wilcoxon's signed-rank test over units. d_z: mean over
-    standard deviation of the units' differences; rank_biserial: share of rank sum in favour less that against, -1 to
-    1. worst_…: the 5th percentile of the values (95th where less is better). left_out: values without a partner, or
-    NaN.
+    standard deviation of the units' differences; rank_biserial: `(W+ - W-) / (W+ + W-)`, W the sums of ranks of the
+    differences above and below 0 (Kerby 2014), -1 to 1; what is equal but for rounding is a tie in both. worst_…: the
+    5th percentile of the values (95th where less is better). left_out: values without a partner, or NaN.
     """
 
     mean: float
@@ -177,17 +178,19 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
     if paired.empty:
         there = ", ".join(map(str, rows.optimizer.unique())) or "no rows"
         raise ValueError(f"expected {treatment!r} and {baseline!r} on the same pairs and seeds, got {there}")
-    values = paired.assign(value=paired[treatment] - paired[baseline])
+    scale = paired[[baseline, treatment]].abs().max(axis=1)
+    values = paired.assign(value=paired[treatment] - paired[baseline], scale=scale)
     means = paired.groupby(CELL)[[baseline, treatment]].mean().mean()
-    of_units = values.groupby(["test_domain", "drawn"]).value.mean().to_numpy()
+    units = values.groupby(["test_domain", "drawn"])
+    of_units = units.value.mean().to_numpy()
+    ranks = _signed_ranks(of_units, units.scale.max().to_numpy())
     metric = rows.metric.iloc[0] if "metric" in rows and len(rows) else ""
     worst = 95 if metric in LESS_IS_BETTER else 5
-    spread = of_units.std(ddof=1) if len(of_units) > 1 else np.nan
     return Difference(
         **mean_interval(values)._asdict(),
-        p=float(stats.wilcoxon(of_units).pvalue) if of_units.any() else 1.0,
-        d_z=float(of_units.mean() / spread) if spread > 0 else np.nan,
-        rank_biserial=_rank_biserial(of_units),
+        p=float(stats.wilcoxon(ranks).pvalue) if ranks.any() else 1.0,
+        d_z=float(of_units.mean() / of_units.std(ddof=1)) if np.ptp(ranks) else np.nan,
+        rank_biserial=float(ranks.sum() / np.abs(ranks).sum()) if ranks.any() else 0.0,
         worst_baseline=float(np.percentile(paired[baseline], worst)),
         worst_treatment=float(np.percentile(paired[treatment], worst)),
         pairs=len(paired[[*CELL, "pair"]].drop_duplicates()),
@@ -197,8 +200,16 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
     )
 
 
-def _rank_biserial(differences: np.ndarray) -> float:
-    """`(W+ - W-) / (W+ + W-)`, W the sums of ranks of the differences above and below 0 (Kerby 2014); 0 of none."""
-    signed = differences[differences != 0]
-    ranks = stats.rankdata(np.abs(signed))
-    return float((ranks * np.sign(signed)).sum() / ranks.sum()) if len(signed) else 0.0
+def _signed_ranks(differences: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Each difference's rank by magnitude, with its sign; ties share their mean rank, and no difference has 0.
+
+    scales: magnitudes of the values that were subtracted. Their rounding is left in the differences and makes equal
+    ones unequal: neighbours that are no further apart than that are tied, as in exact arithmetic. Wilcoxon's test of
+    these ranks is that of the differences.
+    """
+    order = np.argsort(np.abs(differences))
+    rounding = ROUNDING * np.spacing(scales[order])
+    apart = np.diff(np.abs(differences)[order], prepend=0) > np.fmax(rounding, np.append(0, rounding[:-1]))
+    place = np.cumsum(apart)
+    ranks = np.where(place > 0, stats.rankdata(place) - (place == 0).sum(), 0)
+    return np.sign(differences) * ranks[np.argsort(order)]

@@ -28,9 +28,9 @@ class SAM:
             objective(net, batch).backward()  # its gradient is what moves w
         optimizer.step()
 
-    params: tensors, or groups `{"params": tensors, "rho": radius}`. Group i moves by `rho_i g_i / |g|`, |g| over
-        all groups: a group of rho 0 stays where it is, and counts in |g|. `sam.groups[i]["rho"]` may be
-        changed from step to step, as an optimizer's "lr".
+    params: what torch's optimizers take: tensors, `named_parameters()`, or groups `{"params": tensors, "rho": radius}`,
+        such as an optimizer's own. Group i moves by `rho_i g_i / |g|`, |g| over all groups: a group of rho 0 stays
+        where it is, and counts in |g|. `sam.groups[i]["rho"]` may be changed from step to step, as an optimizer's "lr".
     rho: radius of the ball, in the weights' own units (adaptive: relative to each weight, ASAM).
     net: its buffers (BatchNorm's running statistics) are put back after the block, so that the
         second pass leaves no trace in them.
@@ -53,7 +53,8 @@ class SAM:
     GradScaler climbs the same eps (the logged norms of gradients are then scaled too); one that overflowed makes
     all weights NaN inside the block, so that the scaler skips the step. Clip after the block.
 
-    Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient.
+    Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient, or one that is complex
+    or sparse.
     """
 
     def __init__(
@@ -67,9 +68,12 @@ class SAM:
         alpha: float = 0.0,
         random_seed: int | None = None,
     ):
-        params = list(params)
-        groups: list[dict] = params if params and isinstance(params[0], dict) else [{"params": params}]
-        self.groups: list[dict] = [{"params": list(g["params"]), "rho": float(g.get("rho", rho))} for g in groups]
+        try:  # torch itself reads them, of copies: it writes into the groups
+            given = params if isinstance(params, Tensor) else [dict(g) if isinstance(g, dict) else g for g in params]
+            groups = torch.optim.SGD(given, lr=0.0).param_groups
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"expected parameters as torch's optimizers take them, got {error!r}") from error
+        self.groups: list[dict] = [{"params": g["params"], "rho": float(g.get("rho", rho))} for g in groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         if not self.params:
             raise ValueError("expected parameters to perturb, got none")
@@ -88,7 +92,7 @@ class SAM:
         self.gradient_norm_there = math.nan  # |g| at w + eps
         self.step_norm = math.nan  # |eps|
         self.step_ratio = math.nan  # |eps| / |w|, of the parameters with a gradient
-        self.rise: float | Tensor = math.nan  # L(w + eps) - L(w): the loop sets it, which knows the losses
+        self._rise: float | Tensor | None = None  # None: not set since the last climb
         self._random: list[Tensor] | None = None
 
     @property
@@ -96,12 +100,31 @@ class SAM:
         """Whether this step climbs; LookSAM also does where it has no direction to go on with."""
         return self.steps % self.every == 0 or (self.alpha > 0 and self.vertical is None)
 
+    @property
+    def rise(self) -> float | Tensor:
+        """L(w + eps) - L(w): the loop sets it, which knows the losses. NaN where it was not set.
+
+        Set to what is not finite, it drops LookSAM's direction: the second pass may have stopped with half a gradient.
+        """
+        return math.nan if self._rise is None else self._rise
+
+    @rise.setter
+    def rise(self, value: float | Tensor) -> None:
+        self._rise = value
+        if self.vertical is not None and not math.isfinite(value):
+            self.vertical = None
+
     @contextmanager
     def perturbed(self) -> Iterator[None]:
         """Inside the block the parameters stand at `w + eps`; needs their gradients at w in `.grad`."""
         moved = [p for p in self.params if p.requires_grad and p.grad is not None]
         if not moved:
             raise RuntimeError("no parameter has a gradient: call backward() before `with sam.perturbed()`")
+        for grad in (p.grad for p in moved if p.grad is not None):
+            if grad.is_complex() or grad.layout != torch.strided:
+                got = f"{grad.layout} of {grad.dtype}, shape {tuple(grad.shape)}"
+                todo = "for complex weights train torch.view_as_real of them, and give layers sparse=False"
+                raise RuntimeError(f"expected real, dense gradients, got {got}: {todo}")
         first, self._random = self._random, None
         after = _random_state(self.params) if first else []
         buffers = list(self.net.buffers()) if self.net is not None else []
@@ -120,7 +143,8 @@ class SAM:
             if first:
                 _set_random_state(self.params, after)
         self.gradient_norm_there = norm([p.grad for p in moved if p.grad is not None])
-        if gradients is not None:
+        went_wrong = self._rise is not None and not math.isfinite(self._rise)  # as the loop said inside the block
+        if gradients is not None and 0 < self.gradient_norm_there < math.inf and not went_wrong:
             self._look(moved, gradients)
         self.steps += 1
 
@@ -131,7 +155,7 @@ class SAM:
         eps takes shape in the parameters' own storage, as `weights` has their values: no further copy.
         """
         gradients = [p.grad for p in moved if p.grad is not None]
-        self.vertical = None  # its memory goes to the next one
+        self.vertical = self._rise = None  # its memory goes to the next one
         keep = [g.clone() for g in gradients] if self.alpha > 0 and self.every > 1 else None
         eps = [p if p.dtype in FULL else torch.empty_like(p, dtype=torch.float32) for p in moved]
         self.gradient_norm = length = norm(gradients)
@@ -215,12 +239,12 @@ class SAM:
         self.steps = state["steps"]
         for group, rho in zip(self.groups, state["rho"], strict=True):
             group["rho"] = rho
+        for name, value in state["last"].items():  # before the direction, which a rise of NaN drops
+            if name != "rho":
+                setattr(self, name, value)
         self.vertical = vertical and [
             v if v is None else v.to(p.device, copy=True) for v, p in zip(vertical, self.params, strict=True)
         ]
-        for name, value in state["last"].items():
-            if name != "rho":
-                setattr(self, name, value)
 
 
 def norm(tensors: list[Tensor]) -> float:

@@ -1,3 +1,7 @@
+import itertools
+import operator
+from fractions import Fraction
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -142,6 +146,66 @@ def test_no_difference_at_all_is_no_effect():
     found = difference(two(np.ones((1, 4)), np.ones((1, 4))), "adam", "sam")
     assert (found.mean, found.p, found.rank_biserial) == (0, 1, 0)
     assert np.isnan(found.d_z)
+
+
+# --- ties that rounding breaks; the judge is exact arithmetic ---
+
+
+def exact(differences):
+    """Wilcoxon's p over all flips of signs, and the rank-biserial correlation, of Fractions."""
+    found = [d for d in differences if d]
+    sizes = [abs(d) for d in found]
+    ranks = [2 * sum(s < size for s in sizes) + sizes.count(size) + 1 for size in sizes]  # twice the mean rank
+    seen = sum(rank if d > 0 else -rank for rank, d in zip(ranks, found, strict=True))
+    flips = [abs(sum(map(operator.mul, ranks, signs))) for signs in itertools.product((-1, 1), repeat=len(ranks))]
+    return sum(flip >= abs(seen) for flip in flips) / len(flips), seen / sum(ranks) if ranks else 0
+
+
+def test_shares_of_a_volume_have_the_p_of_their_counts():
+    adam, sam = [2, 3, 4, 3, 1, 3, 4, 2, 7, 5], [1, 7, 7, 2, 7, 1, 7, 4, 8, 8]
+    counts, voxels = np.array([adam, sam]), 40 * 48 * 40
+    found = difference(two(*(100 * counts[:, None] / voxels), metric="folding_percent"), "adam", "sam")
+    p, effect = exact([Fraction(b - a) for a, b in zip(adam, sam, strict=True)])
+    assert p == stats.wilcoxon(counts[1] - counts[0]).pvalue == 50 / 1024
+    assert found.p == pytest.approx(p, rel=1e-12)
+    assert found.rank_biserial == pytest.approx(effect, rel=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 1000])
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("unit", [Fraction(100, 76800), Fraction(1, 10), Fraction(7, 3), Fraction(1, 10**7)], ids=str)
+def test_p_and_effect_are_those_of_exact_arithmetic(unit, seeds, offset):
+    """Multiples of a unit that binary fractions do not have, as distances on a grid and shares are; some are equal."""
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        counts = rng.integers(0, 6, (2, seeds, 9))
+        adam, sam = np.vectorize(lambda n: float(offset + int(n) * unit))(counts)
+        found = difference(two(adam, sam), "adam", "sam")
+        p, effect = exact([Fraction(int(n), seeds) * unit for n in (counts[1] - counts[0]).sum(0)])
+        assert (found.p, found.rank_biserial) == pytest.approx((p, effect), rel=1e-12)
+
+
+def test_one_difference_that_all_pairs_share_has_no_spread():
+    base = np.random.default_rng(0).uniform(0.4, 0.6, (1, 7))
+    found = difference(two(base, base + 0.1), "adam", "sam")
+    assert np.isnan(found.d_z)
+    assert (found.p, found.rank_biserial) == (pytest.approx(2 / 2**7, rel=1e-12), 1)
+
+
+def test_rounding_alone_is_no_difference():
+    base = np.random.default_rng(0).uniform(0.4, 0.6, (1, 8))
+    found = difference(two(base, base * (1 + 2**-51)), "adam", "sam")
+    assert (found.p, found.rank_biserial) == (1, 0)
+    assert np.isnan(found.d_z)
+
+
+def test_differences_are_told_apart_where_rounding_is_finer():
+    """As exact dice of large structures: 1e-9 apart; and one pair that failed takes nothing from the others."""
+    gain = 1e-9 * np.array([[2.5, -3.5, 7.5, -0.5, 5.5, -4.5, 6.5, 3.5, 4.5]])
+    for gains in (gain, np.append(gain[:, 1:], [[1e9]], 1)):
+        found = difference(two(np.full((1, 9), 0.75), 0.75 + gains), "adam", "sam")
+        p, effect = exact([round(g * 1e10) for g in gains[0]])
+        assert (found.p, found.rank_biserial) == pytest.approx((p, effect), rel=1e-12)
 
 
 def test_what_has_no_partner_or_no_value_is_counted():

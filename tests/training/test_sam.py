@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from fmsam_lib.checking import read
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.parameters import Train
+from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.loop import make_batches, starting
+from fmsam_lib.training.losses import Loss, objective
 from fmsam_lib.training.sam import SAM
+from fmsam_lib.training.step import perturbation, train_step
 
 
 def quadratic(w, curvature):
@@ -113,6 +120,101 @@ def test_groups_have_their_own_rho_and_one_norm():
     with SAM([{"params": [a], "rho": 1.0}, {"params": [b]}], rho=10.0).perturbed():
         assert a.item() == pytest.approx(3 / 5)
         assert b.item() == pytest.approx(10 * 4 / 5)
+
+
+TAKEN = {  # ways to give a layer's weight and bias, all of which torch's optimizers take
+    "a list": lambda w, b: [w, b],
+    "a generator": lambda w, b: (p for p in (w, b)),
+    "a dict's values": lambda w, b: {"w": w, "b": b}.values(),
+    "named": lambda w, b: [("w", w), ("b", b)],
+    "a generator of named": lambda w, b: (pair for pair in (("w", w), ("b", b))),
+    "groups of one tensor": lambda w, b: [{"params": w}, {"params": b}],
+    "a generator of groups": lambda w, b: ({"params": p} for p in (w, b)),
+    "a tensor, a tuple": lambda w, b: [{"params": w}, {"params": (b,)}],
+    "groups of generators": lambda w, b: [{"params": (p for p in (w, b))}],
+    "groups of named": lambda w, b: [{"params": [("w", w)]}, {"params": iter([("b", b)])}],
+    "an empty group": lambda w, b: [{"params": []}, {"params": [w, b]}],
+    "other keys": lambda w, b: [{"params": w, "lr": 0.1, "name": "w"}, {"params": [b], "weight_decay": 0.0}],
+    "an optimizer's groups": lambda w, b: torch.optim.AdamW([{"params": w, "lr": 0.1}, {"params": b}]).param_groups,
+    "its groups, named": lambda w, b: torch.optim.SGD([("w", w), ("b", b)], lr=0.1).param_groups,
+}
+
+
+@pytest.mark.parametrize("give", TAKEN.values(), ids=TAKEN.keys())
+def test_what_torchs_optimizers_take_climbs_whole(give):
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3).double()
+    torch.optim.SGD(give(layer.weight, layer.bias), lr=0.1)
+    sam = SAM(give(layer.weight, layer.bias), 0.1)
+    layer(torch.randn(8, 5).double()).pow(2).mean().backward()
+    w, g = flat(layer), torch.cat([p.grad.flatten() for p in layer.parameters()])
+    with sam.perturbed():
+        torch.testing.assert_close(flat(layer) - w, 0.1 * g / g.norm(), rtol=1e-12, atol=1e-15)
+    assert torch.equal(flat(layer), w)
+
+
+def test_every_group_of_one_tensor_has_its_rho():
+    a, b, c = (nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(3))
+    for p, g in ((a, 2.0), (b, 3.0), (c, 6.0)):
+        p.grad = torch.tensor(g, dtype=torch.float64)
+    with SAM([{"params": a, "rho": 7.0}, {"params": [b], "rho": 14.0}, {"params": c}], rho=1.0).perturbed():
+        assert [p.item() for p in (a, b, c)] == pytest.approx([2, 6, 6 / 7], rel=1e-12)
+
+
+def test_the_groups_given_stay_as_they_are():
+    w = nn.Parameter(torch.ones(2))
+    optimizer, group = torch.optim.Adam([w]), {"params": w}
+    before = [dict(g) for g in optimizer.param_groups]
+    SAM(optimizer.param_groups, 0.1)
+    SAM([group], 0.1)
+    assert optimizer.param_groups == before
+    assert group.keys() == {"params"}
+    assert group["params"] is w
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        (nn.Parameter(torch.ones(2)), "iterable of Tensors or dicts"),
+        (nn.Parameter(torch.ones(())), "iterable of Tensors or dicts"),
+        (nn.Linear(2, 1), "not iterable"),
+        (nn.Sequential(nn.Linear(2, 1)), "one of the params is torch.nn.modules.linear.Linear"),
+        ({"params": [nn.Parameter(torch.ones(2))]}, "one of the params is str"),
+        ([1.0], "one of the params is float"),
+        ([{"params": [None]}], "one of the params is NoneType"),
+        ([{"rho": 0.1}], r"KeyError\(.params.\)"),
+        ([{"params": [nn.Parameter(torch.ones(2))]}, nn.Parameter(torch.ones(2))], "must be a dict"),
+        ([{"params": {nn.Parameter(torch.ones(2))}}], "ordered collections"),
+        ([2 * nn.Parameter(torch.ones(2))], "non-leaf"),
+    ],
+)  # fmt: skip
+def test_what_torchs_optimizers_refuse_is_refused(params, match):
+    with pytest.raises(ValueError, match=f"expected parameters as torch's optimizers take them.*{match}"):
+        SAM(params, 0.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"random_seed": 0}, {"every": 2, "alpha": 0.7}], ids=str)
+@pytest.mark.parametrize("kind", ["complex", "sparse_coo"])
+def test_complex_and_sparse_gradients_are_refused_before_anything_moves(kind, options):
+    net, loss = model()
+    strange = (
+        nn.Parameter(torch.ones(4, dtype=torch.complex64)) if kind == "complex" else nn.Embedding(5, 2, sparse=True)
+    )
+    value = strange.abs().pow(2).sum() if kind == "complex" else strange(torch.tensor([1, 3])).pow(2).sum()
+    (loss() + value).backward()
+    saved = state(net)
+    sam = SAM([*net.parameters(), *([strange] if kind == "complex" else strange.parameters())], 0.1, **options)
+    with pytest.raises(RuntimeError, match=f"expected real, dense gradients, got .*{kind}"), sam.perturbed():
+        pytest.fail("entered the block")
+    assert same(net, saved)
+
+
+def test_complex_weights_without_a_gradient_do_no_harm():
+    net, loss = model()
+    loss().backward()
+    saved = state(net)
+    with SAM([*net.parameters(), nn.Parameter(torch.ones(4, dtype=torch.complex64))], 0.1).perturbed():
+        assert not same(net, saved)
 
 
 def test_a_zero_gradient_moves_nothing():
@@ -494,6 +596,85 @@ def test_the_second_gradient_not_finite_is_not_kept_by_looksam():
         loss().backward()
     assert not sam.due
     assert all(torch.isfinite(v).all() for v in sam.vertical)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("when", ["inside", "behind", "behind, a tensor"])
+def test_looksam_keeps_nothing_of_a_second_pass_that_stopped_half_way(when, value):
+    """The loss of the second micro-batch is not finite: `.grad` holds the first one's gradient, all finite."""
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    with sam.perturbed():
+        net.zero_grad()
+        (loss() / 2).backward()
+        if when == "inside":
+            sam.rise = value
+    if when != "inside":
+        sam.rise = torch.tensor(value) if "tensor" in when else value
+    assert sam.vertical is None
+    assert sam.due
+    net.zero_grad()
+    loss().backward()
+    with sam.perturbed():  # what went wrong then counts no more
+        net.zero_grad()
+        loss().backward()
+    assert not sam.due
+    sam.rise = 0.1
+    assert not sam.due
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_looksam_keeps_nothing_of_a_second_pass_without_any_gradient(set_to_none):
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    with sam.perturbed():
+        net.zero_grad(set_to_none=set_to_none)
+    assert sam.vertical is None
+    assert sam.due
+
+
+@pytest.mark.parametrize("rise", [None, 0.1])
+def test_looksams_direction_comes_back_from_its_state_whether_or_not_the_rise_was_set(rise):
+    net, loss = smooth()
+    sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    loss().backward()
+    with sam.perturbed():
+        net.zero_grad()
+        loss().backward()
+    if rise is not None:
+        sam.rise = rise
+    other = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
+    for _ in range(2):  # also over a state that it has already
+        other.load_state_dict(sam.state_dict())
+        assert not other.due
+        assert all(torch.equal(a, b) for a, b in zip(other.vertical, sam.vertical, strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_training_steps_second_pass_that_is_not_finite_leaves_looksam_no_direction(accumulate, monkeypatch, tmp_path):
+    settings = {"out": str(tmp_path), "shape": [16, 16], "down": [4, 4], "levels": 2, "steps": 20, "batch": 4}
+    run = read(Train, settings | {"sigma": 3.0, "optimizer": "looksam", "every": 5, "accumulate": accumulate})
+    net, data, state, calls = (
+        starting(run).train(),
+        open_domain("brain-mr", shape=(16, 16)),
+        State(),
+        itertools.count(1),
+    )
+    net.shape = (16, 16)
+    sam, optimizer = perturbation(net, run), torch.optim.Adam(net.parameters(), run.lr)
+
+    def poisoned(*args, **options):
+        loss = objective(*args, **options)
+        return Loss(*(part * float("nan") for part in loss)) if next(calls) == 2 * accumulate else loss
+
+    monkeypatch.setattr("fmsam_lib.training.step.objective", poisoned)
+    train_step(net, make_batches(data, run, 0), run, optimizer, sam, state)
+    assert (state.skipped, sam.vertical, sam.due) == (1, None, True)
+    train_step(net, make_batches(data, run, 1), run, optimizer, sam, state)
+    assert (state.skipped, sam.due) == (1, False)
+    assert sam.vertical is not None
 
 
 def test_looksam_takes_a_missing_second_gradient_as_zero():
