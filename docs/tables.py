@@ -92,14 +92,14 @@ def radius() -> pd.DataFrame:
     rows["optimizer"] = pd.Categorical(rows.optimizer, ["adam", "adam-2x", "sam", "asam", "random"])
     lines = []
     for (lr, optimizer, rho), runs in rows.groupby(["lr", "optimizer", "rho"], dropna=False, observed=True):
-        line = {"": name_of(optimizer), "rho": "" if pd.isna(rho) else f"{rho:g}", "learning rate": lr}
+        line = {"optimizer": name_of(optimizer), "rho": "" if pd.isna(rho) else f"{rho:g}", "learning rate": lr}
         dice = runs.groupby("domains").dice.mean().map("{:.3f}".format).rename("Dice, {}".format)
         lines.append(line | {"training loss at the end": f"{runs.loss.mean():.3f}"} | dice.to_dict())
     return pd.DataFrame(lines).sort_values("learning rate", ascending=False, kind="stable")
 
 
 def robustness() -> pd.DataFrame:
-    rows = pd.read_csv(FIGURES / "quick_robustness.csv")
+    rows = pd.read_csv(FIGURES / "full_robustness.csv")
     hardest = rows[rows.severity == rows.groupby("corruption").severity.transform("max")]
     return pd.DataFrame(
         {"corruption": CORRUPTIONS[kind].what, "hardest step": f"{mine.severity.iloc[0]:g}"} | beside(mine)
@@ -110,7 +110,7 @@ def robustness() -> pd.DataFrame:
 def flatness() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "heldout_flatness.csv").query("measure == 'ascent_rise' and rho == 0.01")
     rise = rows[rows.term == "total"].groupby("optimizer").value.median().map("{:.2f}".format)
-    return pd.DataFrame({"": rise.index.map(name_of), "rise after ascent, rho = 0.01, median": rise})
+    return pd.DataFrame({"optimizer": rise.index.map(name_of), "rise after ascent, rho = 0.01, median": rise})
 
 
 def correlation() -> pd.DataFrame:

@@ -49,6 +49,8 @@ def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress
     >>> table[table.metric == "dice"].groupby("pair").value.mean().round(2).tolist()
     [0.67, 0.36]
     """
+    if not (net is None or callable(net)):
+        raise ConfigError(f"expected a network, another method or None, got {net!r}: fm.load(file) reads a network")
     net = copy.deepcopy(net).eval() if isinstance(net, GradICON) else net  # the caller's own stays in the mode it is in
     found = measured(net, domain, pairs=pairs, progress=progress)
     if found.results.empty and found.problems:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.files import Sample
 from fmsam_lib.images.manifest import Manifest, data_folder, read_manifest
@@ -41,9 +42,11 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0):
     `training_pair(i)`: the i-th of an endless sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the
     same for every seed, `validation_count` and `validation_pair(i)`: likewise, of subjects who are in neither training
     nor test, and `check()`: the messages of everything wrong with its files.
-    Raises DataError for an unknown name, with the known ones.
+    Raises DataError for an unknown name, with the known ones; ConfigError for an impossible shape.
     """
-    shape = tuple(shape)
+    shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    if len(shape) not in (2, 3):
+        raise ConfigError(f"expected a shape of 2 or 3 sides, got {shape}: give (64, 64) or (64, 64, 64)")
     if "+" in name:
         return Mixture(name, [open_domain(part, shape=shape, data=data, seed=seed) for part in name.split("+")])
     if name in synthetic.DOMAINS:
@@ -51,7 +54,7 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0):
     folder, known = data_folder(data), domain_names(data)
     if name not in known:
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
-        raise data_error(folder, f"one of {', '.join(known)}", repr(name), todo)
+        raise data_error(folder, f"one of {', '.join(known)}", f"{name!r}{nearest(name, known)}", todo)
     return FileDomain(read_manifest(folder / name), shape, seed)
 
 
@@ -136,7 +139,12 @@ class FileDomain:
         if pairs:
             return self._pair(*pairs[rng.integers(len(pairs))])
         if len(images) < 2 or pairs == []:
-            raise data_error(self.manifest.folder, "training pairs", "none", "Use this data set for testing only.")
+            raise data_error(
+                self.manifest.folder,
+                "two training images or more (a pair is of two different ones), or training pairs",
+                f"{len(images)} images",
+                "Add some, or use this data set for testing only.",
+            )
         return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
 
     def validation_pair(self, index: int) -> Pair:

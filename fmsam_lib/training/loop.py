@@ -48,6 +48,8 @@ def train(
 
     Raises: ConfigError for options that cannot be right, or not in several processes; else as `starting` and `fit`.
     """
+    if not hasattr(domain, "training_pair"):
+        raise ConfigError(f"expected a domain, got {domain!r}: fm.open_domain(name, shape=(64, 64)) opens one")
     given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
     if net is not None:
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "levels", "last_step")}}

@@ -353,3 +353,8 @@ def test_without_ants_its_absence_is_named_and_the_others_go_on(monkeypatch):
     assert "expected antspyx for ants-syn" in problems[0]
     with pytest.raises(DataError, match="expected antspyx"):
         evaluate_all(settings(methods=["ants-syn"]), progress=False)
+
+
+def test_a_path_is_no_network():
+    with pytest.raises(ConfigError, match=r"expected a network, another method or None, got 'runs/quick'"):
+        evaluate("runs/quick", open_domain("brain-mr", shape=(16, 16)))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder, read_manifest
@@ -386,3 +387,20 @@ def test_data_folder(monkeypatch):
     monkeypatch.setenv("FMSAM_DATA", "/somewhere")
     assert data_folder() == Path("/somewhere")
     assert data_folder("here") == Path("here")
+
+
+@pytest.mark.parametrize("shape", [64, (64,), (8, 8, 8, 8)])
+def test_an_impossible_shape_is_refused_at_once(shape):
+    with pytest.raises(ConfigError, match="expected a shape of 2 or 3 sides"):
+        open_domain("brain-mr", shape=shape)
+
+
+def test_a_misspelt_domain_is_answered_with_the_right_one(tmp_path):
+    with pytest.raises(DataError, match=r"did you mean brain-mr\?"):
+        open_domain("brain-mri", shape=(16, 16), data=tmp_path)
+
+
+def test_one_training_image_makes_no_pair(tmp_path):
+    folder = dataset(tmp_path / "Mine", train=("p1_ED",))
+    with pytest.raises(DataError, match=r"two training images or more .* found 1 images"):
+        open_domain("Mine", shape=GRID, data=folder.parent).training_pair(0)

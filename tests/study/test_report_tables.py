@@ -146,7 +146,9 @@ def test_a_figure_that_cannot_be_drawn_is_named_and_the_report_goes_on(settings,
     done.figure.__wrapped__.__globals__["display"] = shown.append
     with done.figure("matrix", "Mean Dice.", pd.DataFrame()):
         raise ValueError("expected rows, got none")
-    assert [message.data for message in shown] == ["**No figure `matrix`:** expected rows, got none"]
+    assert [message.data for message in shown] == [
+        "**No figure `matrix`**, for this was not measured in this study: expected rows, got none"
+    ]
     assert not (tmp_path / "figures").exists()
 
 

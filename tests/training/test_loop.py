@@ -755,3 +755,8 @@ def test_several_processes_refuse_a_network_that_they_cannot_start_from(domain):
     options = {"steps": 2, "batch": 2, "processes": 2}
     with pytest.raises(ConfigError, match="several processes cannot start from `net`"):
         train(domain, net=GradICON(2, down=(4,), last_step=False), **options)
+
+
+def test_a_name_is_no_domain():
+    with pytest.raises(ConfigError, match=r"expected a domain, got 'brain-mr': fm.open_domain"):
+        train("brain-mr")
