@@ -188,6 +188,20 @@ def test_a_corrected_parameter_cell_forgets_the_wrong_one():
     assert from_notebook(Start, session(START + "\nstepps = 7", "x = 1", START)).steps == 5
 
 
+@pytest.mark.parametrize("between", [[], ["import json"]])
+def test_parameters_before_the_defaults_are_refused(between):
+    """So papermill does where no cell has the tag: the defaults would be used."""
+    with pytest.raises(ConfigError, match=r"given steps, seed came before the cell of defaults.*`parameters`"):
+        from_notebook(Start, session("# Parameters\nsteps = 7\nseed = 1\n", *between, START))
+
+
+def test_defaults_run_again_after_given_parameters_are_a_persons_wish():
+    """Of an executed notebook, by hand."""
+    given = "# Parameters\nsteps = 7\n"
+    assert from_notebook(Start, session(START, given, START)).steps == 5
+    assert from_notebook(Start, session(START, given, "x = 1", START, given)).steps == 7
+
+
 def test_running_the_second_cell_first_says_so():
     with pytest.raises(ConfigError, match="run the first code cell"):
         from_notebook(Start, {"In": ["", "x = 1"]})
