@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -265,3 +266,14 @@ def test_a_table_is_written_with_its_columns_in_order_and_numbers_in_full(tmp_pa
     table = pd.DataFrame({"b": [0.1 + 0.2], "a": ["x"], "more": [1]})
     records.write_csv(table, tmp_path / "t.csv", ["a", "b", "absent"])
     assert (tmp_path / "t.csv").read_text() == "a,b,absent\nx,0.30000000000000004,\n"
+
+
+OPENS = re.compile(r"(?:read_text|write_text)\((?!\))|read_text\(\)|(?<![\w.])open\(")
+
+
+@pytest.mark.parametrize("pattern", ["fmsam_lib/**/*.py", "Snakefile", "docs/*.py", "benchmarks/*.py"])
+def test_text_is_utf_8_whatever_the_locale(pattern):
+    """Files of text are opened with `encoding`, whichever the person's machine would take."""
+    lines = [(path.name, line) for path in records.PROJECT.glob(pattern) for line in path.open(encoding="utf-8")]
+    assert lines
+    assert not [(name, line) for name, line in lines if OPENS.search(line) and "encoding=" not in line]
