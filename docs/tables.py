@@ -134,7 +134,7 @@ def record(folder: Path) -> None:
     shown = methods_beside(methods) if by_method else domains_beside(summary, comparison)
     shown.to_csv(FIGURES / f"table_{folder.name}.csv", index=False)
     runs = sorted(folder.glob("*/*/seed*/config.json"))
-    config = json.loads(runs[0].read_text())
+    config = json.loads(runs[0].read_text(encoding="utf-8"))
     line = {
         "study": folder.name,
         "command": f"`make study STUDY={folder.name}`",
@@ -184,7 +184,7 @@ def wanted() -> Iterator[tuple[Path, str]]:
     for name, make in MADE.items():
         yield FIGURES / f"{name}.csv", make().to_csv(index=False)
     for page in [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]:
-        yield page, rendered(page.read_text())
+        yield page, rendered(page.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -195,11 +195,11 @@ def main() -> None:
     if given.record:
         record(given.record.resolve())
     for path, text in wanted():
-        if path.exists() and path.read_text() == text:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if given.check:
             sys.exit(f"differs: {path.relative_to(PROJECT)}; run python docs/tables.py")
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

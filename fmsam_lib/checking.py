@@ -121,14 +121,32 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
 
     A parameter counts as given when the parameter cell, or the cell papermill puts after it, assigns it, so
     that a misspelt one is found and variables of later cells don't count when a person runs the cell again.
-    Both cells begin with "# Parameters".
+    Both cells begin with "# Parameters", which is papermill's whole first line.
+
+    Raises ConfigError also where papermill found no cell tagged `parameters`: it puts its own first, and the defaults
+    take back what that one gave.
     """
+    cells = [cell for cell in namespace["In"] if cell.startswith("# Parameters")]
+    before = [*itertools.takewhile(_injected, cells)]
+    if len(before) < len(cells) and (lost := [name for cell in before for name in _assigned(cell)]):
+        raise ConfigError(
+            f"the given {', '.join(lost)} came before the cell of defaults, which would take their place: that cell "
+            "has lost its tag. Tag the cell that begins with '# Parameters:' as `parameters` (in Jupyter: Property "
+            "Inspector, Cell Tags) and run the notebook again"
+        )
     groups = itertools.groupby(namespace["In"], lambda cell: cell.startswith("# Parameters"))
     given = [list(cells) for of_parameters, cells in groups if of_parameters]
     if not given:
         raise ConfigError('no parameter cell was run: run the first code cell (it begins with "# Parameters")')
     names = {name: None for cell in given[-1] for name in _assigned(cell)}
     return read(kind, {name: namespace[name] for name in names}, source="the parameter cell")
+
+
+def _injected(cell: str) -> bool:
+    """Whether papermill wrote the cell: the notebooks' own say more on the first line and give the types."""
+    return cell.split("\n", 1)[0].strip() == "# Parameters" and not any(
+        isinstance(node, ast.AnnAssign) for node in ast.parse(cell).body
+    )
 
 
 def _assigned(cell: str) -> Iterator[str]:

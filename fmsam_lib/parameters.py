@@ -257,7 +257,7 @@ def trained_with(folder: Path | str) -> Train:
     """The parameters of the training in `folder`, from its `config.json`; ConfigError where it lacks one."""
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text())["parameters"]
+        values = json.loads(path.read_text(encoding="utf-8"))["parameters"]
         absent = Train.model_fields.keys() - values.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"expected a run of notebook 10_train in {folder}, got {error!r}; train it first") from error

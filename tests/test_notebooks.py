@@ -36,6 +36,19 @@ def printed(notebook):
     return "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+def test_a_notebook_that_lost_its_tag_does_not_run_on_its_defaults(tmp_path, name):
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    default = re.search(r"^(\w+): (\w+) = ", next(c.source for c in notebook.cells if c.cell_type == "code"), re.M)
+    for cell in notebook.cells:
+        cell.metadata.pop("tags", None)
+    nbformat.write(notebook, tmp_path / "n.ipynb")
+    with pytest.raises(papermill.PapermillExecutionError, match=f"given {default[1]} came before the cell of defaults"):
+        papermill.execute_notebook(
+            tmp_path / "n.ipynb", tmp_path / "o.ipynb", {default[1]: "x"}, cwd=NOTEBOOKS, progress_bar=False
+        )
+
+
 def pictures(notebook):
     return sum("image/png" in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", []))
 

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import nbformat
@@ -188,6 +189,20 @@ def test_a_corrected_parameter_cell_forgets_the_wrong_one():
     assert from_notebook(Start, session(START + "\nstepps = 7", "x = 1", START)).steps == 5
 
 
+@pytest.mark.parametrize("between", [[], ["import json"]])
+def test_parameters_before_the_defaults_are_refused(between):
+    """So papermill does where no cell has the tag: the defaults would be used."""
+    with pytest.raises(ConfigError, match=r"given steps, seed came before the cell of defaults.*`parameters`"):
+        from_notebook(Start, session("# Parameters\nsteps = 7\nseed = 1\n", *between, START))
+
+
+def test_defaults_run_again_after_given_parameters_are_a_persons_wish():
+    """Of an executed notebook, by hand."""
+    given = "# Parameters\nsteps = 7\n"
+    assert from_notebook(Start, session(START, given, START)).steps == 5
+    assert from_notebook(Start, session(START, given, "x = 1", START, given)).steps == 7
+
+
 def test_running_the_second_cell_first_says_so():
     with pytest.raises(ConfigError, match="run the first code cell"):
         from_notebook(Start, {"In": ["", "x = 1"]})
@@ -251,3 +266,14 @@ def test_a_table_is_written_with_its_columns_in_order_and_numbers_in_full(tmp_pa
     table = pd.DataFrame({"b": [0.1 + 0.2], "a": ["x"], "more": [1]})
     records.write_csv(table, tmp_path / "t.csv", ["a", "b", "absent"])
     assert (tmp_path / "t.csv").read_text() == "a,b,absent\nx,0.30000000000000004,\n"
+
+
+OPENS = re.compile(r"(?:read_text|write_text)\((?!\))|read_text\(\)|(?<![\w.])open\(")
+
+
+@pytest.mark.parametrize("pattern", ["fmsam_lib/**/*.py", "Snakefile", "docs/*.py", "benchmarks/*.py"])
+def test_text_is_utf_8_whatever_the_locale(pattern):
+    """Files of text are opened with `encoding`, whichever the person's machine would take."""
+    lines = [(path.name, line) for path in records.PROJECT.glob(pattern) for line in path.open(encoding="utf-8")]
+    assert lines
+    assert not [(name, line) for name, line in lines if OPENS.search(line) and "encoding=" not in line]

@@ -162,7 +162,7 @@ def plane(
 def _kept(path: Path, key: str) -> list[list[list[float]]]:
     """The finished rows of a plane with this key."""
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # what a full disk may leave
         return []
     return kept["rows"] if kept["key"] == key else []

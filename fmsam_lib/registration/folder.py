@@ -56,7 +56,7 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
 def _old_files(folder: Path) -> set[str]:
     """The results that an earlier summary in `folder` names: another pair's should not stay beside the new ones."""
     try:
-        files = json.loads((folder / SUMMARY).read_text())["files"]
+        files = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return {name for name in files if isinstance(name, str) and RESULT.fullmatch(name)}

@@ -130,7 +130,7 @@ class Registration:
                 self.summary["files"].append(name)
             overview(self.pair, self.phi.map).savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
             self.summary["files"] += ["overview.png", SUMMARY]
-            (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n")
+            (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             todo = "None were written. Make room, or choose another folder."
             raise data_error(staging.parent, "room for the results", error.strerror or str(error), todo) from error

@@ -1,10 +1,23 @@
 """`python -m fmsam_lib.study NAME` computes a whole study."""
 
+import locale
+import os
+import signal
 import sys
+
+if locale.getpreferredencoding(False).lower() != "utf-8":  # start again: names of files, too, must be text to all alike
+    again = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+    os.execve(sys.executable, again, os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:replace"})
 
 from fmsam_lib.study.run import main
 
+
+def stop(*_) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -57,7 +57,7 @@ def gather(study: Study, folder: Path | str) -> Found:
     problems: list[str] = []
     runs = {run.folder: asdict(run) for run in grid(study)}
     log, by = folder / "sources.json", {}
-    made_by: dict[str, str] = json.loads(log.read_text()) if log.exists() else {}
+    made_by: dict[str, str] = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
     _json(folder, "left_out.json", problems)
     for job in jobs(study, folder, "", Path())[:-1]:  # without the report
         if job.notebook == "10_train":
@@ -94,17 +94,21 @@ def _training(folder: Path, job: Job, problems: list[str]) -> dict[str, dict[str
         return {}
     try:
         there = trained_with(run).model_dump()
-        config: dict[str, Any] = json.loads((run / "config.json").read_text())
+        config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
         config["provenance"] = {name: config["provenance"][name] for name in PROVENANCE}
     except (OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"{job.folder}/config.json: this cannot be read, so the run is left out ({error!r})")
         return {}
-    other = {name: value for name, value in job.values.items() if name not in MAY_DIFFER and there[name] != value}
-    if not other:
-        return {job.folder: config}
-    told = ", ".join(f"{name}: {there[name]!r} there, {value!r} in the study" for name, value in other.items())
-    problems.append(f"{job.folder}: a run of another study, left out ({told})")
-    return {}
+    if told := differing(there, job.values):
+        problems.append(f"{job.folder}: a run of another study, left out ({told})")
+        return {}
+    return {job.folder: config}
+
+
+def differing(there: dict[str, Any], values: dict[str, Any]) -> str:
+    """In which parameters a recorded training is another than the study's, in words; "" where it is the same."""
+    other = {name: value for name, value in values.items() if name not in MAY_DIFFER and there[name] != value}
+    return ", ".join(f"{name}: {there[name]!r} there, {value!r} in the study" for name, value in other.items())
 
 
 def _read(
@@ -171,6 +175,6 @@ READERS: dict[str, tuple[Callable[[Path], pd.DataFrame], Sequence[str]]] = {  # 
 def _json(folder: Path, name: str, problems: list[str]) -> None:
     """Add the lines of a `problems.json` to the problems; that it is damaged is one."""
     try:
-        problems += json.loads((folder / name).read_text()) if (folder / name).exists() else []
+        problems += json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else []
     except ValueError as error:
         problems.append(f"{name}: this cannot be read ({error}); remove the tables beside it, compute again")

@@ -95,9 +95,9 @@ def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
 
 def write_if_new(path: Path, text: str) -> None:
     """Write a file unless it says the same already, so that its date tells when it last changed."""
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         with written_whole(path) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
 
 
 def plan(work: list[Job], root: Path) -> list[Job]:
@@ -118,7 +118,7 @@ def executed(work: list[Job], root: Path) -> Iterator[tuple[Job, float, list[str
         path = root / f"{job.name}.ipynb"
         if not path.exists():
             continue
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
         errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
         yield job, content["metadata"]["papermill"]["duration"] or 0.0, [f"{path}: {error}" for error in errors]

@@ -10,19 +10,24 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
+from fmsam_lib.parameters import Train, trained_with
 from fmsam_lib.records import PROJECT, DataError, sources
 from fmsam_lib.study.file import read_study
+from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
 
@@ -32,7 +37,8 @@ def main() -> int:
     arguments.add_argument("study", help="name of a file in studies/, without .yaml")
     arguments.add_argument("--data", default="", help="folder of data sets (default: FMSAM_DATA, else data)")
     arguments.add_argument("--runs", default="runs", help="folder for the results (default: %(default)s)")
-    arguments.add_argument("--cores", type=int, default=os.cpu_count(), help="notebooks at a time (default: all cores)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    arguments.add_argument("--cores", type=int, default=cores, help="notebooks at a time (default: all cores allowed)")
     given = arguments.parse_args()
     root = Path(given.runs).resolve() / given.study
     data = str(data_folder(given.data).resolve())
@@ -43,38 +49,52 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     root.mkdir(parents=True, exist_ok=True)
-    lock = open(root / ".lock", "w")  # noqa: SIM115 - held until this process and Snakemake have ended
+    lock = open(root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until this process and Snakemake have ended
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"error: another process is computing this study in {root}; wait for it or end it", file=sys.stderr)
         return 2
-    write_if_new(root / "left_out.json", json.dumps(left_out))
     work = jobs(study, root, data, study_file)
+    try:
+        refuse_another(work, root)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_if_new(root / "left_out.json", json.dumps(left_out))
     log = root / "sources.json"  # the version of the library that last ran each notebook; trainings record their own
-    made_by = json.loads(log.read_text()) if log.exists() else {}
+    made_by = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
     made_by |= {job.name: sources() for job in plan(work, root) if job.notebook != "10_train"}
     write_if_new(log, json.dumps(made_by))
     snakemake = [
-        *(sys.executable, "-m", "snakemake", "--config", f"study={study_file}", f"root={root}"),
-        *("--snakefile", str(PROJECT / "Snakefile"), "--directory", str(PROJECT)),
+        *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
+        *("--config", f"study={json.dumps(str(study_file), ensure_ascii=False)}"),  # read as YAML
         *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(given.cores)),
     ]
     print(f"study {given.study} on {given.cores} cores; log: {root / 'snakemake.log'}", flush=True)
+    report, before = root / "report.html", root / "report_before.html"
+    if report.exists() and not before.exists():  # until there is another of all runs
+        shutil.copy(report, before)
     done = compute(snakemake, work, root, lock.fileno())
     if not done:
-        for problem in (problem for *_, problems in executed(work, root) for problem in problems):
+        failed = [problem for *_, problems in executed(work, root) for problem in problems]
+        for problem in failed:
             print(f"failed: {problem}", file=sys.stderr)
-        if subprocess.run([*snakemake, "what_there_is"], capture_output=True).returncode:
+        told = (root / "snakemake.log").read_text(encoding="utf-8", errors="replace")
+        if told.count("Error in rule") > len(failed) or not failed:
+            print("\n".join(["failed outside a notebook; the log ends:", *told.splitlines()[-30:]]), file=sys.stderr)
+        if not compute([*snakemake, "what_there_is"], [], root, lock.fileno(), "report.log"):
             print("error: there is no result to compare yet", file=sys.stderr)
             return 1
-    problems = json.loads((root / "problems.json").read_text())
-    print(f"\n{(root / 'summary.txt').read_text()}\n{times(work, root)}\n")
+    else:
+        before.unlink(missing_ok=True)
+    problems = json.loads((root / "problems.json").read_text(encoding="utf-8"))
+    print(f"\n{(root / 'summary.txt').read_text(encoding='utf-8')}\n{times(work, root)}\n")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if not done:
         print("What was computed is kept: mend the cause and run the same command again.", file=sys.stderr)
-    print(f"report: {root / 'report.html'}")
+    print(f"report: {report}")
     return 0 if done and set(problems) <= set(left_out) else 1
 
 
@@ -101,22 +121,55 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     return study.model_copy(update={"test_domains": there}), [*left_out.values()]
 
 
-def compute(snakemake: list[str], work: list[Job], root: Path, lock: int) -> bool:
+def refuse_another(work: list[Job], root: Path) -> None:
+    """Raise ConfigError where a finished training has other parameters than the study now gives it.
+
+    Before anything is written: a newer parameter file would have Snakemake run the training again, which refuses.
+    """
+    found = []
+    for job in (job for job in work if job.notebook == "10_train" and (root / job.folder / "weights.pt").exists()):
+        with contextlib.suppress(ConfigError):  # a record that cannot be read: `gather` names it
+            there = trained_with(root / job.folder).model_dump()
+            last = root / f"{job.name}.yaml"  # what the study has given it so far: what it gives no more is a default
+            given = {*(yaml.safe_load(last.read_text(encoding="utf-8")) if last.exists() else ()), *job.values}
+            now = {name: value for name, value in Train(**job.values).model_dump().items() if name in given}
+            if told := differing(there, now):
+                found.append(f"- {root / job.folder}: {told}")
+    if found:
+        todo = "copy it to another name in studies/ and compute that; or delete these folders to train them anew"
+        told = "\n".join(found)
+        raise ConfigError(
+            f"the study was changed after it ran; these trainings are done:\n{told}\n"
+            f"Nothing was touched. To keep them, give the changed study another name: {todo}."
+        )
+
+
+def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: str = "snakemake.log") -> bool:
     """Run the graph, telling how far it is; whether all of it was done. The lock is Snakemake's, too."""
     start, told, every = time.monotonic(), "", 2 if sys.stdout.isatty() else 20
-    with open(root / "snakemake.log", "w") as log:
-        process = subprocess.Popen(snakemake, stdout=log, stderr=subprocess.STDOUT, pass_fds=[lock])
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(every)
-                seconds, now = int(time.monotonic() - start), progress(work, root)
-                if now != told:
-                    print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
-                    told = now
-        except KeyboardInterrupt:
-            process.wait()  # Ctrl-C reaches Snakemake too; trainings go on from their checkpoints next time
-            raise
+    paths = [str(PROJECT / "profiles" / "jupyter"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
+    own = {"JUPYTER_PATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has children ignore it
+    with open(root / log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            snakemake, stdout=file, stderr=file, pass_fds=[lock], process_group=0, env=os.environ | own
+        )
+    signal.signal(signal.SIGINT, interrupted)
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(every)
+            seconds, now = int(time.monotonic() - start), progress(work, root)
+            if work and now != told:
+                print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
+                told = now
+    except KeyboardInterrupt:  # trainings go on from their checkpoints next time
+        for sign, seconds in ((signal.SIGINT, 30), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                os.killpg(process.pid, sign)
+                process.wait(seconds)
+                break
+        raise
     return process.returncode == 0
 
 
@@ -126,7 +179,11 @@ def progress(work: list[Job], root: Path) -> str:
     parts = [f"{len(work) - len(left)} of {len(work)} notebooks done"]
     for job in left:
         history = root / job.folder / "history.jsonl"
-        if job.notebook == "10_train" and history.exists() and (lines := history.read_text().splitlines()):
+        if (
+            job.notebook == "10_train"
+            and history.exists()
+            and (lines := history.read_text(encoding="utf-8").splitlines())
+        ):
             last = json.loads(lines[-1])
             parts.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
     return " | ".join(parts)

@@ -52,7 +52,7 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process, however that ends; of several, the first one holds it."""
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "w", encoding="utf-8") as lock:
         try:
             if parallel.rank() == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,14 +81,14 @@ def refuse_another(there: dict, now: dict, folder: Path) -> None:
 def record(folder: Path, run: Train, dataset, net: GradICON, state: State) -> None:
     """Parameters and provenance, once, to which a training that goes on adds where it did; the history up to there."""
     config = folder / "config.json"
-    there = json.loads(config.read_text()) if state.step and config.exists() else {}
+    there = json.loads(config.read_text(encoding="utf-8")) if state.step and config.exists() else {}
     if not there:
         write_json(config, identity(run, dataset) | {"network": net.settings, "provenance": provenance()})
     elif state.step < run.updates:
         resumed = [*there.get("resumed", []), {"step": state.step} | provenance()]
         write_json(config, there | identity(run, dataset) | {"resumed": resumed})
     with written_whole(folder / "history.jsonl") as partial:  # the lines after the checkpoint will be made again
-        partial.write_text("".join(json.dumps(line) + "\n" for line in state.history))
+        partial.write_text("".join(json.dumps(line) + "\n" for line in state.history), encoding="utf-8")
 
 
 def save(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimizer, sam: SAM | None, state: State) -> None:
@@ -105,7 +105,7 @@ def resume(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimize
     """
     config, path = folder / "config.json", folder / "checkpoint.pt"
     if config.exists():
-        refuse_another(json.loads(config.read_text()), identity(run, dataset), folder)
+        refuse_another(json.loads(config.read_text(encoding="utf-8")), identity(run, dataset), folder)
     if not path.exists():
         return State()
     try:

@@ -98,7 +98,7 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[di
         parallel.launch(run)
         net.load_state_dict(load(folder / "weights.pt").state_dict())
         net.eval().shape = tuple(run.shape)
-        return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(run.threads)
@@ -160,7 +160,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
                 state.history.append(line)
                 logged, clock, waited = state.step, time.perf_counter(), 0.0
                 if first:
-                    with open(folder / "history.jsonl", "a") as log:
+                    with open(folder / "history.jsonl", "a", encoding="utf-8") as log:
                         log.write(json.dumps(line) + "\n")
                 shown |= {name: line[name] for name in ("total", "dice", "rise", "skipped") if line.get(name)}
                 bar.set_postfix(shown)

@@ -6,12 +6,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 
 import nibabel
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import yaml
 
@@ -42,6 +46,11 @@ TINY = {
 }
 
 
+SMALL = TINY | {
+    **{"optimizers": ["adam", "sam"], "test_domains": ["brain-mr"], "baselines": [], "description": "Étude → 1"},
+    **{"evaluate": {"pairs": 2, "corruptions": [], "corrupted_pairs": 1}},
+    "landscape": TINY["landscape"] | {"ascent_steps": 0, "eigenvalues": 0, "probes": 0, "lanczos_steps": 2},
+}
 VARIED = {"optimizers": ["adam", "v"]}
 
 
@@ -312,11 +321,12 @@ def project(tmp_path_factory):
     return copy
 
 
-def compute(project, *arguments, study="tiny"):
+def compute(project, *arguments, study="tiny", run=subprocess.run, env=None, **how):
     """`python -m fmsam_lib.study` of the copy."""
     command = [sys.executable, "-m", "fmsam_lib.study", study, *arguments]
-    own = {"PYTHONPATH": str(project), "FMSAM_CACHE": str(project / "cache"), "FMSAM_DATA": ""}
-    return subprocess.run(command, cwd=project, env=os.environ | own, capture_output=True, text=True, check=False)
+    own = {"PYTHONPATH": str(project), "FMSAM_CACHE": str(project / "cache"), "FMSAM_DATA": ""} | (env or {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return run(command, cwd=project, env=os.environ | own, **pipes | how)
 
 
 @pytest.fixture(scope="module")
@@ -388,12 +398,74 @@ def test_the_report_shows_every_picture_with_its_caption(project, computed):
         )
 
 
+def allow_one_processor():
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux allows a process some processors")
+def test_as_many_notebooks_run_as_processors_are_allowed(project, computed):
+    process = compute(project, preexec_fn=allow_one_processor)
+    assert process.returncode == 0
+    assert "study tiny on 1 cores" in process.stdout
+
+
+@pytest.mark.parametrize("name", ["01", "2025.10"])
+def test_names_locale_and_kernels_as_strangers_have_them(project, tmp_path, name):
+    """Runs in a folder of special characters, without UTF-8, with another kernel `python3` in the person's folders."""
+    spec = tmp_path / "jupyter/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["false", "{connection_file}"], "display_name": "x", "language": "python"}))
+    (project / f"studies/{name}.yaml").write_text(yaml.safe_dump(SMALL, allow_unicode=True), encoding="utf-8")
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "latin-1"}
+    env |= {"JUPYTER_PATH": str(tmp_path / "jupyter"), "JUPYTER_DATA_DIR": str(tmp_path / "jupyter")}
+    runs = tmp_path / "a #1: {x} é"
+    process = compute(project, "--runs", str(runs), study=name, env=env)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert (runs / name / "results.csv").exists()
+    assert "Étude → 1" in (runs / name / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_log_is_shown_where_no_notebook_ran(project, tmp_path):
+    spec = project / "profiles/jupyter/kernels/python3/kernel.json"
+    right = spec.read_text(encoding="utf-8")
+    (project / "studies/tiny3.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+    spec.write_text(right.replace("ipykernel_launcher", "no_such_kernel"), encoding="utf-8")
+    process = compute(project, "--runs", str(tmp_path), study="tiny3")
+    spec.write_text(right, encoding="utf-8")
+    assert process.returncode == 1
+    assert "failed outside a notebook; the log ends:" in process.stderr
+    assert "Error in rule" in process.stderr
+    assert "RuntimeError: Kernel died" in process.stderr
+
+
+@pytest.mark.parametrize("end", ["terminate", "interrupt"])
+def test_a_study_that_is_ended_takes_its_children_along(project, tmp_path, end):
+    (project / "studies/tiny4.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+    ignored = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_IGN)} if end == "terminate" else {}
+    process = compute(project, "--runs", str(tmp_path), "--cores", "1", study="tiny4", run=subprocess.Popen, **ignored)
+    deadline, children = time.monotonic() + 90, []
+    while not any("ipykernel_launcher" in " ".join(child.cmdline()) for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+        children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM if end == "terminate" else signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in said
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    with open(tmp_path / "tiny4/.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_the_same_study_again_computes_nothing(project, computed):
     trained = project / "runs/tiny/brain-mr/sam/seed0/weights.pt"
     report = project / "runs/tiny/report.html"
     before = trained.stat().st_mtime_ns, report.stat().st_mtime_ns
     assert compute(project).returncode == 0
     assert (trained.stat().st_mtime_ns, report.stat().st_mtime_ns) == before
+    assert not (project / "runs/tiny/report_before.html").exists()
 
 
 def test_what_was_removed_is_computed_again_to_the_byte(project, computed):
@@ -407,6 +479,51 @@ def test_what_was_removed_is_computed_again_to_the_byte(project, computed):
     assert process.returncode == 0, process.stderr
     assert {name: (root / f"{name}.csv").read_bytes() for name in names} == before
     assert (root / "brain-mr/adam/seed0/results.csv").stat().st_mtime_ns == adam  # that was there
+
+
+def everything(folder):
+    """The bytes and date of every file."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train": TINY["train"] | {"steps": 30}}, "steps: 10 there, 30 in the study"),
+        ({"shape": [48, 32]}, "shape: [32, 32] there, [48, 32] in the study"),
+        ({"train": {k: v for k, v in TINY["train"].items() if k != "batch"}}, "batch: 1 there, 2 in the study"),
+    ],
+)
+def test_a_study_edited_after_it_ran_is_refused_and_loses_nothing(project, computed, change, said):
+    root = project / "runs/tiny"
+    before = everything(root)
+    (project / "studies/tiny.yaml").write_text(yaml.safe_dump(TINY | change))
+    try:
+        process = compute(project)
+    finally:
+        (project / "studies/tiny.yaml").write_text(yaml.safe_dump(TINY))
+    assert process.returncode == 2
+    assert everything(root) == before
+    assert f"{root}/brain-mr/adam/seed0: {said}" in process.stderr
+    assert "give the changed study another name" in process.stderr
+    assert "delete these folders" in process.stderr
+
+
+def test_a_training_that_refuses_to_run_again_keeps_its_weights(project, tmp_path):
+    """Whatever the reason, here a seed of the data set that the study cannot know; the report stays beside."""
+    study, run, report = project / "studies/tiny5.yaml", tmp_path / "tiny5/brain-mr/adam/seed0", "tiny5/report.html"
+    study.write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+    assert compute(project, "--runs", str(tmp_path), study="tiny5").returncode == 0
+    weights, page = (run / "weights.pt").read_bytes(), (tmp_path / report).read_bytes()
+    content = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    (run / "config.json").write_text(json.dumps(content | {"domain_seed": 7}), encoding="utf-8")
+    study.write_text(yaml.safe_dump(SMALL | {"train": SMALL["train"] | {"snapshots": 1}}), encoding="utf-8")
+    process = compute(project, "--runs", str(tmp_path), study="tiny5")
+    assert process.returncode == 1
+    assert "domain_seed: 7 there, 0 now" in process.stderr
+    assert (run / "weights.pt").read_bytes() == weights
+    assert (tmp_path / "tiny5/report_before.html").read_bytes() == page
 
 
 def test_two_processes_do_not_compute_the_same_study(project, computed):
