@@ -1,5 +1,5 @@
 # make study [STUDY=quick] [DATA=folder]   compute a study (see studies/)
-# make test                                lint and run the tests
+# make test [SLOW=1]                       lint and run the tests; SLOW: those of minutes too
 # make lab                                 open the notebooks
 # make bench                               measure speed, beside the figures to reach
 # Each makes the environment first, in .venv, with the versions of constraints.txt.
@@ -17,7 +17,7 @@ study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study $(STUDY)
 
 test: lint $(VENV)/peers
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow")
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -409,6 +409,7 @@ def test_as_many_notebooks_run_as_processors_are_allowed(project, computed):
     assert "study tiny on 1 cores" in process.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["01", "2025.10"])
 def test_names_locale_and_kernels_as_strangers_have_them(project, tmp_path, name):
     """Runs in a folder of special characters, without UTF-8, with another kernel `python3` in the person's folders."""
@@ -426,6 +427,7 @@ def test_names_locale_and_kernels_as_strangers_have_them(project, tmp_path, name
     assert "Étude → 1" in (runs / name / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_log_is_shown_where_no_notebook_ran(project, tmp_path):
     spec = project / "profiles/jupyter/kernels/python3/kernel.json"
     right = spec.read_text(encoding="utf-8")
@@ -439,6 +441,7 @@ def test_the_log_is_shown_where_no_notebook_ran(project, tmp_path):
     assert "RuntimeError: Kernel died" in process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["terminate", "interrupt"])
 def test_a_study_that_is_ended_takes_its_children_along(project, tmp_path, end):
     (project / "studies/tiny4.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
@@ -510,6 +513,7 @@ def test_a_study_edited_after_it_ran_is_refused_and_loses_nothing(project, compu
     assert "delete these folders" in process.stderr
 
 
+@pytest.mark.slow
 def test_a_training_that_refuses_to_run_again_keeps_its_weights(project, tmp_path):
     """Whatever the reason, here a seed of the data set that the study cannot know; the report stays beside."""
     study, run, report = project / "studies/tiny5.yaml", tmp_path / "tiny5/brain-mr/adam/seed0", "tiny5/report.html"
