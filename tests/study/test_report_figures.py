@@ -258,8 +258,14 @@ def test_nothing_in_common_is_an_error():
     results = toy_results()
     results = results[(results.optimizer != "sam") | (results.seed == 1)]
     results = results[(results.optimizer != "adam") | (results.seed == 0)]
-    with pytest.raises(ValueError, match="expected 'sam' and 'adam' on the same pairs and seeds, got none in common"):
+    with pytest.raises(ValueError, match="got sam and adam with none in common"):
         paired_difference(results)
+
+
+def test_one_optimizer_alone_is_explained():
+    results = toy_results()
+    with pytest.raises(ValueError, match="expected two optimizers on the same pairs and seeds, got sam with none"):
+        paired_difference(results[results.optimizer.isin(["none", "sam"])], baselines=[])
 
 
 def test_an_optimizer_looks_the_same_everywhere():
