@@ -24,7 +24,7 @@ from fmsam_lib.checking import ConfigError
 from fmsam_lib.evaluation import baselines
 from fmsam_lib.evaluation.robustness import COLUMNS as OF_CURVES
 from fmsam_lib.evaluation.robustness import robustness
-from fmsam_lib.images.domains import open_domain
+from fmsam_lib.images.domains import open_domain, readable
 from fmsam_lib.metrics import learn2reg_field, measure
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
@@ -79,13 +79,10 @@ def measured(
     `disp_<fixed>_<moving>.nii.gz`, on the grid of the evaluation.
     """
     rows: list[dict] = []
-    costs, subjects, problems = [], [], []
-    for i in tqdm(range(min(pairs, domain.test_count)), disable=not progress, desc=domain.name, unit="pair"):
-        try:
-            pair = domain.test_pair(i)
-        except DataError as error:
-            problems.append(str(error))
-            continue
+    problems: list[str] = []
+    costs, subjects = [], []
+    bar = tqdm(range(min(pairs, domain.test_count)), disable=not progress, desc=domain.name, unit="pair")
+    for pair in readable(domain, bar, problems):
         about = {"test_domain": domain.name, "pair": pair.name}
         try:
             phi_map, inverse, seconds = (None, None, 0.0) if method is None else _register(method, pair)

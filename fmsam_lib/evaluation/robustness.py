@@ -9,11 +9,11 @@ import torch
 from tqdm.auto import tqdm
 
 from fmsam_lib.evaluation.corruptions import CORRUPTIONS, Corrupted, _check_kinds, corrupt, placed
+from fmsam_lib.images.domains import readable
 from fmsam_lib.metrics import folding_percent, mean_dice
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map, jacobian_determinant
 from fmsam_lib.pair import Pair
-from fmsam_lib.records import DataError
 
 COLUMNS = ["test_domain", "pair", "corruption", "severity", "metric", "value", "unit"]
 
@@ -32,13 +32,10 @@ def robustness(
     """
     _check_kinds(kinds)
     net = net and copy.deepcopy(net).eval()  # the caller's own stays in the mode it is in
-    rows, problems = [], []
-    for i in tqdm(range(min(pairs, dataset.test_count)), disable=not progress, desc=dataset.name, unit="pair"):
-        try:
-            pair = dataset.test_pair(i)
-        except DataError as error:
-            problems.append(str(error))
-            continue
+    rows: list[dict] = []
+    problems: list[str] = []
+    bar = tqdm(range(min(pairs, dataset.test_count)), disable=not progress, desc=dataset.name, unit="pair")
+    for pair in readable(dataset, bar, problems):
         clean = _registered(net, pair, Corrupted(pair.moving, None))
         not_finite = [] if clean else ["clean"]
         for kind in kinds:

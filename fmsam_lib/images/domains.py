@@ -6,7 +6,7 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +71,24 @@ def opens_again(domain) -> bool:
         return False
 
 
+def readable(dataset, numbers: Iterable[int], problems: list[str]) -> Iterator[Pair]:
+    """The test pairs of these numbers; of one whose files cannot be read, the reason is added to `problems`."""
+    for number in numbers:
+        try:
+            pair = dataset.test_pair(number)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        yield pair
+
+
 def readable_test_pairs(dataset, count: int) -> list[Pair]:
     """The first `count` test pairs whose files can be read (evaluation names the others).
 
     Raises DataError, with every reason, when there is none.
     """
-    pairs, problems = [], []
-    for i in range(dataset.test_count):
-        try:
-            pairs.append(dataset.test_pair(i))
-        except DataError as error:
-            problems.append(str(error))
-        if len(pairs) == count:
-            break
+    problems: list[str] = []
+    pairs = [*itertools.islice(readable(dataset, range(dataset.test_count), problems), count)]
     if not pairs:
         raise DataError(f"{dataset.name} has no test pair that can be read:\n- " + "\n- ".join(problems))
     return pairs

@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 
-if locale.getpreferredencoding(False).lower() != "utf-8":  # start again: names of files, too, must be text to all alike
+# In another locale than UTF-8 it starts again: names of files, too, must be text to all alike.
+if __name__ == "__main__" and locale.getpreferredencoding(False).lower() != "utf-8":
     again = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
     os.execve(sys.executable, again, os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:replace"})
 

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import fcntl
@@ -101,17 +102,9 @@ def test_rho_zero_is_adam_to_the_bit_in_every_variant(tmp_path, optimizer):
 def test_every_variant_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path, optimizer, monkeypatch):
     monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
     monkeypatch.setattr("fmsam_lib.training.loop.LOG_EVERY", 1)
-    settings, done = tiny(tmp_path / "killed", optimizer=optimizer, rho_schedule="lr"), itertools.count(1)
-
-    def interrupted(*args):
-        if next(done) == 13:
-            raise KeyboardInterrupt
-        return train_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings)
+    settings = tiny(tmp_path / "killed", optimizer=optimizer, rho_schedule="lr")
+    with interrupted_in_step(13, monkeypatch):
+        run(settings)
     resumed, history = run(settings)
     whole, expected = run(settings.model_copy(update=dict(out=str(tmp_path / "whole"))))
     assert torch.equal(weights(resumed), weights(whole))
@@ -603,17 +596,9 @@ def test_without_snapshots_there_is_no_folder_and_the_training_is_the_same(tmp_p
 def test_a_resumed_training_leaves_the_same_snapshots(tmp_path, monkeypatch):
     """Killed after step 12, whose last checkpoint is of step 10: the snapshot of step 12 is made a second time."""
     monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
-    settings, done = tiny(tmp_path / "killed", snapshots=5), itertools.count(1)
-
-    def interrupted(*args):
-        if next(done) == 13:
-            raise KeyboardInterrupt
-        return train_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings)
+    settings = tiny(tmp_path / "killed", snapshots=5)
+    with interrupted_in_step(13, monkeypatch):
+        run(settings)
     before = snapshots_in(tmp_path / "killed")
     assert list(before) == [f"step{step:06d}.pt" for step in (4, 8, 12)]
     run(settings)
@@ -626,17 +611,8 @@ def test_a_resumed_training_leaves_the_same_snapshots(tmp_path, monkeypatch):
 
 def test_a_training_may_go_on_with_another_number_of_snapshots(tmp_path, monkeypatch):
     monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
-    done = itertools.count(1)
-
-    def interrupted(*args):
-        if next(done) == 11:
-            raise KeyboardInterrupt
-        return train_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(tiny(tmp_path / "killed", snapshots=0))
+    with interrupted_in_step(11, monkeypatch):
+        run(tiny(tmp_path / "killed", snapshots=0))
     resumed, _ = run(tiny(tmp_path / "killed", snapshots=4))
     whole, _ = run(tiny(tmp_path / "whole", snapshots=0))
     assert torch.equal(weights(resumed), weights(whole))
@@ -647,6 +623,22 @@ def test_a_training_may_go_on_with_another_number_of_snapshots(tmp_path, monkeyp
 
 
 OPTIONS = {"down": [4, 4], "levels": 2, "steps": 12, "batch": 1, "validation": 0, "sigma": 3.0, "progress": False}
+
+
+@contextlib.contextmanager
+def interrupted_in_step(number, monkeypatch):
+    """A training in this block is interrupted in this step of its own, the first being 1."""
+    done = itertools.count(1)
+
+    def interrupted(*args):
+        if next(done) == number:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @pytest.fixture
@@ -683,17 +675,8 @@ def test_without_out_nothing_is_kept(tmp_path, domain, monkeypatch):
 def test_out_counts_from_the_working_directory_and_resumes(tmp_path, domain, monkeypatch):
     monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
     monkeypatch.chdir(tmp_path)
-    done = itertools.count(1)
-
-    def interrupted(*args):
-        if next(done) == 8:
-            raise KeyboardInterrupt
-        return train_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fmsam_lib.training.loop.train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train(domain, out="runs/mine", optimizer="looksam", **OPTIONS)
+    with interrupted_in_step(8, monkeypatch):
+        train(domain, out="runs/mine", optimizer="looksam", **OPTIONS)
     assert (tmp_path / "runs" / "mine" / "checkpoint.pt").exists()
     resumed, _ = train(domain, out="runs/mine", optimizer="looksam", **OPTIONS)
     record = json.loads((tmp_path / "runs" / "mine" / "config.json").read_text())
