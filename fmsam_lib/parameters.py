@@ -213,6 +213,9 @@ class Registering(Parameters):
 
     modality: Modality = Field("mr", description="mr or ct: of both images")
     moving_modality: Literal["", "mr", "ct"] = Field("", description="of the moving image, if it is another")
+    start: Name = Field(
+        "overlay", description="overlay, headers, rigid, affine or a transform's file: before the network"
+    )
     shape: Annotated[list[Side], Field(max_length=3)] = Field([], description="grid; empty: the network's own")
     io: Natural = Field(0, description="steps of instance optimisation on this pair")
     lr: Positive = Field(2.0e-5, description="learning rate of instance optimisation")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmsam_lib.images.files import Sample, decode
+from fmsam_lib.images.grid import Sample, decode
 from fmsam_lib.records import written_whole
 
-CACHE_VERSION = 2  # raise it whenever `decode` returns something else than before
+CACHE_VERSION = 3  # raise it whenever `decode` returns something else than before
 
 
 def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None, cache=None) -> Sample:
@@ -42,13 +42,18 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
         return sample
     record = stored.view(layout)[0]
     label = torch.from_numpy(record["label"]) if len(files) == 2 else None
-    return Sample(torch.from_numpy(record["image"]), label, record["affine"])
+    return Sample(torch.from_numpy(record["image"]), label, record["affine"], record["unit_of_index"])
 
 
 @functools.cache
 def _layout(shape: tuple[int, ...], has_label: bool) -> np.dtype:
     """One record of fixed layout, stored raw: parsing an .npy header would double the time of a read."""
-    fields: list[tuple] = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("image", "f4", (1, *shape))]
+    fields: list[tuple] = [
+        ("checksum", "u8"),
+        ("affine", "f8", (4, 4)),
+        ("unit_of_index", "f8", (len(shape), 4)),
+        ("image", "f4", (1, *shape)),
+    ]
     fields += [("label", "u1", (1, *shape))] * has_label
     return np.dtype([*fields, ("padding", "u1", (-np.dtype(fields).itemsize % 8,))])
 

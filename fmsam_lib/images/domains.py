@@ -15,7 +15,7 @@ import torch
 
 from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.images.cache import load
-from fmsam_lib.images.files import Sample
+from fmsam_lib.images.grid import Sample
 from fmsam_lib.images.manifest import Manifest, data_folder, read_manifest
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic

@@ -1,192 +1,187 @@
-"""One image file brought onto the study's grid, with its label file.
+"""Image files, read by SimpleITK: whoever opens a file, for the command or for a data set, sees ITK's physical space.
 
-Whatever the files look like, the rest of the library sees canonical (RAS) images in [0, 1] on one grid. Every problem
-with a file is a `DataError`: it names the file, what was expected, what was found, what to do.
+Every problem with a file is a `DataError`: it names the file, what was expected, what was found, what to do. ITK's
+space has the axes left, posterior, superior (LPS) and counts in mm; nothing here interprets a header once more.
 """
 
-import contextlib
 import gzip
+import os
+import re
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-import torch
-import torch.nn.functional as F
+import SimpleITK as sitk  # noqa: N813, as everywhere
 from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
-from scipy.ndimage import gaussian_filter1d
-from torch import Tensor
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from fmsam_lib.records import data_error
 
-MODALITIES = ("CT", "MR")
+# ITK's threads do not survive a fork (of a data loader, of a test), and reading gains nothing by them.
+sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+Source = str | os.PathLike | SpatialImage | sitk.Image  # a path, or an image of nibabel's or SimpleITK's
+# What SimpleITK reads and does not take half a file for a whole one (NIfTI: see `_check_whole`).
+FORMATS = {"NiftiImageIO", "NrrdImageIO", "MetaImageIO", "GDCMImageIO", "PNGImageIO"}
+DAMAGED = "The file may be damaged: copy it again."
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image on the study's grid; shared, so do not write into its tensors.
+def name_of(source: Source, what: str = "image") -> str:
+    """What messages call an image: its path, or `what` it is where it has none."""
+    if isinstance(source, SpatialImage):
+        return source.get_filename() or what.replace(" ", "_")
+    return what.replace(" ", "_") if isinstance(source, sitk.Image) else str(source)
 
-    image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)` uint8 or None. affine: `(4, 4)` float64, index
-    to RAS mm; on a 2-D grid its first two columns belong to the grid's axes.
+
+def stem(path: str | Path) -> str:
+    """A file's name without folder and format.
+
+    >>> [stem(name) for name in ("a/sub-1.2_T1.nii.gz", "b.mha", "series")]
+    ['sub-1.2_T1', 'b', 'series']
     """
-
-    image: Tensor
-    label: Tensor | None
-    affine: np.ndarray
+    return re.sub(r"\.(nii|img)(\.\w+)?$|\.(hdr|nrrd|nhdr|mha|mhd|dcm|png|mg[zh]|gz)$", "", Path(path).name)
 
 
-def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
-    """An image file, and its label file if there is one, on the study's grid `shape`.
+def read_values(source: Source, dim: int, what: str = "image") -> sitk.Image:
+    """The image of a source, 2-D or 3-D as ITK has it, float32, for a grid of `dim` dimensions.
 
-    Orientation: the closest canonical one (RAS). A 2-D `shape` takes a 2-D file however its single slice
-    is stored, and of a 3-D file the middle slice along the last canonical axis.
-    Intensity: CT from [-1000, 1000] HU, MR from its minimum to its 99th percentile, to [0, 1].
-    Grid: sample j of n sits at `j (m - 1) / (n - 1)` of the m samples of an axis; images linearly, after
-    a Gaussian of sigma `(step - 1) / 2` samples along axes with a step over 1 (scikit-image's rule); labels
-    by nearest neighbour. labels: the numbers allowed beside the background, None for any.
-    Raises DataError for whatever cannot be read or would not make a sensible sample.
+    Raises DataError for whatever cannot be read, is no image of one real number a voxel with `dim` sides above 1, or
+    holds NaN or infinity.
     """
-    dim = len(shape)
-    if dim not in (2, 3) or min(shape) < 2 or modality not in MODALITIES:
-        expected = f"a 2-D or 3-D grid and {' or '.join(MODALITIES)}"
-        raise data_error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
-    volume, volume_affine = _read(Path(image_path), dim)
-    image, affine = _slice(volume, volume_affine, dim)
-    image, label = normalise(image_path, image, modality), None
-    steps = _steps(image.shape, shape)
-    if label_path is not None:
-        values, label_affine = _read(Path(label_path), dim)
-        _check_label(label_path, values, labels)
-        check_same_grid(label_path, values.shape, label_affine, image_path, volume.shape, volume_affine)
-        nearest = [np.floor(np.arange(n) * step + 0.5).astype(int) for n, step in zip(shape, steps, strict=True)]
-        values = _slice(values, label_affine, dim)[0][np.ix_(*nearest)]
-        label = torch.from_numpy(np.rint(values).astype(np.uint8))[None]
-    return Sample(resample(image, shape), label, affine @ np.diag([*steps, *[1.0] * (4 - dim)]))
+    image, where = _open(source, dim, what), name_of(source, what)
+    image = sitk.Cast(image, sitk.sitkFloat32)
+    if wrong := int((~np.isfinite(sitk.GetArrayViewFromImage(image))).sum()):
+        raise data_error(where, "finite values", f"{wrong} NaN or infinite", "Replace them.")
+    return image
 
 
-def resample(image: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """An image `(*M)` in [0, 1] on the grid `shape` over the same field of view, `(1, *shape)`; see `decode`."""
-    for axis, step in enumerate(_steps(image.shape, shape)):
-        if step > 1:
-            image = gaussian_filter1d(image, (step - 1) / 2, axis=axis, mode="nearest")
-    values = torch.from_numpy(np.ascontiguousarray(image))[None, None]
-    mode = "bilinear" if image.ndim == 2 else "trilinear"
-    return F.interpolate(values, tuple(shape), mode=mode, align_corners=True)[0].clamp_(0, 1)
+def read_labels(source: Source, dim: int, allowed: Iterable[int] | None = None, what: str = "labels") -> sitk.Image:
+    """A label image of whole numbers, not all 0; integer types are kept, so an id of any size is exact.
+
+    allowed: the ids that may occur beside the background, None for any. Raises DataError.
+    """
+    image, where = _open(source, dim, what), name_of(source, what)
+    if "float" in image.GetPixelIDTypeAsString():
+        values = sitk.GetArrayViewFromImage(image)
+        whole = np.rint(values)
+        if not np.isfinite(values).all() or np.abs(whole - values).max() > 1e-3:
+            found = f"{values[np.rint(values) != values][0]:g}"
+            raise data_error(where, "whole numbers", found, "Give a label image, not probabilities.")
+        image = sitk.Cast(sitk.Round(image), sitk.sitkInt64)
+    there = set(ids(image)) - {0}
+    named = None if allowed is None else set(allowed)
+    if not there:
+        raise data_error(where, "labels", "only background", "Leave it out.")
+    if named is not None and not there <= named:
+        more = f"also {sorted(there - named)[:10]}"
+        raise data_error(where, f"labels {sorted(named)}", more, "Name them in the manifest or remove them.")
+    return image
 
 
-def _steps(samples: Sequence[int], shape: Sequence[int]) -> list[float]:
-    return [(m - 1) / (n - 1) for m, n in zip(samples, shape, strict=True)]
+def ids(labels: sitk.Image) -> list[int]:
+    """The label ids that occur, in order, the background too."""
+    return np.unique(sitk.GetArrayViewFromImage(labels)).tolist()
 
 
-@contextlib.contextmanager
-def reading(path: Path | str) -> Iterator[None]:
-    """Turn what nibabel, gzip and zlib say about a broken file into a DataError."""
-    try:
-        yield
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
-        todo = "Convert it to NIfTI: SimpleITK reads most formats and writes .nii.gz; dcm2niix converts DICOM."
-        if ".nii" in Path(path).name.lower():
-            todo = "The file may be damaged: copy it again."
-        raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", todo) from error
+def _open(source: Source, dim: int, what: str) -> sitk.Image:
+    """The image of a source as it is stored, with one real number a voxel and `dim` sides above 1 or more."""
+    where = name_of(source, what)
+    image = source if isinstance(source, sitk.Image) else _read(source, where)
+    while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
+        image = image[(*[slice(None)] * (image.GetDimension() - 1), 0)]
+    kind, size = image.GetPixelIDTypeAsString(), image.GetSize()
+    if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in kind:
+        raise data_error(where, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
+    if len(size) > 3 or sum(n > 1 for n in size) < dim:
+        expected = f"a {dim}-D image with several samples along each axis"
+        todo = "Save one of its volumes" if len(size) > 3 else f"Choose a {dim}-D file or another grid"
+        raise data_error(where, expected, f"shape {size}", f"{todo}.")
+    scale = np.array(image.GetDirection()).reshape(len(size), -1) * image.GetSpacing()
+    if not np.isfinite([*scale.flat, *image.GetOrigin()]).all() or np.linalg.cond(scale) > 1e6:
+        raise data_error(where, "an invertible affine", f"{scale.tolist()}", "Set its spacing and orientation.")
+    return image
 
 
-def open_file(path: Path) -> Any:
-    """The nibabel image of a file that is there and whole; its values are not read yet."""
+def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
+    if isinstance(source, SpatialImage):
+        return _from_nibabel(source, where)
+    path = Path(source)
     if path.is_dir():
-        raise data_error(path, "an image file", "a folder", "Convert a folder of DICOM files with dcm2niix.")
+        return _read_series(path)
     if not path.is_file():
         raise data_error(path, "an image file", "no such file", "Check the path.")
-    with reading(path):
-        if path.suffix == ".gz":  # nibabel stops before the checksum at the end, so let gzip check it
-            with gzip.open(path) as stream:
-                while stream.read(1 << 20):
-                    pass
-        return nibabel.load(path)
+    kind = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
+    if kind not in FORMATS:
+        try:  # NIfTI-2, FreeSurfer's .mgz, .nii.bz2
+            return _from_nibabel(nibabel.load(path), where)
+        except (OSError, ValueError, ImageFileError) as error:
+            todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do."
+            raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", todo) from error
+    size = _unzipped_size(path)
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        found = str(error).strip().split("\n")[-1].removeprefix("ITK ERROR: ")
+        if "orthonormal" in found:
+            todo = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
+            raise data_error(path, "axes perpendicular to each other", "a sheared sform", todo) from error
+        raise data_error(path, "a readable image", found, DAMAGED) from error
+    if image.HasMetaDataKey("bitpix"):  # NIfTI: SimpleITK would fill what is missing with zeros, without a word
+        needed = image.GetNumberOfPixels() * int(image.GetMetaData("bitpix")) // 8
+        needed += int(float(image.GetMetaData("vox_offset")))
+        if size < needed:
+            raise data_error(path, f"a readable image of {needed} bytes", f"{size}", DAMAGED)
+    return image
 
 
-def spatial_shape(path, file, dim: int) -> tuple[int, int, int]:
-    """`(X, Y, Z)` of an image with one real number a voxel and `dim` or more sides above 1."""
-    kind, shape = file.get_data_dtype(), tuple(file.shape)
-    if kind.kind not in "biuf":
-        raise data_error(path, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) > 3 or sum(n > 1 for n in shape) < dim:
-        expected = f"a {dim}-D image with several samples along each axis"
-        todo = "Save one of its volumes" if len(shape) > 3 else f"Choose a {dim}-D file or another grid"
-        raise data_error(path, expected, f"shape {file.shape}", f"{todo}.")
-    return (*shape, 1)[:3]
+def _unzipped_size(path: Path) -> int:
+    """Bytes of a file, unzipped; of `.hdr`, of its `.img`. A gzip stream is read to the checksum at its end."""
+    if path.suffix == ".hdr":
+        path = next((file for file in map(path.with_suffix, (".img", ".img.gz")) if file.exists()), path)
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"\x1f\x8b":
+                return path.stat().st_size
+        with gzip.open(path) as stream:
+            return sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
+    except (OSError, EOFError, zlib.error) as error:
+        raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", DAMAGED) from error
 
 
-def check_affine(path, affine: np.ndarray) -> None:
-    if not np.isfinite(affine).all() or np.linalg.cond(affine[:3, :3]) > 1e6:
-        raise data_error(path, "an invertible affine", f"{affine.tolist()}", "Set its spacing and orientation.")
+def _from_nibabel(image: Any, where: str) -> sitk.Image:
+    """What SimpleITK reads of a file that nibabel writes: one geometry for both."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image.nii"
+        try:
+            if not isinstance(image, nibabel.Nifti1Image) or isinstance(image, nibabel.Nifti2Image):
+                image = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine, dtype=image.get_data_dtype())
+            nibabel.save(image, path)
+        except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+            raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", DAMAGED) from error
+        return _read(path, where)
 
 
-def values_of(path, file, shape: tuple[int, int, int]) -> np.ndarray:
-    """All values of an opened file, `shape`, float32, finite, in the file's own order."""
-    with reading(path):
-        values = file.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
-    if not np.isfinite(values).all():
-        raise data_error(path, "finite values", f"{(~np.isfinite(values)).sum()} NaN or infinite", "Replace them.")
-    return values
-
-
-def _read(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """A file's values `(X, Y, Z)` float32 and affine in canonical orientation; 2-D ones have one side of 1."""
-    file = open_file(path)
-    shape, affine = spatial_shape(path, file, dim), np.asarray(file.affine, dtype=np.float64)
-    check_affine(path, affine)
-    orientation = nibabel.io_orientation(affine)
-    values = nibabel.apply_orientation(values_of(path, file, shape), orientation)
-    return values, affine @ nibabel.orientations.inv_ornt_aff(orientation, shape)
-
-
-def check_same_grid(label_path, label_shape, label_affine, image_path, shape, affine) -> None:
-    """A label belongs to its image: the same canonical shape, and grids less than 0.1 voxels apart."""
-    todo = "Correct the wrong header or resample the label onto the image."
-    if label_shape != shape:
-        raise data_error(label_path, f"the shape {shape} of {image_path}", f"{label_shape}", todo)
-    # How far the label's grid strays from the image's, in voxels, at worst; at a single slice, nowhere.
-    apart = np.abs(np.linalg.inv(affine) @ label_affine - np.eye(4)) @ [*(n - 1 for n in shape), 1]
-    if apart.max() > 0.1:
-        raise data_error(label_path, f"the affine of {image_path}", f"grids {apart.max():.3g} voxels apart", todo)
-
-
-def _slice(volume: np.ndarray, affine: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """For a 2-D grid the one slice of a 2-D file or the middle slice of a volume; its affine's columns reordered."""
-    if dim == 3:
-        return volume, affine
-    axis = volume.shape.index(1) if 1 in volume.shape else 2
-    middle = volume.shape[axis] // 2
-    moved = affine.copy()
-    moved[:, 3] += affine[:, axis] * middle
-    order = [*(a for a in range(3) if a != axis), axis, 3]
-    return volume.take(middle, axis), moved[:, order]
-
-
-def normalise(path, image: np.ndarray, modality: str) -> np.ndarray:
-    """Intensities to [0, 1], float32: CT from [-1000, 1000] HU, MR from its minimum to its 99th percentile."""
-    low, high = (-1000.0, 1000.0) if modality == "CT" else (image.min(), np.percentile(image, 99))
-    image = np.clip(image, low, high)
-    if image.max() <= image.min():
-        where = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
-        raise data_error(path, f"an image that varies {where}", f"{image.min():g} throughout", "Leave the image out.")
-    return ((image - low) / (high - low)).astype(np.float32)
-
-
-def _check_label(path, label: np.ndarray, labels) -> None:
-    values = np.unique(label)
-    if np.abs(values - np.rint(values)).max() > 1e-3:
-        raise data_error(path, "whole numbers", f"{values[np.rint(values) != values][0]:g}", "Save labels as integers.")
-    found, named = {int(value) for value in np.rint(values)} - {0}, set(range(1, 256) if labels is None else labels)
-    expected = "labels from 1 to 255" if labels is None else f"labels {sorted(named)}"
-    if not found <= named:
-        more = f"also {sorted(found - named)[:10]}"
-        raise data_error(path, expected, more, "Name them in the manifest or remove them.")
-    if not found:
-        raise data_error(path, expected, "only background", "Leave the image out.")
+def _read_series(folder: Path) -> sitk.Image:
+    """A folder with one DICOM series. Raises DataError for none, for several, for slices that are not evenly spaced."""
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    if len(series) != 1:
+        todo = "Give an image file, or a folder of the one series."
+        raise data_error(folder, "a folder with one DICOM series", f"{len(series)}", todo)
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    reader, positions = sitk.ImageFileReader(), []
+    try:
+        for name in names:
+            reader.SetFileName(name)
+            reader.ReadImageInformation()
+            positions.append(reader.GetOrigin())
+        steps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
+        if len(steps) and np.ptp(steps) > 0.01 * steps.mean():
+            found = f"steps of {steps.min():.3g} to {steps.max():.3g} mm"
+            raise data_error(folder, "evenly spaced slices", found, "Is a slice missing? dcm2niix resamples them.")
+        return sitk.ReadImage(names)
+    except RuntimeError as error:
+        raise data_error(folder, "a readable DICOM series", str(error).strip().split("\n")[-1], DAMAGED) from error

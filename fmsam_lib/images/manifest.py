@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmsam_lib.images.files import MODALITIES
+from fmsam_lib.images.grid import MODALITIES
 from fmsam_lib.records import PROJECT, DataError, data_error
 
 MANIFEST_KEYS = ("name", "dimensions", "modality", "labels", "pairing", "training", "registration_val")

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 
 from fmsam_lib.checking import ConfigError, read
-from fmsam_lib.images.files import open_file
+from fmsam_lib.images.files import read_values
 from fmsam_lib.metrics import percent
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Register, Registering
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             with staged(run.out, files.values()) as staging:  # before the work: is there a place for its results?
                 for path in files.values():  # before the weights, which may have to be downloaded
-                    open_file(Path(path))
+                    read_values(path, 2)
                 net, options = load(run.weights).to(device), run.model_dump(include=set(Registering.model_fields))
                 result = register(**files, net=net, progress=not quiet, **options)
                 result.summary["network"]["weights"] = run.weights

@@ -5,14 +5,19 @@ in the world has no influence on phi, only on the millimetres of the result.
 """
 
 import importlib.metadata
+import re
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk  # noqa: N813
+import torch
 
 from fmsam_lib.checking import read
+from fmsam_lib.images.files import Source, ids, name_of, read_values, stem
+from fmsam_lib.images.grid import affine, labels_on_grid, on_grid, reference
 from fmsam_lib.metrics import folding_percent, sdlogj
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import jacobian_determinant, warp
@@ -20,8 +25,8 @@ from fmsam_lib.model.weights import load
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
 from fmsam_lib.records import data_error, provenance
-from fmsam_lib.registration.result import Registration
-from fmsam_lib.registration.volume import Source, Volume, read_labels, read_volume
+from fmsam_lib.registration.result import Registration, displacing, labels_of
+from fmsam_lib.registration.start import FOUND, starting
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import lncc
 
@@ -50,7 +55,7 @@ def register(
     Warns where a header is in doubt. Raises ValueError for impossible options, weights that cannot be loaded or a
     transform that is not finite, and DataError (a ValueError) for images that cannot be registered.
     """
-    start = time.perf_counter()
+    begun = time.perf_counter()
     given = {name: value for name, value in options.items() if value is not None}
     how = read(Registering, given, source="register's options")
     modality = {"fixed": how.modality, "moving": how.moving_modality or how.modality}
@@ -60,39 +65,51 @@ def register(
         got = list(shape) if shape else "none, and the weights do not say what they were trained on"
         raise ValueError(f"expected {dim} numbers as `shape` (--shape) of a {dim}-D network, got {got}")
 
-    here, there = read_volume(fixed, dim, "fixed image"), read_volume(moving, dim, "moving image")
-    notes = [*here.notes, *there.notes]
+    here, there = (_read(source, dim, name) for source, name in ((fixed, "fixed image"), (moving, "moving image")))
+    if here.GetDimension() != there.GetDimension():  # ITK reads a file (X, Y) as 2-D, one (X, Y, 1) as 3-D
+        here, there = (sitk.JoinSeries([i]) if i.GetDimension() == 2 else i for i in (here, there))
+    where = (name_of(fixed, "fixed image"), name_of(moving, "moving image"))
+    notes = _headers(where, (here, there))
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    _check_pair(here, there)
-    moving_label = None if labels is None else read_labels(labels, there)
-    fixed_label = None if fixed_labels is None else read_labels(fixed_labels, here)
+    grid, own = reference(here, shape), reference(there, shape)
+    fixed_on_grid = on_grid(here, grid, modality["fixed"].upper(), where[0])
+    moving_alone = on_grid(there, own, modality["moving"].upper(), where[1]) if how.start in FOUND else fixed_on_grid
+    start = starting(how.start, (grid, own), (fixed_on_grid, moving_alone), where)
+    moving_label = None if labels is None else labels_of(there, labels, where[1])
+    fixed_label = None if fixed_labels is None else labels_of(here, fixed_labels, where[0])
+    names = (short(where[0]), short(where[1]))
     pair = Pair(
-        name=f"{there.name} to {here.name}",
-        fixed=here.on_grid(shape, modality["fixed"]),
-        moving=there.on_grid(shape, modality["moving"]),
-        fixed_label=None if fixed_label is None else here.labels_on_grid(fixed_label, shape),
-        moving_label=None if moving_label is None else there.labels_on_grid(moving_label, shape),
-        labels={n: str(n) for n in ([] if fixed_label is None else np.unique(fixed_label).tolist()) if n},
-        spacing=tuple((here.size / (np.array(shape) - 1)).tolist()),
-        affine=here.grid_affine(shape) if here.oriented else None,
+        name=f"{names[1]} to {names[0]}",
+        fixed=fixed_on_grid,
+        moving=on_grid(there, grid, modality["moving"].upper(), where[1], start),
+        fixed_label=None if fixed_label is None else labels_on_grid(fixed_label, grid),
+        moving_label=None if moving_label is None else labels_on_grid(moving_label, grid, start),
+        labels={n: str(n) for n in ([] if fixed_label is None else ids(fixed_label)) if n},
+        spacing=grid.GetSpacing()[:dim],
+        affine=torch.from_numpy(affine(grid)) if _oriented(here) else None,
     )
+    if not pair.moving.any():
+        found = f"nothing of it there, from the start {how.start}"
+        todo = "Choose another --start, or images of the same place."
+        raise data_error(where[1], f"an image that overlaps {where[0]}", found, todo)
 
     a, b = pair.moving[None], pair.fixed[None]
     loss = how.model_dump(include={"lr", "lmbda", "sigma", "similarity", "seed"})
-    phi, losses, best, _ = optimise(network, a, b, steps=how.io, progress=progress, **loss)
+    phi, losses, best, psi = optimise(network, a, b, steps=how.io, progress=progress, **loss)
     if not phi.map.isfinite().all():
         raise ValueError(f"expected a finite transform for {pair.name}, got NaN or infinity: are the weights damaged?")
     if 0 < len(losses) <= how.io:
         notes.append(f"instance optimisation: the loss was not finite at step {len(losses)}; the best before counts")
         warnings.warn(notes[-1], stacklevel=2)
 
-    files = {"fixed": here.where, "moving": there.where, "labels": labels, "fixed_labels": fixed_labels}
+    files = {"fixed": fixed, "moving": moving, "labels": labels, "fixed_labels": fixed_labels}
     before, after = (lncc(image, b, sigma=how.sigma).item() for image in (a, warp(a, phi.map)))
     determinant = jacobian_determinant(phi.map)
     summary: dict[str, Any] = {role: str(file) for role, file in files.items() if isinstance(file, str | Path)} | {
         "network": {"weights": weights, **network.settings, "shape": list(shape)},
         "modality": modality,
+        "start": how.start,
         "similarity": {"measure": "mean LNCC", "sigma": how.sigma, "before": before, "after": after},
         "folding_percent": folding_percent(determinant),
         "sdlogj": sdlogj(determinant),
@@ -100,29 +117,63 @@ def register(
     if how.io:
         done = {"steps_asked": how.io, "steps": len(losses) - 1, "best_step": best}
         summary["instance_optimisation"] = done | {"loss_before": losses[0], "loss_best": losses[best]} | loss
-    result = Registration(here, there, phi, pair, summary, losses, moving_label, fixed_label)
-    if found := result.dice():
-        summary["dice"] = found
-    summary["seconds"] = round(time.perf_counter() - start, 2)
+    transform = sitk.CompositeTransform([start, displacing(phi, grid)])  # the last one comes first
+    transform.FlattenTransform()
+    inverse = None
+    try:
+        inverse = sitk.CompositeTransform([displacing(psi, grid), start.GetInverse()])
+        inverse.FlattenTransform()
+    except RuntimeError:
+        notes.append(f"the transform {how.start} has no inverse, so none is written")
+    result = Registration(
+        here, there, phi, psi, start, transform, inverse, pair, summary, losses, names, moving_label, fixed_label
+    )
+    if overlap := result.dice():
+        summary["dice"] = overlap
+    summary["seconds"] = round(time.perf_counter() - begun, 2)
     summary |= {"notes": notes, "version": importlib.metadata.version("fmsam"), "provenance": provenance()}
     return result
 
 
-def _check_pair(fixed: Volume, moving: Volume) -> None:
-    """Raises DataError unless the two could show the same thing."""
-    if fixed.oriented != moving.oriented:
-        silent, other = (moving, fixed) if fixed.oriented else (fixed, moving)
-        expected = f"a header that states the orientation, as {other.where}'s does"
-        todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
-        raise data_error(silent.where, expected, "qform and sform codes 0", todo)
-    if fixed.axes != moving.axes:
-        expected, todo = f"a slice along {fixed.axes}, as {fixed.where}", "Take slices of one orientation."
-        raise data_error(moving.where, expected, f"one along {moving.axes}", todo)
-    ratio = moving.size / fixed.size
-    if ratio.max() > 3 or ratio.min() < 1 / 3:
-        sizes = [" x ".join(f"{mm:.3g}" for mm in image.size) + " mm" for image in (fixed, moving)]
-        expected = f"a field of view like the {sizes[0]} of {fixed.where}, at most 3 times as large or small"
-        todo = "Crop or pad one of them, so that they show the same."
-        if ratio.max() < 2 * ratio.min():
-            todo = f"All axes differ by about {ratio.mean():.2g} times: is a spacing lost or in another unit? {todo}"
-        raise data_error(moving.where, expected, f"{sizes[1]} (right, front, up)", todo)
+def short(path: str) -> str:
+    """What Learn2Reg calls the image: `0001` of `Name_0001_0000.nii.gz`, else the file's name without format."""
+    return re.sub(r"^.*_(\d{4})_\d{4}$", r"\1", stem(path))
+
+
+def _read(source: Source, dim: int, what: str) -> sitk.Image:
+    image = read_values(source, dim, what)
+    if dim == 2 and min((*image.GetSize(), 1)[:3]) > 1:
+        todo = "Use a network for volumes, or save one slice."
+        found = f"a volume of shape {image.GetSize()}"
+        raise data_error(name_of(source, what), "a single slice, for this 2-D network", found, todo)
+    return image
+
+
+def _oriented(image: sitk.Image) -> bool:
+    """Whether the header says where the axes point: of NIfTI, unless the codes of qform and sform are 0."""
+    return not {"qform_code", "sform_code"} <= {*image.GetMetaDataKeys()} or any(
+        image.GetMetaData(key) != "0" for key in ("qform_code", "sform_code")
+    )
+
+
+def _headers(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> list[str]:
+    """What is doubtful about the headers. Raises DataError where only one of them states an orientation."""
+    silent = [name for name, image in zip(where, images, strict=True) if not _oriented(image)]
+    if len(silent) == 1:
+        (other,) = {*where} - {*silent} or {*silent}
+        expected, todo = (
+            f"a header that states the orientation, as {other}'s does",
+            "guessed, it could mirror the result.",
+        )
+        raise data_error(
+            silent[0], expected, "qform and sform codes 0", f"Set it (nibabel: image.set_sform(affine, 1)): {todo}"
+        )
+    said = "the header states no orientation (qform and sform codes are 0): the axes are taken as for ITK, LPS"
+    notes = [f"{name}: {said}" for name in silent]
+    for name, image in zip(where, images, strict=True):
+        rows = [image.GetMetaData(f"srow_{axis}").split() for axis in "xyz" if image.HasMetaDataKey(f"srow_{axis}")]
+        if rows and image.GetMetaData("sform_code") != "0" and image.GetDimension() == 3:
+            unit = {"1": 1000.0, "3": 0.001}.get(image.GetMetaData("xyzt_units"), 1.0)
+            if not np.allclose(unit * np.array(rows, float), affine(image)[:3], atol=1e-3 * min(image.GetSpacing())):
+                notes.append(f"{name}: sform, qform and pixdim disagree; as for ITK, {image.GetSpacing()} mm")
+    return notes

@@ -1,12 +1,12 @@
-"""What `register` found and what it writes; all of it follows from one map, voxel by voxel of the fixed file:
+"""What `register` found and what it writes; all of it follows from one transform in ITK's space:
 
-    index in the fixed file -> unit coordinates x -> phi(x) -> index in the moving file -> RAS mm -> LPS mm
+    point of the fixed image -> the network's displacement, on its grid -> start -> point of the moving image
 
-Unit coordinates run from 0, the centre of a canonical (RAS) axis' first sample, to 1, that of its last.
+SimpleITK applies it, composes it and writes it, so whoever else uses ITK gets the same images.
 """
 
-import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,104 +15,97 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import SimpleITK as sitk  # noqa: N813
 import torch
-from nibabel import Nifti1Header, Nifti1Image
-from scipy.ndimage import map_coordinates
 
+from fmsam_lib.images.files import Source, read_labels
+from fmsam_lib.images.grid import affine, check_same_grid, nearest, window
 from fmsam_lib.metrics import dice
+from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import data_error
 from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
-from fmsam_lib.registration.volume import Source, Volume, apply, itk_reads, read_labels, slabs
-
-BACKGROUND = {"mr": 0.0, "ct": -1000.0}  # what the warped image shows outside the moving one
-# Where a file lies, as its header says it.
-GEOMETRY = ["qform_code", "sform_code", "xyzt_units", "quatern_b", "quatern_c", "quatern_d"]
-GEOMETRY += [f"{name}_{axis}" for name in ("qoffset", "srow") for axis in "xyz"]
 
 
 @dataclass(frozen=True)
 class Registration:
     """What `register` found.
 
-    phi: from the fixed image's unit coordinates to the moving one's. pair: both images on the network's grid, as
-    `explore(result.pair, result.phi)` wants them. losses: of instance optimisation, from step 0.
-    summary: similarity before and after, folding, SDlogJ, Dice, seconds, notes, provenance. labels, fixed_labels: in
-    their images' voxel order.
+    fixed, moving: the images as SimpleITK read them. phi, psi: from the grid's unit coordinates over the fixed image to
+    the moving image brought there by `start`, and back. transform: from the fixed image's points to the moving one's,
+    in ITK's space; inverse: back, None where `start` has no inverse. pair: both images on the network's grid, as
+    `explore(result.pair, result.phi)` wants them. losses: of instance optimisation, from step 0. summary: similarity
+    before and after, folding, SDlogJ, Dice, seconds, notes, provenance. labels, fixed_labels: None or an image each.
     """
 
-    fixed: Volume
-    moving: Volume
+    fixed: sitk.Image
+    moving: sitk.Image
     phi: Transform
+    psi: Transform
+    start: sitk.Transform
+    transform: sitk.Transform
+    inverse: sitk.Transform | None
     pair: Pair
     summary: dict[str, Any]
     losses: list[float]
-    labels: np.ndarray | None
-    fixed_labels: np.ndarray | None
+    names: tuple[str, str]
+    labels: sitk.Image | None = None
+    fixed_labels: sitk.Image | None = None
 
     @cached_property
-    def warped(self) -> Nifti1Image:
-        """The moving image seen from the fixed file's voxels: looked up once, linearly, in its own voxels; float32."""
-        background = BACKGROUND[self.summary["modality"]["moving"]]
-        return self._file(self._look_up(self.moving.values, order=1, background=background))
+    def warped(self) -> sitk.Image:
+        """The moving image seen from the fixed image's voxels, linearly; float32. Outside: what became 0."""
+        modality = self.summary["modality"]["moving"].upper()
+        background, _ = window("moving image", sitk.GetArrayViewFromImage(self.moving), modality)
+        return sitk.Resample(self.moving, self.fixed, self.transform, sitk.sitkLinear, background, sitk.sitkFloat32)
 
-    def warp_labels(self, labels: Source) -> Nifti1Image:
-        """A label image of the moving image (a path or a nibabel image) on the fixed file's voxels, nearest neighbour.
+    def warp_labels(self, labels: Source) -> sitk.Image:
+        """A label image of the moving image (a file, say) on the fixed image's voxels, nearest neighbour, ids kept.
 
-        Integer types are kept. Raises DataError unless they are whole numbers on the moving image's grid.
+        Raises DataError unless they are whole numbers on the moving image's grid.
         """
-        return self._file(self._look_up(read_labels(labels, self.moving), order=0))
+        return nearest(labels_of(self.moving, labels, "moving image"), self.fixed, self.transform)
 
-    def displacement(self) -> Nifti1Image:
-        """The displacement field that ITK-family tools apply: LPS mm, float32, `(X, Y, Z, 1, 3)`, intent vector.
+    def displacement(self) -> sitk.Image:
+        """The displacement at the fixed image's voxels that ITK-family tools apply: LPS mm, float32 vectors."""
+        return field_of(self.transform, self.fixed)
 
-        ITK reads a file `(X, Y)` as 2-D, so its field is `(X, Y, 1, 1, 2)`. It reads a file `(X, Y, 1)` as 3-D, but a
-        vector field of one slice as 2-D, so that file's field is `(X, Y, 2, 1, 3)`, the slice twice.
-        Raises DataError where ITK cannot read the fixed file's own geometry.
-        """
-        dim, affine = self.fixed.itk_dim, self.fixed.affine
-        if not itk_reads(affine, dim):
-            todo = "Resample the image without shear, or use Learn2Reg's form."
-            raise data_error(self.fixed.where, "axes that ITK reads", str(affine.tolist()), todo)
-        field = np.empty((*self.fixed.shape, 3), np.float32)
-        for slab, index in slabs(self.fixed.shape):
-            ras = apply(self.moving.affine[:3], index + self.voxel_displacement[:, slab]) - apply(affine[:3], index)
-            field[slab] = np.moveaxis(ras, 0, -1) * (-1, -1, 1)  # ITK's axes point to the left and to the back
-        if dim == 3 and field.shape[2] == 1:
-            field = np.repeat(field, 2, axis=2)
-        return self._file(field[:, :, :, None, :dim], intent="vector")
+    def jacobian(self) -> sitk.Image:
+        """How many times larger the surroundings of each fixed voxel are in the moving image; below 0 is a fold."""
+        return sitk.DisplacementFieldJacobianDeterminant(self.displacement())
 
-    def learn2reg(self) -> Nifti1Image:
+    def learn2reg(self) -> nibabel.Nifti1Image:
         """Learn2Reg's form `(*S, D)`, float32, voxels: `map_coordinates(moving, identity + disp)` is the warped image.
 
         moving and identity: as the two files store them, whatever their orientations and shapes.
         """
-        field = np.moveaxis(self.voxel_displacement, 0, -1)
-        return self._file(field if self.fixed.itk_dim == 3 else field[:, :, 0, :2])
-
-    @cached_property
-    def voxel_displacement(self) -> np.ndarray:
-        """`(3, X, Y, Z)` float32: index in the moving file minus index in the fixed file, at each fixed voxel."""
-        field = np.empty((3, *self.fixed.shape), np.float32)
-        dim = len(self.phi.shape)
-        for slab, index in slabs(self.fixed.shape):
-            x = torch.from_numpy(apply(self.fixed.unit_of_index, index)).float()
-            phi = self.phi(x.view(1, dim, -1, *[1] * (dim - 1))).view(x.shape)
-            field[:, slab] = apply(self.moving.index_of_unit, phi.numpy()) - index
-        return field
+        dim = self.fixed.GetDimension()
+        lps = np.diag([-1.0, -1.0, 1.0, 1.0])
+        to_mm, to_index = lps @ affine(self.fixed), np.linalg.inv(lps @ affine(self.moving))
+        mm = sitk.GetArrayFromImage(self.displacement())  # ([Z,] Y, X, D)
+        for plane, field in enumerate(mm if dim == 3 else mm[None]):
+            index = np.stack(np.meshgrid(*map(np.arange, field.shape[1::-1]), [plane], [1.0]), -1)[:, :, 0, 0]
+            there = index @ to_mm.T
+            there[..., :dim] += field
+            field[:] = (there @ to_index.T - index)[..., :dim]
+        image = nibabel.Nifti1Image(mm.swapaxes(0, dim - 1), affine(self.fixed))
+        image.header.set_xyzt_units("mm")
+        return image
 
     def dice(self) -> dict[str, dict[str, float]]:
         """Of each of the fixed image's labels, on its voxels, before and after; nothing unless both have labels."""
         if self.labels is None or self.fixed_labels is None:
             return {}
-        still = dataclasses.replace(self, phi=Transform(self.phi.shape))  # no displacement
-        before, after = still._look_up(self.labels, order=0), self._look_up(self.labels, order=0)
-        found = {}
+        here = nearest(self.fixed_labels, self.fixed, sitk.Transform(self.fixed.GetDimension(), sitk.sitkIdentity))
+        there = {"before": self.start, "after": self.transform}
+        warped = {when: nearest(self.labels, self.fixed, transform) for when, transform in there.items()}
+        fixed, *both = (sitk.GetArrayViewFromImage(image) for image in (here, *warped.values()))
+        found: dict[str, dict[str, float]] = {}
         for n, name in self.pair.labels.items():
-            fixed, *warped = (torch.from_numpy(values == n) for values in (self.fixed_labels, before, after))
-            found[name] = dict(zip(("before", "after"), (dice(mask, fixed) for mask in warped), strict=True))
+            masks = [torch.from_numpy(values == n) for values in (fixed, *both)]
+            found[name] = {when: dice(mask, masks[0]) for when, mask in zip(warped, masks[1:], strict=True)}
         return found
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -122,49 +115,70 @@ class Registration:
         return [Path(folder) / name for name in self.summary["files"]]
 
     def write(self, staging: Path) -> None:
-        """Write `_images`, `overview.png` and `summary.json` into a `staged` folder."""
+        """Write all of `_images`, `overview.png` and `summary.json` into a `staged` folder."""
         self.summary["files"] = []
         try:
-            for name, image in self._images():
-                nibabel.save(image, staging / name)
+            for name, what in self._files():
+                write(what, staging / name)
                 self.summary["files"].append(name)
             overview(self.pair, self.phi.map).savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
             self.summary["files"] += ["overview.png", SUMMARY]
             (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             todo = "None were written. Make room, or choose another folder."
-            raise data_error(staging.parent, "room for the results", error.strerror or str(error), todo) from error
+            found = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
+            raise data_error(staging.parent, "room for the results", found, todo) from error
 
-    def _images(self) -> Iterator[tuple[str, Nifti1Image]]:
-        """By the names of their files; the field twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""
+    def _files(self) -> Iterator[tuple[str, Any]]:
+        """By name; the displacement twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""
         yield "warped.nii.gz", self.warped
-        yield f"disp_{self.fixed.name}_{self.moving.name}.nii.gz", self.learn2reg()
-        if itk_reads(self.fixed.affine, self.fixed.itk_dim):  # else a note says so
-            yield "displacement.nii.gz", self.displacement()
+        yield "{}_{}_{}.nii.gz".format("disp", *self.names), self.learn2reg()
+        yield "displacement.nii.gz", self.displacement()
+        yield "jacobian.nii.gz", self.jacobian()
+        yield "transform.h5", self.transform
+        if self.inverse is not None:
+            yield "inverse_displacement.nii.gz", field_of(self.inverse, self.moving)
+            yield "inverse_transform.h5", self.inverse
         if self.labels is not None:
-            yield "labels.nii.gz", self._file(self._look_up(self.labels, order=0))
+            yield "labels.nii.gz", nearest(self.labels, self.fixed, self.transform)
 
-    def _look_up(self, values: np.ndarray, *, order: int, background: float = 0) -> np.ndarray:
-        """`values` `(X, Y, Z)` of the moving file at the fixed file's voxels; order 0 is nearest, 1 linear."""
-        result = np.empty(self.fixed.shape, values.dtype)
-        end = np.array(values.shape).reshape(3, 1, 1, 1) - 0.5  # a voxel reaches half its size beyond its centre
-        for slab, index in slabs(self.fixed.shape):
-            index += self.voxel_displacement[:, slab]
-            inside = ((index >= -0.5) & (index < end)).all(0)
-            found = map_coordinates(values, index, output=values.dtype, order=order, mode="nearest", prefilter=False)
-            result[slab] = np.where(inside, found, values.dtype.type(background))
-        return result
 
-    def _file(self, values: np.ndarray, intent: str = "none") -> Nifti1Image:
-        """`values` on the fixed file's voxels as NIfTI; of that header qform, sform and unit as they are, no more."""
-        old, header = self.fixed.file.header, Nifti1Header()
-        header.set_data_shape(values.shape)
-        if isinstance(old, Nifti1Header):
-            for key in GEOMETRY:
-                header[key] = old[key]
-            header["pixdim"][:4] = old["pixdim"][:4]
-        else:
-            header.set_sform(self.fixed.affine, 1)
-            header.set_qform(self.fixed.affine, 1)
-        header.set_intent(intent)
-        return Nifti1Image(values, header.get_best_affine(), header, dtype=values.dtype)
+def labels_of(image: sitk.Image, labels: Source, where: str) -> sitk.Image:
+    """The labels of an image, of the image's dimension. Raises DataError where they don't belong to it."""
+    found = read_labels(labels, 2)
+    check_same_grid(labels, found, where, image)
+    return sitk.JoinSeries([found]) if found.GetDimension() < image.GetDimension() else found
+
+
+def displacing(phi: Transform, grid: sitk.Image) -> sitk.DisplacementFieldTransform:
+    """The network's map as ITK's transform over the grid, in mm; ITK interpolates it linearly, as `phi.map` is."""
+    shape, dim = phi.shape, grid.GetDimension()
+    steps = voxels(phi.displacement(identity_map(shape)), shape)[0].double().numpy()  # (D, *S) in samples
+    directions = np.array(grid.GetDirection()).reshape(dim, dim) * grid.GetSpacing()
+    mm = np.tensordot(directions[:, : len(shape)], steps, 1).reshape(dim, *grid.GetSize())
+    field = sitk.GetImageFromArray(mm.transpose(), isVector=True)
+    field.CopyInformation(grid)
+    return sitk.DisplacementFieldTransform(field)
+
+
+def field_of(transform: sitk.Transform, onto: sitk.Image) -> sitk.Image:
+    """A transform as the displacement at each voxel of an image."""
+    place = (onto.GetSize(), onto.GetOrigin(), onto.GetSpacing(), onto.GetDirection())
+    return sitk.TransformToDisplacementField(transform, sitk.sitkVectorFloat32, *place)
+
+
+def write(what: sitk.Image | sitk.Transform | nibabel.Nifti1Image, path: str | os.PathLike) -> None:
+    """Write an image or a transform in the format of its name."""
+    if isinstance(what, sitk.Transform):
+        sitk.WriteTransform(what, str(path))
+    elif isinstance(what, nibabel.Nifti1Image):
+        nibabel.save(what, path)
+    else:
+        if what.GetNumberOfComponentsPerPixel() > 1 and what.GetSize()[2:] == (1,):
+            # ITK reads a vector image of one slice as 2-D, beside the 3-D image it belongs to: hence the slice twice.
+            twice = sitk.GetImageFromArray(np.repeat(sitk.GetArrayViewFromImage(what), 2, axis=0), isVector=True)
+            twice.SetDirection(what.GetDirection())
+            twice.SetSpacing(what.GetSpacing())
+            twice.SetOrigin(what.GetOrigin())
+            what = twice
+        sitk.WriteImage(what, str(path), useCompression=True)

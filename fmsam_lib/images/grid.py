@@ -1,0 +1,220 @@
+"""From an image file to the grid that a network works on: canonical axes, one field of view, intensities in [0, 1].
+
+A grid is itself a SimpleITK image, of no content: it has a size and a place in the world, so that SimpleITK does the
+resampling. Its *edges* are those of the file's field of view, not the centres of the outermost voxels: one scan as thin
+and as thick slices comes to lie in the same place (`align_corners=False`, as uniGradICON resizes).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+import torch
+from scipy.ndimage import gaussian_filter1d
+from torch import Tensor
+
+from fmsam_lib.images.files import Source, ids, name_of, read_labels, read_values
+from fmsam_lib.records import data_error
+
+MODALITIES = ("CT", "MR")
+CT_WINDOW = (-1000.0, 1000.0)  # HU, as uniGradICON
+FILL_SHARE = 1e-3  # a fill value takes at least this share of the voxels
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on the study's grid; shared, so do not write into its tensors.
+
+    image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)`, uint8 where its ids fit, else int64; or None. affine:
+    `(4, 4)` float64, index to RAS mm; on a 2-D grid its first two columns belong to the grid's axes. unit_of_index:
+    `(D, 4)`, from an index (x, y, z, 1) of the file to unit coordinates of the grid.
+    """
+
+    image: Tensor
+    label: Tensor | None
+    affine: np.ndarray
+    unit_of_index: np.ndarray
+
+
+def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
+    """An image file, and its label file if there is one, on the study's grid `shape`.
+
+    Orientation: the closest canonical one (RAS). A 2-D `shape` takes a 2-D file however its single slice
+    is stored, and of a 3-D file the middle slice along the last canonical axis.
+    Intensity and resampling: see `normalise` and `on_grid`. labels: the numbers allowed beside the background, None
+    for any. Raises DataError for whatever cannot be read or would not make a sensible sample.
+    """
+    dim = len(shape)
+    if dim not in (2, 3) or min(shape) < 2 or modality not in MODALITIES:
+        expected = f"a 2-D or 3-D grid and {' or '.join(MODALITIES)}"
+        raise data_error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
+    image = read_values(image_path, dim)
+    grid, label = reference(image, shape), None
+    if label_path is not None:
+        values = read_labels(label_path, dim, labels)
+        check_same_grid(label_path, values, image_path, image)
+        label = labels_on_grid(values, grid)
+    to_grid = np.linalg.inv(affine(grid)) @ affine(image) / np.array([[*(n - 1 for n in shape), *[1] * (4 - dim)]]).T
+    return Sample(on_grid(image, grid, modality, image_path), label, affine(grid), to_grid[:dim])
+
+
+def affine(image: sitk.Image) -> np.ndarray:
+    """Index to RAS mm, `(4, 4)`, whatever the image's dimension; a 2-D one lies in the plane z = 0."""
+    dim, matrix = image.GetDimension(), np.eye(4)
+    matrix[:dim, :dim] = np.array(image.GetDirection()).reshape(dim, dim) * image.GetSpacing()
+    matrix[:dim, 3] = image.GetOrigin()
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
+
+
+def reference(image: sitk.Image, shape: Sequence[int]) -> sitk.Image:
+    """The grid of `shape` over the image's field of view, its axes in canonical order.
+
+    Of a volume and a 2-D `shape`: over the one slice that the file has, else the middle one; that axis comes last.
+    """
+    size = (*image.GetSize(), 1)[:3]
+    dim, steps = image.GetDimension(), np.ones(3)
+    orientation = nibabel.io_orientation(affine(image))
+    axes = [int(axis) for axis in np.argsort(orientation[:, 0])]  # the file's, in canonical order
+    across = ([axis for axis in axes if size[axis] == 1] or axes[-1:])[-1]
+    if len(shape) == 2:
+        axes = [axis for axis in axes if axis != across] + [across]
+    first = np.zeros(3)
+    for axis, n in zip(axes, (*shape, 1)[:3], strict=True):
+        flipped = orientation[axis, 1] < 0
+        steps[axis] = (size[axis] / n if len(shape) == 3 or axis != across else 1.0) * (-1 if flipped else 1)
+        middle = size[axis] // 2 if len(shape) == 2 and axis == across else abs(steps[axis]) / 2 - 0.5
+        first[axis] = size[axis] - 1 - middle if flipped else middle
+    grid = sitk.Image([*shape, 1][:dim], sitk.sitkUInt8)
+    axes = axes[:dim]
+    directions = np.array(image.GetDirection()).reshape(dim, dim)[:, axes] * np.sign(steps[axes])
+    grid.SetDirection(directions.ravel())
+    grid.SetSpacing(np.array(image.GetSpacing())[axes] * np.abs(steps[axes]))
+    grid.SetOrigin(image.TransformContinuousIndexToPhysicalPoint(first[:dim]))
+    return grid
+
+
+def on_grid(
+    image: sitk.Image, grid: sitk.Image, modality: str, where: Source = "image", start: sitk.Transform | None = None
+) -> Tensor:
+    """The image in [0, 1] on a grid, `(1, *S)`: linearly, after a Gaussian of sigma `(step - 1) / 2` voxels along axes
+    with a step over 1 from sample to sample (scikit-image's rule); outside its field of view 0.
+
+    start: from the grid's points to the image's, in ITK's space; None for the image's own place.
+    """
+    start = start or sitk.Transform(grid.GetDimension(), sitk.sitkIdentity)
+    values = normalise(where, sitk.GetArrayViewFromImage(image), modality)
+    for axis, step in enumerate(reversed(_steps(image, grid, start))):  # arrays have the last axis first
+        if step > 1 + 1e-9:
+            values = gaussian_filter1d(values, (step - 1) / 2, axis=axis, mode="nearest")
+    smooth = sitk.GetImageFromArray(values)
+    smooth.CopyInformation(image)
+    return _tensor(sitk.Resample(smooth, grid, start, sitk.sitkLinear, 0.0), grid).clamp_(0, 1)
+
+
+def labels_on_grid(labels: sitk.Image, grid: sitk.Image, start: sitk.Transform | None = None) -> Tensor:
+    """The nearest of an image's labels at each sample of a grid, `(1, *S)`: uint8 where all ids fit, else int64."""
+    there = _tensor(nearest(labels, grid, start or sitk.Transform(grid.GetDimension(), sitk.sitkIdentity)), grid)
+    found = ids(labels)
+    return there.to(torch.uint8 if found[0] >= 0 and found[-1] < 256 else torch.int64)
+
+
+def nearest(labels: sitk.Image, onto: sitk.Image, transform: sitk.Transform) -> sitk.Image:
+    """`labels` through a transform from the points of `onto` to theirs, 0 outside; every id as it is.
+
+    SimpleITK computes in float64: where ids do not fit, it gets their numbers in order instead.
+    """
+    found = ids(labels)
+    if max(-found[0], found[-1]) < 2**53:
+        return sitk.Resample(labels, onto, transform, sitk.sitkNearestNeighbor, 0.0)
+    values = np.array([0, *found], dtype=sitk.GetArrayViewFromImage(labels).dtype)
+    numbers = np.searchsorted(values[1:], sitk.GetArrayViewFromImage(labels)) + 1
+    image = sitk.GetImageFromArray(numbers.astype(np.int32))
+    image.CopyInformation(labels)
+    there = sitk.Resample(image, onto, transform, sitk.sitkNearestNeighbor, 0.0)
+    result = sitk.GetImageFromArray(values[sitk.GetArrayViewFromImage(there)])
+    result.CopyInformation(onto)
+    return result
+
+
+def _steps(image: sitk.Image, grid: sitk.Image, start: sitk.Transform) -> np.ndarray:
+    """How far apart neighbouring samples of the grid lie in the image, in voxels along each of its axes."""
+    middle = (np.array(grid.GetSize()) - 1) / 2
+
+    def index(shift: np.ndarray) -> np.ndarray:
+        point = start.TransformPoint(grid.TransformContinuousIndexToPhysicalPoint(middle + shift))
+        return np.array(image.TransformPhysicalPointToContinuousIndex(point))
+
+    return np.linalg.norm([index(shift) - index(-shift) for shift in np.eye(len(middle)) / 2], axis=0)
+
+
+def _tensor(image: sitk.Image, grid: sitk.Image) -> Tensor:
+    """`(1, *S)` in the grid's order of axes, without the single slice's axis; int64 for integers."""
+    values = sitk.GetArrayFromImage(image)
+    values = values if values.dtype.kind == "f" else values.astype(np.int64)
+    axes = values.transpose()
+    sides = [n for n in grid.GetSize() if n > 1]
+    return torch.from_numpy(np.ascontiguousarray(axes.reshape(sides)))[None]
+
+
+def check_same_grid(label_path: Source, label: sitk.Image, image_path: Source, image: sitk.Image) -> None:
+    """A label belongs to its image: grids of one size, less than 0.1 voxels apart, stored in whatever order of axes."""
+    todo = "Correct the wrong header or resample the label onto the image."
+    where = [name_of(label_path, "labels"), name_of(image_path)]
+    sizes = [(*each.GetSize(), 1)[:3] for each in (label, image)]
+    own, its = (nibabel.io_orientation(affine(each)) for each in (label, image))
+    turn = nibabel.orientations.ornt_transform(own, its)
+    size = tuple(sizes[0][axis] for axis in np.argsort(turn[:, 0]))
+    if size != sizes[1]:
+        raise data_error(where[0], f"the shape {sizes[1]} of {where[1]}", f"{size}", todo)
+    turned = affine(label) @ nibabel.orientations.inv_ornt_aff(turn, sizes[0])
+    # How far the label's grid strays from the image's, in voxels, at worst; at a single slice, nowhere.
+    apart = np.abs(np.linalg.inv(affine(image)) @ turned - np.eye(4)) @ [*(n - 1 for n in size), 1]
+    if apart.max() > 0.1:
+        raise data_error(where[0], f"the affine of {where[1]}", f"grids {apart.max():.3g} voxels apart", todo)
+
+
+def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, float]:
+    """The intensities that become 0 and 1: of CT -1000 and 1000 HU, of MR its minimum and its 99th percentile.
+
+    An MR image's fill values are left out: a lowest value below 0, of many voxels, further from all others than these
+    from each other. Raises DataError for an image that would be constant, and for CT that is not in HU.
+    """
+    low, high = CT_WINDOW if modality == "CT" else (float(image.min()), float(np.percentile(image, 99)))
+    while modality != "CT" and low < 0 and (image == low).mean() >= FILL_SHARE and (image > low).any():
+        others = image[image > low]
+        start, end = float(others.min()), float(np.percentile(others, 99))
+        if not 0 < end - start < start - low:
+            break
+        image, low, high = others, start, end
+    if min(image.max(), high) <= max(image.min(), low):
+        what = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
+        raise data_error(name_of(where), f"an image that varies {what}", f"{image.min():g} throughout", "Leave it out.")
+    if modality == "CT":
+        _check_hounsfield(where, image)
+    return low, high
+
+
+def normalise(where: Source, image: np.ndarray, modality: str) -> np.ndarray:
+    """Intensities to [0, 1], float32: clipped to their `window`."""
+    low, high = window(where, image, modality)
+    return ((np.clip(image, low, high) - low) / (high - low)).astype(np.float32)
+
+
+def _check_hounsfield(where: Source, image: np.ndarray) -> None:
+    """Refuse CT of which the window would make most of the body constant: stored with an offset, scaled, or no CT."""
+    low, high = CT_WINDOW
+    body = image[image > low]
+    dark, middle, bright = np.percentile(body, (1, 50, 99))
+    if dark > low / 2 and (body >= high).mean() > 0.15:
+        remedy = "They look like HU + 1024: subtract 1024"
+    elif bright - dark < 0.02 * (high - low):
+        remedy = "They look scaled: bring them back to HU"
+    elif body.size < 0.01 * image.size:
+        remedy = "They look like HU - 1024: add 1024"
+    else:
+        return
+    found = f"values with 1st, 50th, 99th percentile {dark:.4g}, {middle:.4g}, {bright:.4g}"
+    todo = f"{remedy}, or pass the modality mr, which takes intensities as they come."
+    raise data_error(name_of(where), f"CT in HU, air near {low:g}, most of the body below {high:g}", found, todo)

@@ -1,0 +1,120 @@
+"""Where two images lie to each other before the network: a transform in ITK's space, fixed points to moving ones.
+
+overlay  both fields of view laid over each other, edge on edge, as uniGradICON does; headers only give millimetres
+headers  where the scanner says: the identity, for two images of one visit
+rigid, affine  found by SimpleITK: Mattes' mutual information, from the overlay of the two centres
+a file   whatever transform SimpleITK reads, fixed to moving, as its registration and ANTs' write it
+"""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+from torch import Tensor
+
+from fmsam_lib.images.grid import affine
+from fmsam_lib.records import data_error
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+FOUND = ("rigid", "affine")
+
+
+def starting(
+    start: str, grids: tuple[sitk.Image, sitk.Image], images: tuple[Tensor, Tensor], names: tuple[str, str]
+) -> sitk.Transform:
+    """The transform `start`, for the fixed and the moving image's own grids and the images on them, `(1, *S)`.
+
+    Raises DataError for images that cannot be laid over each other, and for a file that holds no such transform.
+    """
+    fixed, moving = grids
+    dim = fixed.GetDimension()
+    if start == "headers":
+        return sitk.Transform(dim, sitk.sitkIdentity)
+    if start == "overlay":
+        _check_alike(grids, names)
+        return _linear(_lps(moving) @ np.linalg.inv(_lps(fixed)), dim)
+    if start in FOUND:
+        return _linear(_mm(moving) @ _found(start, grids, images) @ np.linalg.inv(_mm(fixed)), dim)
+    try:
+        transform = sitk.ReadTransform(start)
+    except RuntimeError as error:
+        expected = "overlay, headers, rigid, affine or a file with a transform"
+        found = str(error).strip().split("\n")[-1] if Path(start).is_file() else "no such file"
+        raise data_error(start, expected, found, "Check --start.") from error
+    if transform.GetDimension() != dim:
+        found = f"one of {transform.GetDimension()} dimensions"
+        raise data_error(start, f"a {dim}-D transform, for {names[0]}", found, "Choose another --start.")
+    return transform
+
+
+def _found(kind: str, grids: tuple[sitk.Image, sitk.Image], images: tuple[Tensor, Tensor]) -> np.ndarray:
+    """The rigid or affine map between the grids, in mm along their own axes, `(4, 4)`; one slice stays in its plane."""
+    dim = images[0].dim() - 1
+    flat = [sitk.GetImageFromArray(image[0].numpy().transpose()) for image in images]
+    for image, grid in zip(flat, grids, strict=True):
+        image.SetSpacing(grid.GetSpacing()[:dim])
+    rigid = sitk.Euler2DTransform() if dim == 2 else sitk.Euler3DTransform()
+    centred = sitk.CenteredTransformInitializer(*flat, rigid, sitk.CenteredTransformInitializerFilter.GEOMETRY)
+    transform = _optimised(flat, centred)
+    if kind == "affine":
+        start = sitk.AffineTransform(dim)
+        start.SetCenter(transform.GetCenter())
+        start.SetMatrix(transform.GetMatrix())
+        start.SetTranslation(transform.GetTranslation())
+        transform = _optimised(flat, start)
+    matrix, origin = np.eye(4), np.array(transform.TransformPoint([0.0] * dim))
+    matrix[:dim, :dim] = np.transpose([np.array(transform.TransformPoint(axis)) - origin for axis in np.eye(dim)])
+    matrix[:dim, 3] = origin
+    return matrix
+
+
+def _optimised(images: list[sitk.Image], start: sitk.Transform):
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=2.0, minStep=1e-3, numberOfIterations=200, relaxationFactor=0.6
+    )
+    method.SetOptimizerScalesFromPhysicalShift()
+    levels = [factor for factor in (4, 2, 1) if min(images[0].GetSize()) // factor >= 12] or [1]
+    method.SetShrinkFactorsPerLevel(levels)
+    method.SetSmoothingSigmasPerLevel([factor / 2 for factor in levels])
+    method.SetSmoothingSigmasAreSpecifiedInPhysicalUnits(False)
+    method.SetInitialTransform(start, inPlace=True)
+    method.Execute(*images)
+    return start
+
+
+def _lps(grid: sitk.Image) -> np.ndarray:
+    return LPS @ affine(grid)
+
+
+def _mm(grid: sitk.Image) -> np.ndarray:
+    """From mm along the grid's axes, counted from its first sample, to ITK's space, `(4, 4)`."""
+    return _lps(grid) / [*grid.GetSpacing(), *[1.0] * (4 - grid.GetDimension())]
+
+
+def _linear(matrix: np.ndarray, dim: int) -> sitk.AffineTransform:
+    transform = sitk.AffineTransform(dim)
+    transform.SetMatrix(matrix[:dim, :dim].ravel())
+    transform.SetTranslation(matrix[:dim, 3])
+    return transform
+
+
+def _check_alike(grids: tuple[sitk.Image, sitk.Image], names: tuple[str, str]) -> None:
+    """Raises DataError unless the two fields of view could show the same thing."""
+    dim = sum(n > 1 for n in grids[0].GetSize())
+    along = [sorted(nibabel.io_orientation(affine(grid))[:dim, 0].astype(int)) for grid in grids]
+    fixed, moving = (" and ".join(("left-right", "back-front", "down-up")[axis] for axis in axes) for axes in along)
+    if fixed != moving:
+        expected, todo = f"a slice along {fixed}, as {names[0]}", "Take slices of one orientation."
+        raise data_error(names[1], expected, f"one along {moving}", todo)
+    sizes = np.array([np.array(grid.GetSize()[:dim]) * grid.GetSpacing()[:dim] for grid in grids])
+    ratio = sizes[1] / sizes[0]
+    if ratio.max() > 3 or ratio.min() < 1 / 3:
+        here, there = (" x ".join(f"{mm:.3g}" for mm in size) + " mm" for size in sizes)
+        expected = f"a field of view like the {here} of {names[0]}, at most 3 times as large or small"
+        todo = "Crop or pad one of them, so that they show the same, or choose another --start than overlay."
+        if ratio.max() < 2 * ratio.min():
+            todo = f"All axes differ by about {ratio.mean():.2g} times: is a spacing lost or in another unit? {todo}"
+        raise data_error(names[1], expected, f"{there} (right, front, up)", todo)
