@@ -47,13 +47,12 @@ def stem(path: str | Path) -> str:
 
 
 def read_values(source: Source, dim: int, what: str = "image") -> sitk.Image:
-    """The image of a source, 2-D or 3-D as ITK has it, float32, for a grid of `dim` dimensions.
+    """The image of a source, 2-D or 3-D as ITK has it, in its own number type, for a grid of `dim` dimensions.
 
     Raises DataError for whatever cannot be read, is no image of one real number a voxel with `dim` sides above 1, or
     holds NaN or infinity.
     """
     image, where = _open(source, dim, what), name_of(source, what)
-    image = sitk.Cast(image, sitk.sitkFloat32)
     if wrong := int((~np.isfinite(sitk.GetArrayViewFromImage(image))).sum()):
         raise data_error(where, "finite values", f"{wrong} NaN or infinite", "Replace them.")
     return image
@@ -121,7 +120,7 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         except (OSError, ValueError, ImageFileError) as error:
             todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do."
             raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", todo) from error
-    size = _unzipped_size(path)
+    content = _unzipped(path) if kind == "NiftiImageIO" else b""
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
@@ -130,26 +129,34 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
             todo = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
             raise data_error(path, "axes perpendicular to each other", "a sheared sform", todo) from error
         raise data_error(path, "a readable image", found, DAMAGED) from error
-    if image.HasMetaDataKey("bitpix"):  # NIfTI: SimpleITK would fill what is missing with zeros, without a word
-        needed = image.GetNumberOfPixels() * int(image.GetMetaData("bitpix")) // 8
-        needed += int(float(image.GetMetaData("vox_offset")))
-        if size < needed:
-            raise data_error(path, f"a readable image of {needed} bytes", f"{size}", DAMAGED)
+    if kind == "NiftiImageIO":
+        _check_nifti(path, image, content)
     return image
 
 
-def _unzipped_size(path: Path) -> int:
-    """Bytes of a file, unzipped; of `.hdr`, of its `.img`. A gzip stream is read to the checksum at its end."""
+def _unzipped(path: Path) -> bytes:
+    """What a NIfTI file holds; of `.hdr`, its `.img`. A gzip stream is read to the checksum at its end."""
     if path.suffix == ".hdr":
         path = next((file for file in map(path.with_suffix, (".img", ".img.gz")) if file.exists()), path)
     try:
-        with open(path, "rb") as file:
-            if file.read(2) != b"\x1f\x8b":
-                return path.stat().st_size
-        with gzip.open(path) as stream:
-            return sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, zlib.error) as error:
         raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", DAMAGED) from error
+
+
+def _check_nifti(path: Path, image: sitk.Image, content: bytes) -> None:
+    """Refuse what SimpleITK would read as 0 without a word: the missing end of a file, NaN and infinity."""
+    bits, offset, kind = (int(float(image.GetMetaData(key))) for key in ("bitpix", "vox_offset", "datatype"))
+    needed = offset + image.GetNumberOfPixels() * bits // 8
+    if len(content) < needed:
+        raise data_error(path, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
+    if kind in (16, 64):  # float32, float64
+        head = path.read_bytes()[:4] if path.suffix == ".hdr" else content[:4]
+        order = "<" if head == (348).to_bytes(4, "little") else ">"
+        values = np.frombuffer(content, f"{order}f{bits // 8}", image.GetNumberOfPixels(), offset)
+        if wrong := int((~np.isfinite(values)).sum()):
+            raise data_error(path, "finite values", f"{wrong} NaN or infinite", "Replace them.")
 
 
 def _from_nibabel(image: Any, where: str) -> sitk.Image:

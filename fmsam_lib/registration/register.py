@@ -175,5 +175,6 @@ def _headers(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> l
         if rows and image.GetMetaData("sform_code") != "0" and image.GetDimension() == 3:
             unit = {"1": 1000.0, "3": 0.001}.get(image.GetMetaData("xyzt_units"), 1.0)
             if not np.allclose(unit * np.array(rows, float), affine(image)[:3], atol=1e-3 * min(image.GetSpacing())):
-                notes.append(f"{name}: sform, qform and pixdim disagree; as for ITK, {image.GetSpacing()} mm")
+                spacing = " x ".join(f"{mm:.3g}" for mm in image.GetSpacing())
+                notes.append(f"{name}: sform, qform and pixdim disagree; as for ITK, the spacing is {spacing} mm")
     return notes

@@ -19,7 +19,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.images.files import Source, read_labels
-from fmsam_lib.images.grid import affine, check_same_grid, nearest, window
+from fmsam_lib.images.grid import affine, background, check_same_grid, nearest
 from fmsam_lib.metrics import dice
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
@@ -56,10 +56,10 @@ class Registration:
 
     @cached_property
     def warped(self) -> sitk.Image:
-        """The moving image seen from the fixed image's voxels, linearly; float32. Outside: what became 0."""
+        """The moving image seen from the fixed image's voxels, linearly; float32; outside its `background`."""
         modality = self.summary["modality"]["moving"].upper()
-        background, _ = window("moving image", sitk.GetArrayViewFromImage(self.moving), modality)
-        return sitk.Resample(self.moving, self.fixed, self.transform, sitk.sitkLinear, background, sitk.sitkFloat32)
+        outside = background(sitk.GetArrayViewFromImage(self.moving), modality)
+        return sitk.Resample(self.moving, self.fixed, self.transform, sitk.sitkLinear, outside, sitk.sitkFloat32)
 
     def warp_labels(self, labels: Source) -> sitk.Image:
         """A label image of the moving image (a file, say) on the fixed image's voxels, nearest neighbour, ids kept.
