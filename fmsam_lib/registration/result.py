@@ -89,7 +89,10 @@ class Registration:
             index = np.stack(np.meshgrid(*map(np.arange, field.shape[1::-1]), [plane], [1.0]), -1)[:, :, 0, 0]
             there = index @ to_mm.T
             there[..., :dim] += field
-            field[:] = (there @ to_index.T - index)[..., :dim]
+            there = there @ to_index.T
+            nearest_voxel = np.rint(there)  # a rounding error beyond the edge would be outside for scipy
+            there = np.where(np.abs(there - nearest_voxel) < 1e-5, nearest_voxel, there)
+            field[:] = (there - index)[..., :dim]
         image = nibabel.Nifti1Image(mm.swapaxes(0, dim - 1), affine(self.fixed))
         image.header.set_xyzt_units("mm")
         return image

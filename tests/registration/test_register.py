@@ -154,7 +154,7 @@ def seen(result, moving_shape, margin=1):
     index = np.indices(field.shape[1:]) + field
     moving_shape = moving_shape[: len(field)]
     end = np.array(moving_shape).reshape(-1, *[1] * len(field)) - 1 - margin
-    return ((index >= margin - 1e-3) & (index <= end + 1e-3)).all(0)
+    return ((index >= margin) & (index <= end)).all(0)
 
 
 def gap(a, b, where=...):
