@@ -23,6 +23,7 @@ from fmsam_lib.records import data_error
 
 # ITK's threads do not survive a fork (of a data loader, of a test), and reading gains nothing by them.
 sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # on a terminal; whoever reads a header in doubt gets a note of ours
 
 Source = str | os.PathLike | SpatialImage | sitk.Image  # a path, or an image of nibabel's or SimpleITK's
 # What SimpleITK reads and does not take half a file for a whole one (NIfTI: see `_check_whole`).

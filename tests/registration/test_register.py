@@ -480,13 +480,15 @@ def with_codes(path, values, qform, qcode, sform, scode, unit="mm"):
     ("header", "message"),
     [
         ((None, 0, None, 0), "states no orientation"),
-        ((HEADERS["flipped"], 1, HEADERS["all"], 2), "sform, qform and pixdim disagree"),
+        ((HEADERS["flipped"], 1, HEADERS["all"], 2), "qform, sform and pixdim disagree"),
+        ((HEADERS["flipped"], 1, HEADERS["all"], 1), "qform, sform and pixdim disagree"),
+        ((HEADERS["plain"], 1, HEADERS["plain"] @ np.diag([-1, 1, 1, 1]), 2), "qform, sform and pixdim disagree"),
         ((HEADERS["oblique"], 1, None, 0), None),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 4), None),
-        ((HEADERS["oblique"], 1, HEADERS["oblique"] * [2, 1, 1, 1], 2), "sform, qform and pixdim disagree"),
+        ((HEADERS["oblique"], 1, HEADERS["oblique"] * [2, 1, 1, 1], 2), "qform, sform and pixdim disagree"),
         (
             (None, 0, HEADERS["anisotropic"], 2),
-            "sform, qform and pixdim disagree; as for ITK, the spacing is 1 x 1.2 x 0.9",
+            "qform, sform and pixdim disagree; as for ITK, the spacing is 1 x 1.2 x 0.9",
         ),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 1, "micron"), None),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 1, "meter"), None),
