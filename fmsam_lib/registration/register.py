@@ -111,6 +111,7 @@ def register(
         "network": {"weights": weights, **network.settings, "shape": list(shape)},
         "modality": modality,
         "start": how.start,
+        "size": {"fixed": here.GetSize(), "moving": there.GetSize()},
         "similarity": {"measure": "mean LNCC", "sigma": how.sigma, "before": before, "after": after},
         "folding_percent": folding_percent(determinant),
         "sdlogj": sdlogj(determinant),

@@ -74,7 +74,15 @@ class Registration:
 
     def jacobian(self) -> sitk.Image:
         """How many times larger the surroundings of each fixed voxel are in the moving image; below 0 is a fold."""
-        return sitk.DisplacementFieldJacobianDeterminant(self.displacement())
+        field = self.displacement()
+        dim = field.GetDimension()
+        # ITK's filter takes the vectors as along the image's axes, so they are turned there.
+        along = sitk.GetArrayViewFromImage(field) @ np.float32(field.GetDirection()).reshape(dim, dim)
+        turned = sitk.GetImageFromArray(along, isVector=True)
+        turned.SetSpacing(field.GetSpacing())
+        determinant = sitk.DisplacementFieldJacobianDeterminant(turned)
+        determinant.CopyInformation(field)
+        return determinant
 
     def learn2reg(self) -> nibabel.Nifti1Image:
         """Learn2Reg's form `(*S, D)`, float32, voxels: `map_coordinates(moving, identity + disp)` is the warped image.
