@@ -5,14 +5,18 @@ import shlex
 import sys
 from pathlib import Path
 
+import yaml
+
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
 
-study_file, notebooks = Path(config["study"]), Path(workflow.basedir) / "notebooks"
+notebooks = Path(workflow.basedir) / "notebooks"  # no rule's inputs: a checkout may move
+study_file = Path(yaml.safe_load(Path("40_compare.yaml").read_text(encoding="utf-8"))["study"])
 *work, comparison = jobs(read_study(study_file), Path(), "", study_file)
 needs = {(job.folder, job.notebook): job.needs for job in work}
 python, there = shlex.quote(sys.executable), shlex.quote(str(notebooks))
-# The kernel `python3` is that of profiles/jupyter, which starts this interpreter, whatever a person's own is.
+# The kernel `python3` is that of profiles/jupyter, which starts this interpreter, whatever a person's own is. Notebooks
+# come as standard input: papermill would fill in what stands in braces in a path.
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --kernel python3 --cwd {there} --log-level ERROR --no-progress-bar"
 to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-prompt --template-file {there}/folded.html.j2"
 
@@ -33,8 +37,7 @@ for name in {job.notebook: None for job in work}:
         name:
             name
         input:
-            notebook=ancient(notebooks / f"{name}.ipynb"),
-            parameters=f"{{folder}}/{name}.yaml",
+            f"{{folder}}/{name}.asked.yaml",
             needs=lambda wildcards, name=name: needs[wildcards.folder, name],
         output:
             # Weights are not removed first, and come back where a training that is run again fails.
@@ -42,30 +45,25 @@ for name in {job.notebook: None for job in work}:
         log:
             f"{{folder}}/{name}.ipynb",
         shell:
-            "{papermill} {input.notebook:q} {log:q} -f {input.parameters:q}"
+            "{papermill} - {log:q} -f {wildcards.folder:q}/{rule}.yaml < {there}/{rule}.ipynb"
 
 
 rule compare:
     input:
-        notebook=ancient(notebooks / "40_compare.ipynb"),
-        parameters="40_compare.yaml",
-        left_out="left_out.json",
+        "40_compare.asked.yaml",
+        "left_out.json",
         needs=comparison.needs,
     output:
         "report.html",
     log:
         "40_compare.ipynb",
     shell:
-        "{papermill} {input.notebook:q} {log:q} -f {input.parameters:q} && {to_html} --output {output:q} {log:q}"
+        "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output {output:q} {log:q}"
 
 
 # The same report of whatever is there, after other rules have failed.
 rule what_there_is:
     log:
         "40_compare.ipynb",
-    params:
-        parameters="40_compare.yaml",
-        report="report.html",
     shell:
-        "{papermill} {there}/40_compare.ipynb {log:q} -f {params.parameters:q}"
-        " && {to_html} --output {params.report:q} {log:q}"
+        "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"

@@ -204,6 +204,7 @@ class Compare(Parameters):
 
     study: Folder = Field("studies/quick.yaml", description="the study's file")
     folder: Folder = Field("runs/quick", description="where its runs are")
+    data: str = Field("", description=DATA)
     baseline: Name = Field("adam", description="optimizer to compare with")
     treatment: Name = Field("sam", description="optimizer in question")
 

@@ -38,11 +38,16 @@ NOTEBOOKS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook to run: its folder below the study's, what it takes beyond its defaults, the files that it needs."""
+    """One notebook to run: its folder below the study's, what it takes beyond its defaults, the files that it needs.
+
+    asked: `values` wherever the study and its data lie: its folders count from the study's own. What is computed is
+    compared with that, so that a study that was moved stays as it is.
+    """
 
     folder: str
     notebook: str
     values: dict[str, Any]
+    asked: dict[str, Any]
     needs: tuple[str, ...] = ()
 
     @property
@@ -61,12 +66,16 @@ def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
     """
     found: list[Job] = []
 
-    def add(notebook: str, folder: str, section: dict[str, Any], own: dict[str, Any], *trained: Run) -> None:
-        own = own | {"out": f"{root}/{folder}", "data": data}
-        if twice := sorted(section.keys() & own.keys()):
+    def add(notebook: str, folder: str, section: dict[str, Any], own: dict[str, Any], **trained: Run) -> None:
+        """trained: the runs whose folders the notebook takes, by the names of these parameters."""
+        folders = {"out": folder} | {name: run.folder for name, run in trained.items()}
+        asked = own | folders
+        if twice := sorted(section.keys() & {*asked, "data"}):
             where = NOTEBOOKS[notebook].section
             raise ConfigError(f"section {where}: the study itself sets {', '.join(twice)}: leave that out")
-        found.append(Job(folder, notebook, section | own, tuple(f"{run.folder}/weights.pt" for run in trained)))
+        here = {name: f"{root}/{path}" for name, path in folders.items()} | {"data": data}
+        needs = tuple(f"{run.folder}/weights.pt" for run in trained.values())
+        found.append(Job(folder, notebook, section | own | here, section | asked, needs))
 
     tests: dict[str, Any] = {"test_domains": study.test_domains}
     shape: dict[str, Any] = {"shape": study.shape}
@@ -74,23 +83,21 @@ def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
     add("20_evaluate", "none", study.evaluate, tests | shape | {"run": "", "methods": alone})
     if "io" in study.baselines:  # takes the network's form and the loss from a run
         first = grid(study)[0]
-        of = {"run": f"{root}/{first.folder}", "methods": ["io"]}
-        add("20_evaluate", "io", study.evaluate, tests | shape | of, first)
+        add("20_evaluate", "io", study.evaluate, tests | shape | {"methods": ["io"]}, run=first)
     for run in grid(study):
         variant = study.variants.get(run.optimizer, {"optimizer": run.optimizer})
         values = study.train | {name: value for name, value in variant.items() if name != "optimizer"}
         cell = {"train_domain": run.train_domain, "optimizer": variant["optimizer"], "seed": run.seed}
         add("10_train", run.folder, values, shape | cell)
         methods = ["network", *(["network+io"] if study.evaluate.get("io") else [])]
-        of = {"run": f"{root}/{run.folder}"}
-        add("20_evaluate", run.folder, study.evaluate, tests | shape | of | {"methods": methods}, run)
-        add("30_loss_landscape", run.folder, study.landscape, tests | of, run)
+        add("20_evaluate", run.folder, study.evaluate, tests | shape | {"methods": methods}, run=run)
+        add("30_loss_landscape", run.folder, study.landscape, tests, run=run)
     for a, b in twins(study):
-        both = {"baseline": f"{root}/{a.folder}", "treatment": f"{root}/{b.folder}"}
-        add("35_between_minima", Run(a.train_domain, "between", a.seed).folder, study.between, tests | both, a, b)
-    baseline, treatment = compared(study)
-    report = {"study": str(study_file), "folder": str(root), "baseline": baseline, "treatment": treatment}
-    return [*found, Job("", "40_compare", report, tuple(file for job in found for file in job.makes))]
+        between = Run(a.train_domain, "between", a.seed).folder
+        add("35_between_minima", between, study.between, tests, baseline=a, treatment=b)
+    asked = dict(zip(("baseline", "treatment"), compared(study), strict=True))
+    report = asked | {"study": str(study_file), "folder": str(root), "data": data}
+    return [*found, Job("", "40_compare", report, asked, tuple(file for job in found for file in job.makes))]
 
 
 def write_if_new(path: Path, text: str) -> None:
@@ -101,13 +108,17 @@ def write_if_new(path: Path, text: str) -> None:
 
 
 def plan(work: list[Job], root: Path) -> list[Job]:
-    """Write every notebook's parameter file; the jobs that lack a file, or made theirs with other parameters."""
+    """Write every notebook's parameter file; the jobs that lack a file, or made theirs when they were asked another.
+
+    Beside it, `<notebook>.asked.yaml`: of both files the one that says the same in another place, so Snakemake's input.
+    """
     left = []
     for job in work:
-        parameters = root / f"{job.name}.yaml"
-        write_if_new(parameters, yaml.safe_dump(job.values, sort_keys=False))
+        asked = root / f"{job.name}.asked.yaml"
+        write_if_new(root / f"{job.name}.yaml", yaml.safe_dump(job.values, sort_keys=False))
+        write_if_new(asked, yaml.safe_dump(job.asked, sort_keys=False))
         whole = all((root / file).exists() for file in (*job.needs, *job.makes))
-        if not whole or (root / job.makes[0]).stat().st_mtime < parameters.stat().st_mtime:
+        if not whole or (root / job.makes[0]).stat().st_mtime < asked.stat().st_mtime:
             left.append(job)
     return left
 
@@ -116,7 +127,7 @@ def executed(work: list[Job], root: Path) -> Iterator[tuple[Job, float, list[str
     """The jobs that were run, the seconds that each took (0: it was killed), and its errors."""
     for job in work:
         path = root / f"{job.name}.ipynb"
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:  # Snakemake makes an empty log where papermill could not start
             continue
         content = json.loads(path.read_text(encoding="utf-8"))
         outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]

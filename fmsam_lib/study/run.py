@@ -48,12 +48,16 @@ def main() -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    root.mkdir(parents=True, exist_ok=True)
-    lock = open(root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until this process and Snakemake have ended
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until this process and Snakemake end
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         print(f"error: another process is computing this study in {root}; wait for it or end it", file=sys.stderr)
+        return 2
+    except OSError as error:
+        todo = "name a folder that you may write to with --runs (make study RUNS=folder)"
+        print(f"error: the results cannot go to {root} ({error.strerror}); {todo}", file=sys.stderr)
         return 2
     work = jobs(study, root, data, study_file)
     try:
@@ -68,7 +72,6 @@ def main() -> int:
     write_if_new(log, json.dumps(made_by))
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
-        *("--config", f"study={json.dumps(str(study_file), ensure_ascii=False)}"),  # read as YAML
         *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(given.cores)),
     ]
     print(f"study {given.study} on {given.cores} cores; log: {root / 'snakemake.log'}", flush=True)
@@ -149,6 +152,8 @@ def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: s
     start, told, every = time.monotonic(), "", 2 if sys.stdout.isatty() else 20
     paths = [str(PROJECT / "profiles" / "jupyter"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
     own = {"JUPYTER_PATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # Snakemake, Jupyter and Matplotlib keep things there
+        own["HOME"] = str(root / ".snakemake" / "home")
     interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has children ignore it
     with open(root / log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(

@@ -281,7 +281,7 @@ def test_what_lacks_a_file_or_was_made_with_other_parameters_is_to_be_run(tmp_pa
     changed = study_of(tmp_path, optimizers=["adam"], baselines=None, landscape={"pairs": 2})
     for path in tmp_path.rglob("*.csv"):
         os.utime(path, (1000, 1000))
-    for path in (tmp_path / "brain-mr/adam/seed0/20_evaluate.yaml", tmp_path / "none/20_evaluate.yaml"):
+    for path in (tmp_path / "brain-mr/adam/seed0/20_evaluate.asked.yaml", tmp_path / "none/20_evaluate.asked.yaml"):
         os.utime(path, (900, 900))
     again = jobs(changed, tmp_path, "", tmp_path / "s.yaml")
     assert [job.notebook for job in plan(again, tmp_path)] == ["30_loss_landscape"]
@@ -427,6 +427,35 @@ def test_names_locale_and_kernels_as_strangers_have_them(project, tmp_path, name
     assert "Étude → 1" in (runs / name / "report.html").read_text(encoding="utf-8")
 
 
+def test_results_that_cannot_be_written_end_in_a_sentence(project):
+    process = compute(project, "--runs", "README.md")
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(f"error: the results cannot go to {project}/README.md/tiny (")
+    assert "--runs" in line
+
+
+@pytest.mark.slow
+def test_a_checkout_and_a_home_that_are_read_only_do_for_a_study(project, tmp_path):
+    (project / "studies/tiny6.yaml").write_text(yaml.safe_dump(SMALL), encoding="utf-8")
+    fixed = f"mount --bind '{project}' '{project}' && mount -o remount,ro,bind '{project}'"
+    if subprocess.run(["unshare", "-m", "sh", "-c", fixed], capture_output=True).returncode:
+        pytest.skip("only root may mount a folder read-only")
+    before = everything(project)
+    quick = {"FMSAM_CACHE": "", "HOME": str(project / "home"), "PYTHONDONTWRITEBYTECODE": ""}
+
+    def run(command, **how):
+        return subprocess.run(["unshare", "-m", "sh", "-c", f'{fixed} && exec "$@"', "sh", *command], **how)
+
+    process = compute(project, study="tiny6", run=run, env=quick)
+    assert process.returncode == 2
+    assert f"the results cannot go to {project}/runs/tiny6 (Read-only file system)" in process.stderr
+    process = compute(project, "--runs", str(tmp_path), study="tiny6", run=run, env=quick)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "tiny6/report.html").exists()
+    assert everything(project) == before
+
+
 @pytest.mark.slow
 def test_the_log_is_shown_where_no_notebook_ran(project, tmp_path):
     spec = project / "profiles/jupyter/kernels/python3/kernel.json"
@@ -482,6 +511,38 @@ def test_what_was_removed_is_computed_again_to_the_byte(project, computed):
     assert process.returncode == 0, process.stderr
     assert {name: (root / f"{name}.csv").read_bytes() for name in names} == before
     assert (root / "brain-mr/adam/seed0/results.csv").stat().st_mtime_ns == adam  # that was there
+
+
+@pytest.mark.parametrize("dates", ["kept", "new"])
+def test_a_study_that_was_moved_with_checkout_and_data_computes_nothing(project, computed, tmp_path, dates):
+    """`mv` keeps the dates of files, an unpacked copy may not: here what is read is newer than what is made of it."""
+    moved, root, data = tmp_path / "checkout {x} #1", tmp_path / "my runs/tiny", tmp_path / "my data"
+    shutil.copytree(project, moved, ignore=shutil.ignore_patterns("runs", "data", "cache"))
+    shutil.copytree(project / "runs/tiny", root)
+    shutil.copytree(project / "data", data)
+    if dates == "new":
+        for path in (path for kind in ("*.yaml", "*.pt", "*.csv") for path in root.rglob(kind)):
+            path.touch()
+    before = everything(root)
+    where = ("--runs", str(root.parent), "--data", str(data))
+    process = compute(moved, *where)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "Nothing to be done" in (root / "snakemake.log").read_text()
+    of_its_place = {path for name in NOTEBOOKS for path in root.rglob(f"{name}.yaml")}
+    same = before.keys() - of_its_place - {root / "snakemake.log"}
+    assert {path: of for path, of in everything(root).items() if path in same} == {p: before[p] for p in same}
+    if dates == "kept":
+        return
+    (root / "none/results.csv").unlink()
+    (project / "data").rename(project / "no data")  # what is missing is made again of the data's new place
+    try:
+        process = compute(moved, *where)
+    finally:
+        (project / "no data").rename(project / "data")
+    assert (process.returncode, process.stderr) == (0, "")
+    assert (root / "results.csv").read_bytes() == before[root / "results.csv"][0]
+    weights = root / "brain-mr/sam/seed0/weights.pt"
+    assert everything(root)[weights] == before[weights]
 
 
 def everything(folder):
