@@ -4,7 +4,6 @@ Every problem with a file is a `DataError`: it names the file, what was expected
 space has the axes left, posterior, superior (LPS) and counts in mm; nothing here interprets a header once more.
 """
 
-import contextlib
 import os
 import re
 import tempfile
@@ -57,13 +56,12 @@ def stem(path: str | Path) -> str:
 
 
 def read_values(source: Source, dim: int, what: str = "image") -> sitk.Image:
-    """The image of a source, 2-D or 3-D as ITK has it, float32, for a grid of `dim` dimensions.
+    """The image of a source, 2-D or 3-D as ITK has it, in its own number type, for a grid of `dim` dimensions.
 
     Raises DataError for whatever cannot be read, is no image of one real number a voxel with `dim` sides above 1, or
     holds NaN or infinity.
     """
     image, where = _open(source, dim, what), name_of(source, what)
-    image = sitk.Cast(image, sitk.sitkFloat32)
     _check_finite(sitk.GetArrayViewFromImage(image), where)
     return image
 
@@ -129,7 +127,7 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         return _read_series(path)
     if not path.is_file():
         raise data_error(where, "an image file", "no such file", "Check the path.")
-    size = _unzipped_size(path, where)
+    content = _unzipped(path, where)
     kind = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
     if kind not in FORMATS:
         try:  # NIfTI-2, FreeSurfer's .mgz, .nii.bz2
@@ -146,18 +144,25 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
             todo = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
             raise data_error(where, "axes perpendicular to each other", "a sheared sform", todo) from error
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
-    if image.HasMetaDataKey("bitpix"):  # NIfTI: SimpleITK would fill what is missing with zeros, without a word
-        needed = image.GetNumberOfPixels() * int(image.GetMetaData("bitpix")) // 8
-        needed += int(float(image.GetMetaData("vox_offset")))
-        if size < needed:
-            raise data_error(where, f"a readable image of {needed} bytes", f"{size}", DAMAGED)
-        if image.GetMetaData("datatype") in ("16", "64"):  # floats, of which it makes 0 what is not finite
-            values = np.empty(0)
-            with contextlib.suppress(*UNREADABLE):  # what is but an odd header
-                loaded = nibabel.load(path)
-                values = loaded.dataobj.get_unscaled()
-            _check_finite(values, where)
+    if kind == "NiftiImageIO":
+        _check_nifti(path, where, image, content)
     return image
+
+
+def _check_nifti(path: Path, where: str, image: sitk.Image, content: bytes) -> None:
+    """Refuse what SimpleITK would read as 0 without a word: the missing end of a file, NaN and infinity."""
+    bits, offset, kind = (int(float(image.GetMetaData(key))) for key in ("bitpix", "vox_offset", "datatype"))
+    needed = offset + image.GetNumberOfPixels() * bits // 8
+    if len(content) < needed:
+        raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
+    if kind in (16, 64):  # float32, float64
+        head = content[:4]
+        for header in (path.with_name(stem(path) + end) for end in (".hdr", ".hdr.gz") if offset < 348):
+            if header.exists():
+                with nibabel.openers.Opener(str(header)) as file:
+                    head = file.read(4)
+        order = "<" if head == (348).to_bytes(4, "little") else ">"
+        _check_finite(np.frombuffer(content, f"{order}f{bits // 8}", image.GetNumberOfPixels(), offset), where)
 
 
 def _said(error: RuntimeError) -> str:
@@ -165,8 +170,8 @@ def _said(error: RuntimeError) -> str:
     return re.sub(r"(?s)^.*?ERROR: (\w+\(0x\w+\): )?|\s*Reason: .*", "", str(error)).strip(" .\n").split("\n")[-1]
 
 
-def _unzipped_size(path: Path, where: str) -> int:
-    """Bytes of the file with the values, unzipped; read to the checksum at its end, which ITK does not compare."""
+def _unzipped(path: Path, where: str) -> bytes:
+    """What the file with the values holds, unzipped; read to the checksum at its end, which ITK does not compare."""
     if re.search(r"\.hdr(\.gz)?$", path.name):
         pair = (path.parent / (stem(path) + end) for end in (".img", ".img.gz"))
         path = next((file for file in pair if file.exists()), path)
@@ -180,8 +185,8 @@ def _unzipped_size(path: Path, where: str) -> int:
         if other and (beside := path.parent / os.fsdecode(other.group(1))).is_file():
             path, start = beside, 0
     if not zipped:
-        return path.stat().st_size
-    size, stream = 0, zlib.decompressobj(47)  # zlib or gzip
+        return path.read_bytes()
+    pieces, stream = [], zlib.decompressobj(47)  # zlib or gzip
     try:
         with open(path, "rb") as file:
             file.seek(start)
@@ -189,12 +194,12 @@ def _unzipped_size(path: Path, where: str) -> int:
                 if stream.eof and not rest.startswith(b"\x1f\x8b"):
                     break  # not another gzip stream
                 stream = zlib.decompressobj(47) if stream.eof else stream
-                size += len(stream.decompress(rest))
+                pieces.append(stream.decompress(rest))
     except zlib.error as error:
         raise data_error(where, "a readable image", f"{error}", DAMAGED) from error
     if not stream.eof:
         raise data_error(where, "a readable image", "the end of its compressed stream missing", DAMAGED)
-    return size
+    return b"".join(pieces)
 
 
 def _from_nibabel(image: Any, where: str) -> sitk.Image:

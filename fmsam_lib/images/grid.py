@@ -199,7 +199,13 @@ def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, floa
 def normalise(where: Source, image: np.ndarray, modality: str) -> np.ndarray:
     """Intensities to [0, 1], float32: clipped to their `window`."""
     low, high = window(where, image, modality)
-    return ((np.clip(image, low, high) - low) / (high - low)).astype(np.float32)
+    return ((np.clip(image.astype(np.float32, copy=False), low, high) - low) / (high - low)).astype(np.float32)
+
+
+def background(image: np.ndarray, modality: str) -> float:
+    """What a warped image shows outside: of CT air; of MR 0, or the window's lower end where 0 is amid the values."""
+    low, _ = window("image", image, modality)
+    return low if modality == "CT" or (image[image >= low] < 0).mean() > 0.25 else 0.0
 
 
 def _check_hounsfield(where: Source, image: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from fmsam_lib.images.files import read_values
 from fmsam_lib.metrics import percent
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Register, Registering
+from fmsam_lib.registration import apply
 from fmsam_lib.registration.folder import ROLES, staged
 from fmsam_lib.registration.register import register
 
@@ -23,6 +24,9 @@ REQUIRED = ("fixed", "moving", "out")
 
 def main(argv: list[str] | None = None) -> int:
     """`fmsam-register`: 0 when the results are in the folder, 1 when something was wrong, 2 for wrong arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["apply"]:
+        return apply.main(argv[1:])
     run, device, quiet = _arguments(argv)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -61,6 +65,7 @@ def _arguments(argv: list[str] | None) -> tuple[Register, str, bool]:
     parser = argparse.ArgumentParser(
         prog="fmsam-register",
         description="Register two images; the warped image and the transform come out in the fixed image's space.",
+        epilog="fmsam-register apply --help: move other images, labels and points by a transform found before",
     )
     for name, field in sorted(Register.model_fields.items(), key=lambda item: item[0] not in REQUIRED):
         default = "" if field.default in ("", []) else " (default: %(default)s)"

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
+from scipy.spatial.transform import Rotation
 
 from fmsam_lib.checking import read
 from fmsam_lib.images.files import Source, ids, name_of, read_values, stem
@@ -110,6 +111,7 @@ def register(
         "network": {"weights": weights, **network.settings, "shape": list(shape)},
         "modality": modality,
         "start": how.start,
+        "size": {"fixed": here.GetSize(), "moving": there.GetSize()},
         "similarity": {"measure": "mean LNCC", "sigma": how.sigma, "before": before, "after": after},
         "folding_percent": folding_percent(determinant),
         "sdlogj": sdlogj(determinant),
@@ -171,9 +173,27 @@ def _headers(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> l
     said = "the header states no orientation (qform and sform codes are 0): the axes are taken as for ITK, LPS"
     notes = [f"{name}: {said}" for name in silent]
     for name, image in zip(where, images, strict=True):
-        rows = [image.GetMetaData(f"srow_{axis}").split() for axis in "xyz" if image.HasMetaDataKey(f"srow_{axis}")]
-        if rows and image.GetMetaData("sform_code") != "0" and image.GetDimension() == 3:
-            unit = {"1": 1000.0, "3": 0.001}.get(image.GetMetaData("xyzt_units"), 1.0)
-            if not np.allclose(unit * np.array(rows, float), affine(image)[:3], atol=1e-3 * min(image.GetSpacing())):
-                notes.append(f"{name}: sform, qform and pixdim disagree; as for ITK, {image.GetSpacing()} mm")
+        if _forms_disagree(image):
+            spacing = " x ".join(f"{mm:.3g}" for mm in image.GetSpacing())
+            notes.append(f"{name}: qform, sform and pixdim disagree; as for ITK, the spacing is {spacing} mm")
     return notes
+
+
+def _forms_disagree(image: sitk.Image) -> bool:
+    """Whether a NIfTI header says of a volume's place also something else than what SimpleITK made of it."""
+    if image.GetDimension() < 3 or not image.HasMetaDataKey("qform_code"):
+        return False
+
+    def numbers(*keys: str) -> list[float]:
+        return [float(word) for key in keys for word in image.GetMetaData(key).split()]
+
+    unit, places = {"1": 1000.0, "3": 0.001}.get(image.GetMetaData("xyzt_units"), 1.0), []
+    if image.GetMetaData("sform_code") != "0":
+        places.append(np.reshape(numbers("srow_x", "srow_y", "srow_z"), (3, 4)))
+    if image.GetMetaData("qform_code") != "0":
+        vector, last = numbers("quatern_b", "quatern_c", "quatern_d"), -1 if numbers("pixdim[0]")[0] < 0 else 1
+        rotation = Rotation.from_quat([*vector, np.sqrt(max(0, 1 - np.square(vector).sum()))]).as_matrix()
+        steps = np.multiply(numbers("pixdim[1]", "pixdim[2]", "pixdim[3]"), [1, 1, last])
+        places.append(np.column_stack([rotation * steps, numbers("qoffset_x", "qoffset_y", "qoffset_z")]))
+    atol = 1e-3 * min(image.GetSpacing())
+    return any(not np.allclose(unit * place, affine(image)[:3], rtol=1e-5, atol=atol) for place in places)

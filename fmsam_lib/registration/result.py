@@ -19,7 +19,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.images.files import Source, read_labels
-from fmsam_lib.images.grid import affine, check_same_grid, nearest, window
+from fmsam_lib.images.grid import affine, background, check_same_grid, nearest
 from fmsam_lib.metrics import dice
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
@@ -56,10 +56,10 @@ class Registration:
 
     @cached_property
     def warped(self) -> sitk.Image:
-        """The moving image seen from the fixed image's voxels, linearly; float32. Outside: what became 0."""
+        """The moving image seen from the fixed image's voxels, linearly; float32; outside its `background`."""
         modality = self.summary["modality"]["moving"].upper()
-        background, _ = window("moving image", sitk.GetArrayViewFromImage(self.moving), modality)
-        return sitk.Resample(self.moving, self.fixed, self.transform, sitk.sitkLinear, background, sitk.sitkFloat32)
+        outside = background(sitk.GetArrayViewFromImage(self.moving), modality)
+        return sitk.Resample(self.moving, self.fixed, self.transform, sitk.sitkLinear, outside, sitk.sitkFloat32)
 
     def warp_labels(self, labels: Source) -> sitk.Image:
         """A label image of the moving image (a file, say) on the fixed image's voxels, nearest neighbour, ids kept.
@@ -74,7 +74,15 @@ class Registration:
 
     def jacobian(self) -> sitk.Image:
         """How many times larger the surroundings of each fixed voxel are in the moving image; below 0 is a fold."""
-        return sitk.DisplacementFieldJacobianDeterminant(self.displacement())
+        field = self.displacement()
+        dim = field.GetDimension()
+        # ITK's filter takes the vectors as along the image's axes, so they are turned there.
+        along = sitk.GetArrayViewFromImage(field) @ np.float32(field.GetDirection()).reshape(dim, dim)
+        turned = sitk.GetImageFromArray(along, isVector=True)
+        turned.SetSpacing(field.GetSpacing())
+        determinant = sitk.DisplacementFieldJacobianDeterminant(turned)
+        determinant.CopyInformation(field)
+        return determinant
 
     def learn2reg(self) -> nibabel.Nifti1Image:
         """Learn2Reg's form `(*S, D)`, float32, voxels: `map_coordinates(moving, identity + disp)` is the warped image.
@@ -89,7 +97,10 @@ class Registration:
             index = np.stack(np.meshgrid(*map(np.arange, field.shape[1::-1]), [plane], [1.0]), -1)[:, :, 0, 0]
             there = index @ to_mm.T
             there[..., :dim] += field
-            field[:] = (there @ to_index.T - index)[..., :dim]
+            there = there @ to_index.T
+            nearest_voxel = np.rint(there)  # a rounding error beyond the edge would be outside for scipy
+            there = np.where(np.abs(there - nearest_voxel) < 1e-5, nearest_voxel, there)
+            field[:] = (there - index)[..., :dim]
         image = nibabel.Nifti1Image(mm.swapaxes(0, dim - 1), affine(self.fixed))
         image.header.set_xyzt_units("mm")
         return image

@@ -20,6 +20,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
 import fmsam_lib
+from fmsam_lib.images import grid
 from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map
@@ -27,10 +28,10 @@ from fmsam_lib.model.transform import Transform
 from fmsam_lib.parameters import Register, Registering
 from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import DataError
-from fmsam_lib.registration import command, volume
+from fmsam_lib.registration import command, result
 from fmsam_lib.registration.command import main, report
 from fmsam_lib.registration.folder import staged
-from fmsam_lib.registration.register import register
+from fmsam_lib.registration.register import register, short
 from fmsam_lib.training import instance
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import Batch, jittered_points, objective
@@ -135,10 +136,24 @@ def overlap(a, b):
     return [2 * ((a == n) & (b == n)).sum() / ((a == n).sum() + (b == n).sum()) for n in (1, 2)]
 
 
-def seen(result, field, moving_shape, margin=1):
+def xyz(image):
+    """A SimpleITK image's values, `(X, Y, Z)`, or `(X, Y, Z, 3)` of vectors."""
+    values = sitk.GetArrayFromImage(image)
+    dim = image.GetDimension()
+    return values.transpose(*range(dim)[::-1], *range(dim, values.ndim))
+
+
+def in_voxels(result):
+    """Index in the moving file minus index in the fixed file, `(D, X, Y, Z)`."""
+    return np.moveaxis(result.learn2reg().get_fdata(), -1, 0)
+
+
+def seen(result, moving_shape, margin=1):
     """Where a result looks well inside the moving image, `margin` voxels from its border."""
-    index = np.indices(result.fixed.shape) + result.voxel_displacement
-    end = np.array(moving_shape).reshape(3, 1, 1, 1) - 1 - margin
+    field = in_voxels(result)
+    index = np.indices(field.shape[1:]) + field
+    moving_shape = moving_shape[: len(field)]
+    end = np.array(moving_shape).reshape(-1, *[1] * len(field)) - 1 - margin
     return ((index >= margin) & (index <= end)).all(0)
 
 
@@ -168,21 +183,17 @@ def test_itk_and_learn2reg_get_our_own_result_from_the_files(tmp_path, fixed_hea
     moving = save(tmp_path / "moving.nii.gz", texture(MOVING, 2), HEADERS[moving_header])
     labels = save(tmp_path / "labels.nii.gz", structures(MOVING, 2), HEADERS[moving_header])
     result = register(fixed, moving, network(), shape=GRID)
-    assert (
-        np.abs(result.voxel_displacement - register(fixed, moving, Analytic(still), shape=GRID).voxel_displacement)[
-            :, 3:-3, 3:-3, 3:-3
-        ].max()
-        > 2
-    )  # voxels: something moves
-    nibabel.save(result.displacement(), tmp_path / "itk.nii.gz")
+    resting = register(fixed, moving, Analytic(still), shape=GRID)
+    assert np.abs(in_voxels(result) - in_voxels(resting))[:, 3:-3, 3:-3, 3:-3].max() > 2  # something moves
+    sitk.WriteImage(result.displacement(), str(tmp_path / "itk.nii.gz"))
     nibabel.save(result.learn2reg(), tmp_path / "disp.nii.gz")
 
-    assert gap(apply_with_itk(moving, fixed, tmp_path / "itk.nii.gz"), result.warped.get_fdata()) < 1e-4
-    inside = seen(result, tmp_path, MOVING, margin=0)
+    assert gap(apply_with_itk(moving, fixed, tmp_path / "itk.nii.gz"), xyz(result.warped)) < 1e-4
+    inside = seen(result, MOVING, margin=0)
     assert inside.mean() > 0.7
-    assert gap(apply_as_learn2reg(moving, tmp_path / "disp.nii.gz"), result.warped.get_fdata(), inside) < 1e-4
+    assert gap(apply_as_learn2reg(moving, tmp_path / "disp.nii.gz"), xyz(result.warped), inside) < 1e-4
 
-    ours, truth = np.asarray(result.warp_labels(labels).dataobj), structures(FIXED, 1)
+    ours, truth = xyz(result.warp_labels(labels)), structures(FIXED, 1)
     itk = apply_with_itk(labels, fixed, tmp_path / "itk.nii.gz", sitk.sitkNearestNeighbor)
     np.testing.assert_allclose(overlap(itk, truth), overlap(ours, truth), atol=2e-3)
     rule = apply_as_learn2reg(labels, tmp_path / "disp.nii.gz", order=0)
@@ -206,7 +217,7 @@ def test_what_is_written_has_the_fixed_files_geometry_and_the_forms_that_others_
     assert field.get_data_dtype() == np.float32
     field = nibabel.load(tmp_path / "out" / "disp_fixed_moving.nii.gz")
     assert field.shape == (*FIXED, 3)
-    np.testing.assert_array_equal(field.affine, nibabel.load(pair["fixed"]).affine)
+    np.testing.assert_allclose(field.affine, nibabel.load(pair["fixed"]).affine, atol=1e-6)
     expected = overview(result.pair, result.phi.map)
     expected.savefig(tmp_path / "expected.png", dpi=150)
     np.testing.assert_array_equal(*(imread(tmp_path / name) for name in ("out/overview.png", "expected.png")))
@@ -224,7 +235,8 @@ def test_a_known_transform_of_a_known_image(fixed_header, moving_header):
         canonical = nibabel.as_closest_canonical(image)
         matrix = np.linalg.inv(canonical.affine) @ header
         index = np.tensordot(matrix[:3, :3], np.indices(shape), 1) + matrix[:3, 3].reshape(3, 1, 1, 1)
-        return index / (np.array(canonical.shape).reshape(3, 1, 1, 1) - 1)
+        grid = 64  # samples a side, edge on edge with the file
+        return ((index + 0.5) / np.array(canonical.shape).reshape(3, 1, 1, 1) * grid - 0.5) / (grid - 1)
 
     ramp = np.tensordot(weights, unit(HEADERS[moving_header], MOVING), 1).astype(np.float32)
     moving = nibabel.Nifti1Image(ramp, HEADERS[moving_header])
@@ -232,10 +244,10 @@ def test_a_known_transform_of_a_known_image(fixed_header, moving_header):
     result = register(fixed, moving, Analytic(wave), shape=(64, 64, 64))
     x = unit(HEADERS[fixed_header], FIXED)
     phi = x + wave(torch.from_numpy(x)[None])[0].numpy()
-    inside = ((phi > 0) & (phi < 1)).all(0)
-    assert inside.mean() > 0.6
+    inside = ((x > 0) & (x < 1) & (phi > 0.03) & (phi < 0.97)).all(0)  # between the voxels' centres
+    assert inside.mean() > 0.5
     expected = np.tensordot(weights, phi, 1)
-    assert gap(result.warped.get_fdata(), expected, inside) < 1e-4
+    assert gap(xyz(result.warped), expected, inside) < 2e-4
 
 
 @pytest.mark.parametrize("codes", ["LAS", "PIR", "SLA", "LPS"])
@@ -250,26 +262,29 @@ def test_the_storage_order_changes_nothing(codes):
         )
         return image.as_reoriented(turn)
 
-    expected = register(fixed, moving, network(), shape=GRID).warped.get_fdata()
+    expected = xyz(register(fixed, moving, network(), shape=GRID).warped)
     turned = register(fixed, stored(moving), network(), shape=GRID)
-    assert gap(turned.warped.get_fdata(), expected) < 1e-4
+    assert gap(xyz(turned.warped), expected) < 1e-4
     turned = register(stored(fixed), moving, network(), shape=GRID)
-    assert "".join(nibabel.aff2axcodes(turned.warped.affine)) == codes
-    back = nibabel.as_closest_canonical(turned.warped)
+    written = nibabel.Nifti1Image(xyz(turned.warped), grid.affine(turned.warped))
+    assert "".join(nibabel.aff2axcodes(written.affine)) == codes
+    back = nibabel.as_closest_canonical(written)
     np.testing.assert_allclose(back.affine, HEADERS["oblique"], atol=1e-4)
     assert gap(back.get_fdata(), expected) < 1e-4
 
 
-def test_an_untrained_network_lays_the_fields_of_view_over_each_other():
-    fixed, values = nibabel.Nifti1Image(texture((21, 26, 19)), HEADERS["plain"]), texture((41, 51, 37), 2)
+def test_an_untrained_network_lays_the_edges_of_the_fields_of_view_over_each_other():
+    """Twice as many voxels of half the size: each fixed voxel is the mean of the eight that it covers."""
+    fixed, values = nibabel.Nifti1Image(texture((21, 26, 19)), HEADERS["plain"]), texture((42, 52, 38), 2)
+    half = affine(spacing=(0.5, 0.5, 0.5), origin=(-0.25, -0.25, -0.25))
     net = GradICON(3, down=(4, 8), levels=2)
-    result = register(fixed, nibabel.Nifti1Image(values, affine(spacing=(0.5, 0.5, 0.5))), net, shape=GRID)
-    assert gap(result.warped.get_fdata(), values[::2, ::2, ::2]) < 1e-4
-    np.testing.assert_allclose(result.displacement().get_fdata(), 0, atol=1e-4)  # and so do the headers here
+    result = register(fixed, nibabel.Nifti1Image(values, half), net, shape=GRID)
+    assert gap(xyz(result.warped), values.reshape(21, 2, 26, 2, 19, 2).mean((1, 3, 5))) < 1e-4
+    np.testing.assert_allclose(xyz(result.displacement()), 0, atol=1e-4)  # and so do the headers here
     assert result.summary["folding_percent"] == 0
-    shifted = nibabel.Nifti1Image(values, affine(spacing=(0.5, 0.5, 0.5), origin=(100, -20, 3)))
-    moved = register(fixed, shifted, net, shape=GRID).displacement().get_fdata()
-    np.testing.assert_allclose(moved[:, :, :, 0], np.broadcast_to((-100, 20, 3), (21, 26, 19, 3)), atol=1e-4)
+    half[:3, 3] += (100, -20, 3)
+    moved = xyz(register(fixed, nibabel.Nifti1Image(values, half), net, shape=GRID).displacement())
+    np.testing.assert_allclose(moved, np.broadcast_to((-100, 20, 3), (21, 26, 19, 3)), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -293,48 +308,41 @@ def test_two_dimensional_files(tmp_path, shape, matrix):
     result.save(tmp_path / "out")
     ours = nibabel.load(tmp_path / "out" / "warped.nii.gz").get_fdata()
     assert ours.shape[: len(shape)] == shape
-    assert np.abs(result.voxel_displacement).max() > 2
+    assert np.abs(in_voxels(result)).max() > 2
     assert gap(apply_with_itk(moving, fixed, tmp_path / "out" / "displacement.nii.gz"), ours.reshape(shape)) < 1e-4
     field = tmp_path / "out" / "disp_fixed_moving.nii.gz"
     assert nibabel.load(field).shape == (*shape, len(shape))
-    inside = seen(result, None, (*moving_shape, 1)[:3], margin=0).reshape(shape)
+    inside = seen(result, moving_shape, margin=0)
     assert gap(apply_as_learn2reg(moving, field), ours.reshape(shape), inside) < 1e-4
 
 
 def test_outside_the_moving_image_is_its_background():
     fixed = nibabel.Nifti1Image(texture(FIXED), np.eye(4))
-    moving = nibabel.Nifti1Image(texture(MOVING) + 500, np.eye(4))
     half = Analytic(lambda x: 0 * x + 0.5)
-    for modality, background in (("mr", 0), ("ct", -1000)):
-        warped = register(fixed, moving, half, shape=GRID, modality="mr", moving_modality=modality).warped.get_fdata()
-        assert (warped[-3:, -3:, -3:] == background).all()
-        assert (warped[:9, :12, :8] > 0).all()
-
-
-def test_large_files_are_handled_in_pieces(monkeypatch):
-    fixed, moving = (nibabel.Nifti1Image(texture(s), HEADERS["all"]) for s in (FIXED, MOVING))
-    results = []
-    for slab in (10**6, 2 * FIXED[1] * FIXED[2]):
-        monkeypatch.setattr(volume, "SLAB", slab)
-        result = register(fixed, moving, network(), shape=GRID)
-        results.append((result.warped.get_fdata(), result.displacement().get_fdata()))
-    for whole, pieces in zip(*results, strict=True):
-        np.testing.assert_array_equal(pieces, whole)
+    values = (texture(MOVING) + 500).clip(20, 900)
+    filled, centred = values.copy(), values - 600
+    filled[:2] = -32768
+    cases = [("mr", values, 0), ("ct", values, -1000), ("mr", filled, 0), ("mr", centred, centred.min())]
+    for modality, image, background in cases:
+        moving = nibabel.Nifti1Image(image, np.eye(4))
+        warped = xyz(register(fixed, moving, half, shape=GRID, modality="mr", moving_modality=modality).warped)
+        assert (warped[-3:, -3:, -3:] == np.float32(background)).all()
+        assert (warped[:9, :12, :8] > background).all()
 
 
 def test_label_images(tmp_path, pair):
     result = register(pair["fixed"], pair["moving"], network(), shape=GRID)
-    expected = np.asarray(result.warp_labels(pair["labels"]).dataobj)
+    expected = xyz(result.warp_labels(pair["labels"]))
     values = structures(MOVING, 2)
     for kind in (np.int16, np.uint16, np.int64):
         large = 70_000_001 if kind == np.int64 else 300  # more than float32 can count to
         warped = result.warp_labels(save(tmp_path / "l.nii.gz", values.astype(kind) * large, HEADERS["all"]))
-        assert warped.get_data_dtype() == kind
-        np.testing.assert_array_equal(np.asarray(warped.dataobj), expected.astype(kind) * large)
+        assert xyz(warped).dtype == kind
+        np.testing.assert_array_equal(xyz(warped), expected.astype(kind) * large)
     turned = nibabel.as_closest_canonical(nibabel.load(pair["labels"]))  # their own orientation, the same place
-    np.testing.assert_array_equal(np.asarray(result.warp_labels(turned).dataobj), expected)
+    np.testing.assert_array_equal(xyz(result.warp_labels(turned)), expected)
     whole = result.warp_labels(save(tmp_path / "l.nii.gz", values.astype(np.float32), HEADERS["all"]))
-    assert whole.get_data_dtype() == np.int32
+    np.testing.assert_array_equal(xyz(whole), expected)
     for wrong, message in (
         (values / np.float32(4), "expected whole numbers"),
         (values[:-1], "expected the shape"),
@@ -343,19 +351,19 @@ def test_label_images(tmp_path, pair):
         with pytest.raises(DataError, match=message):
             result.warp_labels(save(tmp_path / "l.nii.gz", wrong, HEADERS["all"]))
     with pytest.raises(DataError, match=r"grids .* voxels apart"):
-        result.warp_labels(save(tmp_path / "l.nii.gz", values, HEADERS["all"] + np.diag([0, 0, 0.1, 0])))
+        result.warp_labels(save(tmp_path / "l.nii.gz", values, HEADERS["all"] @ np.diag([1, 1, 1.1, 1])))
 
 
 def test_the_summary_says_how_it_went(tmp_path, pair):
     files = [pair["fixed"], pair["moving"], pair["weights"]]
     result = register(*files, shape=GRID, labels=pair["labels"], fixed_labels=pair["fixed_labels"])
     summary = result.summary
-    ours = np.asarray(result.warp_labels(pair["labels"]).dataobj)
+    ours = xyz(result.warp_labels(pair["labels"]))
     after = [summary["dice"][n]["after"] for n in ("1", "2")]
     np.testing.assert_allclose(after, overlap(ours, structures(FIXED, 1)), atol=1e-12)
     resting = register(*files[:2], Analytic(still), shape=GRID)
     before = [summary["dice"][n]["before"] for n in ("1", "2")]
-    rest = np.asarray(resting.warp_labels(pair["labels"]).dataobj)
+    rest = xyz(resting.warp_labels(pair["labels"]))
     np.testing.assert_allclose(before, overlap(rest, structures(FIXED, 1)), atol=2e-3)
     assert summary["similarity"]["before"] != summary["similarity"]["after"]
     assert summary["folding_percent"] > 0
@@ -378,7 +386,7 @@ def test_the_summary_says_how_it_went(tmp_path, pair):
     ],
 )
 def test_learn2reg_calls_images_by(file, name):
-    assert volume.Volume(file, *[None] * 7).name == name
+    assert short(file) == name
 
 
 # Instance optimisation
@@ -472,14 +480,15 @@ def with_codes(path, values, qform, qcode, sform, scode, unit="mm"):
     ("header", "message"),
     [
         ((None, 0, None, 0), "states no orientation"),
-        ((HEADERS["flipped"], 1, HEADERS["all"], 2), "qform and sform disagree; the qform counts"),
-        ((HEADERS["flipped"], 1, HEADERS["all"], 1), "qform and sform disagree; the sform counts"),
+        ((HEADERS["flipped"], 1, HEADERS["all"], 2), "qform, sform and pixdim disagree"),
+        ((HEADERS["flipped"], 1, HEADERS["all"], 1), "qform, sform and pixdim disagree"),
+        ((HEADERS["plain"], 1, HEADERS["plain"] @ np.diag([-1, 1, 1, 1]), 2), "qform, sform and pixdim disagree"),
         ((HEADERS["oblique"], 1, None, 0), None),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 4), None),
-        ((HEADERS["oblique"], 1, HEADERS["oblique"] * [2, 1, 1, 1], 2), "qform and sform disagree; the qform counts"),
+        ((HEADERS["oblique"], 1, HEADERS["oblique"] * [2, 1, 1, 1], 2), "qform, sform and pixdim disagree"),
         (
             (None, 0, HEADERS["anisotropic"], 2),
-            "sform and pixdim disagree on the spacing; pixdim's 1 x 1.2 x 0.9 counts",
+            "qform, sform and pixdim disagree; as for ITK, the spacing is 1 x 1.2 x 0.9",
         ),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 1, "micron"), None),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 1, "meter"), None),
@@ -493,38 +502,26 @@ def test_the_transform_fits_the_geometry_that_itk_reads(tmp_path, recwarn, heade
     for name in ("fixed", "moving"):
         notes = [note for note in result.summary["notes"] if f"{name}.nii.gz: " in note]
         assert [note for note in notes if message and message in note] or (message is None and not notes)
-    nibabel.save(result.displacement(), tmp_path / "itk.nii.gz")
-    assert gap(apply_with_itk(moving, fixed, tmp_path / "itk.nii.gz"), result.warped.get_fdata()) < 1e-3
-    nibabel.save(result.warped, tmp_path / "warped.nii.gz")
+    sitk.WriteImage(result.displacement(), str(tmp_path / "itk.nii.gz"))
+    assert gap(apply_with_itk(moving, fixed, tmp_path / "itk.nii.gz"), xyz(result.warped)) < 1e-3
+    sitk.WriteImage(result.warped, str(tmp_path / "warped.nii.gz"))
     written, there = (sitk.ReadImage(str(tmp_path / f"{name}.nii.gz")) for name in ("warped", "fixed"))
-    assert (written.GetOrigin(), written.GetDirection()) == (there.GetOrigin(), there.GetDirection())
+    np.testing.assert_allclose(written.GetOrigin(), there.GetOrigin(), rtol=1e-6)
+    np.testing.assert_allclose(written.GetDirection(), there.GetDirection(), atol=1e-6)
 
 
-def test_of_a_sheared_header_all_but_itks_field_leaves(tmp_path):
+def test_a_sheared_header_is_refused(tmp_path, pair):
     sheared = np.eye(4)
     sheared[0, 1] = 0.2
-    fixed, moving = (save(tmp_path / f"{n}.nii.gz", texture(s), sheared) for n, s in (("f", FIXED), ("m", MOVING)))
-    with pytest.warns(UserWarning, match="[fm].nii.gz: the axes are not perpendicular, so ITK-family tools cannot"):
-        result = register(fixed, moving, network(), shape=GRID)
-    with pytest.raises(DataError, match=r"axes that ITK reads.*Resample the image without shear"):
-        result.displacement()
-    names = [path.name for path in result.save(tmp_path / "out")]
-    assert "displacement.nii.gz" not in names
-    assert "disp_f_m.nii.gz" in names
-    inside = seen(result, None, MOVING, margin=0)
-    assert (
-        gap(apply_as_learn2reg(moving, tmp_path / "out" / "disp_f_m.nii.gz"), result.warped.get_fdata(), inside) < 1e-4
-    )
+    fixed = save(tmp_path / "sheared.nii.gz", texture(FIXED), sheared)
+    with pytest.raises(DataError, match=r"sheared.nii.gz: expected axes perpendicular .* Resample it without shear"):
+        register(fixed, pair["moving"], network(), shape=GRID)
 
 
 def test_an_orientation_that_only_one_header_states_is_not_guessed(tmp_path, pair):
     silent = with_codes(tmp_path / "silent.nii.gz", texture(MOVING), None, 0, None, 0)
-    with (
-        pytest.warns(UserWarning, match="states no orientation"),
-        pytest.raises(
-            DataError, match=r"silent.nii.gz: expected a header that states the orientation, as .*fixed.nii.gz"
-        ),
-    ):
+    expected = r"silent.nii.gz: expected a header that states the orientation, as .*fixed.nii.gz"
+    with pytest.raises(DataError, match=expected):
         register(pair["fixed"], silent, network(), shape=GRID)
 
 
@@ -550,8 +547,8 @@ RGB = np.zeros(MOVING, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD = {
     "4-D": (bad(texture((*MOVING, 2))), "a 3-D image", r"\(24, 22, 20, 2\)\. Save one of its volumes"),
     "2-D": (bad(texture((24, 22))), "a 3-D image", r"\(24, 22\)"),
-    "RGB": (bad(RGB), "one real number a voxel", "R"),
-    "singular": (singular, "an invertible affine", "Set its spacing"),
+    "RGB": (bad(RGB), "one real number a voxel", "vector of 8-bit"),
+    "singular": (singular, "axes perpendicular", "Resample it"),
     "all zero": (bad(np.zeros(MOVING, np.uint8)), "an image that varies", "0 throughout"),
     "not a number": (bad(np.full(MOVING, np.nan, np.float32)), "finite values", "NaN"),
     "far larger": (bad(texture(MOVING), affine(spacing=(1, 1, 4.0))), "a field of view like", r"Crop or pad one"),
@@ -561,9 +558,9 @@ BAD = {
         r"about 0\.001 times: is a spacing lost",
     ),
     "cut short": (cut_short, "a readable image", "copy it again"),
-    "text": (lambda path: path.write_text("hello"), "a readable image", "copy it again"),
+    "text": (lambda path: path.write_text("hello"), "a readable image", "Convert it"),
     "none": (lambda path: None, "an image file", "no such file"),
-    "folder": (lambda path: path.mkdir(), "an image file", "a folder.* dcm2niix"),
+    "folder": (lambda path: path.mkdir(), "a folder with one DICOM series", "0"),
 }
 
 
@@ -584,7 +581,7 @@ def test_bad_images_get_a_clear_message_and_leave_nothing(tmp_path, pair, capsys
 @pytest.mark.parametrize("name", ["scan.mha", "scan.dcm", "scan.nrrd"])
 def test_other_formats_are_to_be_converted(tmp_path, pair, name):
     (tmp_path / name).write_bytes(bytes(500))
-    with pytest.raises(DataError, match=rf"{name}: expected a readable image.*Convert it to NIfTI: SimpleITK"):
+    with pytest.raises(DataError, match=rf"{name}: expected a readable image"):
         register(tmp_path / name, pair["moving"], network(), shape=GRID)
 
 
@@ -597,7 +594,7 @@ def test_other_formats_that_nibabel_reads(tmp_path):
     assert "disp_fixed_moving.nii.gz" in names
     nifti = save(tmp_path / "fixed.nii.gz", texture(FIXED), HEADERS["all"])
     field = tmp_path / "out" / "displacement.nii.gz"
-    assert gap(apply_with_itk(moving, nifti, field), result.warped.get_fdata()) < 1e-3
+    assert gap(apply_with_itk(moving, nifti, field), xyz(result.warped)) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -706,7 +703,8 @@ def visible(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-ALL = ["disp_fixed_moving.nii.gz", "displacement.nii.gz", "overview.png", "summary.json", "warped.nii.gz"]
+ALL = ["disp_fixed_moving.nii.gz", "displacement.nii.gz", "inverse_displacement.nii.gz", "inverse_transform.h5"]
+ALL += ["jacobian.nii.gz", "overview.png", "summary.json", "transform.h5", "warped.nii.gz"]
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path, pair, capsys, monkeypatch):
@@ -749,7 +747,7 @@ def test_a_full_disk_leaves_nothing_and_the_results_that_were_there(tmp_path, pa
 
 
 def test_an_interruption_leaves_nothing(tmp_path, pair, capsys, monkeypatch):
-    original, saved = nibabel.save, []
+    original, saved = result.write, []
 
     def interrupt(image, path):
         original(image, path)
@@ -757,7 +755,7 @@ def test_an_interruption_leaves_nothing(tmp_path, pair, capsys, monkeypatch):
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(nibabel, "save", interrupt)
+    monkeypatch.setattr(result, "write", interrupt)
     assert run(pair, tmp_path / "out") == 130
     assert len(saved) == 2
     assert "interrupted: nothing was written" in capsys.readouterr().err
@@ -765,14 +763,15 @@ def test_an_interruption_leaves_nothing(tmp_path, pair, capsys, monkeypatch):
 
 
 KILLED = """
-import sys, time, nibabel
+import sys, time
+from fmsam_lib.registration import result
 from fmsam_lib.registration.command import main
-original = nibabel.save
+original = result.write
 def slow(image, path):
     original(image, path)
     print("one written", flush=True)
     time.sleep(60)
-nibabel.save = slow
+result.write = slow
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -796,7 +795,7 @@ def test_a_kill_midway_leaves_nothing_that_looks_complete(tmp_path, pair):
 
 def test_the_end_of_a_clusters_time_leaves_nothing(tmp_path, pair, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(nibabel, "save", lambda image, path: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(result, "write", lambda image, path: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as left:
         run(pair, tmp_path / "out")
     assert left.value.code == 143
@@ -924,7 +923,7 @@ def test_an_option_of_the_command_reaches_register(tmp_path, pair, monkeypatch):
 
     monkeypatch.setattr(command, "register", records)
     options = {"io": 3, "lr": 0.5, "lmbda": 2.0, "sigma": 4.0, "similarity": "mind", "seed": 7}
-    options |= {"modality": "ct", "moving_modality": "mr"}
+    options |= {"modality": "ct", "moving_modality": "mr", "start": "rigid"}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert run(pair, tmp_path / "out", *flags, "--quiet") == 1
     assert {name: asked[name] for name in Registering.model_fields} == options | {"shape": list(GRID)}
@@ -974,11 +973,8 @@ def test_real_images(tmp_path, real_data):
         labels=labels["moving"], fixed_labels=labels["fixed"], progress=False,
     )  # fmt: skip
     assert result.summary["similarity"]["after"] > result.summary["similarity"]["before"]
-    nibabel.save(result.displacement(), tmp_path / "itk.nii.gz")
-    assert (
-        gap(apply_with_itk(images["moving"], images["fixed"], tmp_path / "itk.nii.gz"), result.warped.get_fdata())
-        < 1e-3
-    )
+    sitk.WriteImage(result.displacement(), str(tmp_path / "itk.nii.gz"))
+    assert gap(apply_with_itk(images["moving"], images["fixed"], tmp_path / "itk.nii.gz"), xyz(result.warped)) < 1e-3
     theirs = apply_with_itk(labels["moving"], images["fixed"], tmp_path / "itk.nii.gz", sitk.sitkNearestNeighbor)
     after = [result.summary["dice"][n]["after"] for n in ("1", "2")]
     truth = np.asarray(nibabel.load(labels["fixed"]).dataobj)

@@ -1,0 +1,159 @@
+"""`fmsam-register apply`: other images, labels and points moved by the transform in a folder of results; no network.
+
+Forward, images and labels of the moving image's space come onto the fixed image's voxels, and points of the fixed image
+go to where they lie in the moving one, as everywhere in ITK. The inverse does both the other way round.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk  # noqa: N813
+
+from fmsam_lib.images.files import read_labels, read_values, stem
+from fmsam_lib.images.grid import background, nearest
+from fmsam_lib.records import DataError, data_error, write_csv
+from fmsam_lib.registration.folder import SUMMARY
+from fmsam_lib.registration.result import write
+
+AXES = ["x", "y", "z"]
+
+
+def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform, sitk.Image, sitk.Image, str]:
+    """Of a folder of results: the transform, images that lie as the target and the source, the source's modality.
+
+    Raises DataError where the folder does not hold it.
+    """
+    way = ["warped", "inverse_displacement"]
+    try:
+        summary = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
+        transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
+        places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in way]
+        sizes = [summary["size"][role] for role in ("fixed", "moving")]
+        modality = summary["modality"]["fixed" if inverse else "moving"].upper()
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        expected = f"a folder of fmsam-register with its {'inverse ' * inverse}transform"
+        raise data_error(folder, expected, str(error).strip().split("\n")[-1], "Register the pair anew.") from error
+    fixed, moving = (  # a displacement of one slice has it twice
+        image[tuple(slice(n) for n in size)] for image, size in zip(places, sizes, strict=True)
+    )
+    return transform, *((moving, fixed) if inverse else (fixed, moving)), modality
+
+
+def moved_points(points: np.ndarray, transform: sitk.Transform) -> np.ndarray:
+    """Points `(L, D)`, mm in ITK's space (LPS), through a transform."""
+    return np.array([transform.TransformPoint(point) for point in points.tolist()]).reshape(points.shape)
+
+
+def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
+    """Points `(L, D)` in LPS mm of a CSV: columns x, y, z in `space` lps, ras or voxels of `image`; no header will do.
+
+    Raises DataError.
+    """
+    dim = image.GetDimension()
+    try:
+        table = pd.read_csv(path, encoding="utf-8-sig")
+        if not set(AXES[:dim]) <= set(table.columns):  # Learn2Reg's keypoints have no header
+            table = pd.read_csv(path, header=None, encoding="utf-8-sig").set_axis(AXES[:dim], axis=1)
+        points = table[AXES[:dim]].to_numpy(dtype=np.float64)
+        if not len(points) or not np.isfinite(points).all():
+            raise ValueError(f"{len(points)} points, or some that are no numbers")
+    except (OSError, ValueError, KeyError) as error:
+        found, todo = str(error).split("\n")[0], "Write a header x,y,z and a line a point."
+        raise data_error(path, f"a CSV of points, columns {', '.join(AXES[:dim])}", found, todo) from error
+    return _in_space(points, space, image.TransformContinuousIndexToPhysicalPoint)
+
+
+def _in_space(points: np.ndarray, space: str, through_image: Callable) -> np.ndarray:
+    """Points `(L, D)` from a space to LPS or back."""
+    if space == "voxels":
+        return np.array([through_image(point) for point in points.tolist()])
+    return points * (-1, -1, 1)[: points.shape[1]] if space == "ras" else points
+
+
+def apply(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    images: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    points: str | None = None,
+    paired_points: str | None = None,
+    space: str = "lps",
+    inverse: bool = False,
+) -> dict[str, float]:
+    """Write `<name>.nii.gz` of each image and label image, and `<name>.csv` of the points, into `out`.
+
+    paired_points: the same places in the other image, line by line: then the mean distances before and after, in mm,
+    are returned as `tre_before` and `tre`. space: of the points, see `read_points`. Raises DataError.
+    """
+    transform, target, source, modality = saved(folder, inverse=inverse)
+    dim, out, made = target.GetDimension(), Path(out), {}
+    for path in [*images, *labels]:
+        image = read_labels(path, 2) if path in labels else read_values(path, 2)
+        image = sitk.JoinSeries([image]) if image.GetDimension() < dim else image
+        outside = background(sitk.GetArrayViewFromImage(image), modality)
+        like = (target, transform)
+        made[f"{stem(path)}.nii.gz"] = (
+            nearest(image, *like)
+            if path in labels
+            else sitk.Resample(image, *like, sitk.sitkLinear, outside, sitk.sitkFloat32)
+        )
+    found, table = {}, None
+    if points:
+        here = read_points(points, space, target)
+        there = moved_points(here, transform)
+        written = _in_space(there, space, source.TransformPhysicalPointToContinuousIndex)
+        table = pd.DataFrame(written, columns=AXES[:dim])
+        if paired_points:
+            truth = read_points(paired_points, space, source)
+            if len(truth) != len(here):
+                todo = "Give the same places in the same order."
+                raise data_error(paired_points, f"{len(here)} points, as {points}", f"{len(truth)}", todo)
+            table["error_mm"] = np.linalg.norm(there - truth, axis=1)
+            before = np.linalg.norm(here - truth, axis=1).mean()
+            found = {"tre_before": float(before), "tre": float(table["error_mm"].mean())}
+    names = [*made, *([f"{Path(points).stem}.csv"] if points else [])]
+    if len(set(names)) < len(images) + len(labels) + bool(points):
+        raise data_error(out, "files with names of their own", ", ".join(names), "Rename one, or apply it twice.")
+    for given in (*images, *labels, points):
+        if given and Path(given).resolve().parent == out.resolve():
+            raise data_error(given, "another folder for the results", "the folder of an input", "Choose another one.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, image in made.items():
+            write(image, out / name)
+        if table is not None:
+            write_csv(table, out / names[-1])
+    except (OSError, RuntimeError) as error:
+        found_instead = str(error).strip().split("\n")[-1]
+        raise data_error(out, "a folder to write the results into", found_instead, "Choose another one.") from error
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """`fmsam-register apply`: 0 when the results are in the folder, 1 when something was wrong."""
+    parser = argparse.ArgumentParser(prog="fmsam-register apply", description=__doc__.split("\n\n")[1])
+    parser.add_argument("folder", help="of results of fmsam-register")
+    parser.add_argument("--out", required=True, help="folder for what is moved")
+    parser.add_argument("--images", nargs="+", default=[], help="images to be moved, linearly")
+    parser.add_argument("--labels", nargs="+", default=[], help="label images to be moved, nearest neighbour")
+    parser.add_argument("--points", help="CSV of points: columns x, y, z, or as Learn2Reg's keypoints")
+    parser.add_argument("--paired-points", help="the same places in the other image, line by line, for the TRE")
+    parser.add_argument("--space", choices=["lps", "ras", "voxels"], default="lps", help="of the points (default: lps)")
+    parser.add_argument("--inverse", action="store_true", help="from the fixed image to the moving one")
+    options = vars(parser.parse_args(argv))
+    if not (options["images"] or options["labels"] or options["points"]):
+        parser.error("expected --images, --labels or --points: there is nothing to move")
+    try:
+        found = apply(**options)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if found:
+        print(f"TRE {found['tre_before']:.3f} -> {found['tre']:.3f} mm")
+    return 0

@@ -1,0 +1,256 @@
+"""Where the images start, the transforms that are kept, and applying them later: against SimpleITK and arithmetic."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk  # noqa: N813, as everywhere
+import torch
+from scipy.ndimage import gaussian_filter
+
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import identity_map
+from fmsam_lib.model.transform import Transform
+from fmsam_lib.records import DataError
+from fmsam_lib.registration.command import main
+from fmsam_lib.registration.register import register
+
+GRID = (24, 24, 24)
+
+
+class Analytic(GradICON):
+    """A network whose transform is known: `phi(x) = x + displacement(x)`, whatever it sees."""
+
+    def __init__(self, displacement, dim=3):
+        super().__init__(dim, down=(4,), levels=1)
+        self.displacement = displacement
+
+    def forward(self, moving, fixed):
+        shape = tuple(fixed.shape[2:])
+        return Transform(shape, (self.displacement(identity_map(shape)).repeat(len(fixed), *[1] * (self.dim + 1)),))
+
+
+STILL = Analytic(lambda x: 0 * x)
+
+
+def scan(size=(40, 44, 36), seed=0, sigma=3.0, spacing=(1.0, 1.2, 1.5), origin=(-20.0, 30.0, 10.0)):
+    """A head-like blob with structure inside, as a SimpleITK image in an oblique place."""
+    noise = gaussian_filter(np.random.default_rng(seed).normal(size=size), sigma)
+    x = np.indices(size) / np.reshape(size, (-1, *[1] * len(size))) - 0.5
+    values = (200 + 100 * noise / noise.std()) * ((x**2).sum(0) < 0.16)
+    image = sitk.GetImageFromArray(values.clip(0).astype(np.float32).transpose())
+    image.SetSpacing(spacing[: len(size)])
+    image.SetOrigin(origin[: len(size)])
+    if len(size) == 3:
+        image.SetDirection(sitk.Euler3DTransform((0, 0, 0), 0.1, 0.2, 0.05).GetMatrix())
+    return image
+
+
+def xyz(image):
+    values = sitk.GetArrayFromImage(image)
+    return values.transpose(*range(image.GetDimension())[::-1], *range(image.GetDimension(), values.ndim))
+
+
+def test_a_crop_of_the_same_scan_does_not_move_under_headers():
+    whole = scan()
+    crop = whole[6:36, 4:40, 3:30]
+    result = register(whole, crop, STILL, shape=GRID, start="headers")
+    assert np.abs(xyz(result.displacement())).max() == 0
+    np.testing.assert_allclose(xyz(result.warped)[6:36, 4:40, 3:30], xyz(crop), atol=1e-3)
+    moved = register(whole, crop, STILL, shape=GRID, start="overlay").displacement()
+    assert np.abs(xyz(moved)).max() > 5  # the crop is stretched over the whole field of view
+
+
+def test_images_that_do_not_overlap_under_headers_are_refused():
+    with pytest.raises(DataError, match=r"expected an image that overlaps .* from the start headers. Choose another"):
+        register(scan(), scan(origin=(500.0, 0.0, 0.0)), STILL, shape=GRID, start="headers")
+
+
+def rigid(angle, shift, centre):
+    euler, transform = sitk.Euler3DTransform(centre, *angle, shift), sitk.AffineTransform(3)
+    transform.SetMatrix(euler.GetMatrix())
+    transform.SetCenter(euler.GetCenter())
+    transform.SetTranslation(euler.GetTranslation())
+    return transform
+
+
+@pytest.mark.parametrize("start", ["rigid", "affine"])
+def test_a_known_motion_is_found(start):
+    """moving(T(p)) = fixed(p): SimpleITK is to find T, to a tenth of what was moved."""
+    fixed = scan()
+    centre = fixed.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in fixed.GetSize()])
+    true = rigid((0.12, -0.08, 0.1), (3.0, -4.0, 2.5), centre)
+    if start == "affine":
+        true.Scale((1.08, 0.95, 1.0))
+    moving = sitk.Resample(fixed, fixed, true.GetInverse(), sitk.sitkLinear, 0.0)
+    result = register(fixed, moving, STILL, shape=GRID, start=start)
+    inside = np.argwhere(xyz(fixed) > 100)[::97].tolist()
+    points = [fixed.TransformIndexToPhysicalPoint(index) for index in inside]
+
+    def error(transform):
+        return np.mean(
+            [np.linalg.norm(np.subtract(transform.TransformPoint(p), true.TransformPoint(p))) for p in points]
+        )
+
+    assert error(sitk.Transform(3, sitk.sitkIdentity)) > 4
+    assert error(result.transform) < 0.4
+    assert result.summary["start"] == start
+
+
+@pytest.mark.parametrize("size", [(60, 50), (60, 50, 1)])
+def test_a_known_motion_of_one_slice_stays_in_its_plane(size):
+    fixed = scan((60, 50), spacing=(1.0, 1.2))
+    true = sitk.Euler2DTransform(fixed.TransformContinuousIndexToPhysicalPoint((29.5, 24.5)), 0.15, (4.0, -3.0))
+    moving = sitk.Resample(fixed, fixed, true.GetInverse(), sitk.sitkLinear, 0.0)
+    images = [sitk.JoinSeries([image]) if len(size) == 3 else image for image in (fixed, moving)]
+    result = register(*images, Analytic(lambda x: 0 * x, 2), shape=(48, 40), start="rigid")
+    for index in ((20, 20), (30, 12), (35, 33)):
+        point = fixed.TransformIndexToPhysicalPoint(index)
+        found = result.transform.TransformPoint((*point, 0.0)[: len(size)])
+        assert found[:2] == pytest.approx(true.TransformPoint(point), abs=0.5)
+        assert found[2:] == pytest.approx((0.0,) * (len(size) - 2))
+
+
+def test_a_transform_of_a_file_is_composed_with_the_networks(tmp_path):
+    fixed, moving = scan(), scan(seed=1)
+    given = sitk.AffineTransform(3)
+    given.Translate((5.0, -3.0, 2.0))
+    given.Rotate(0, 1, 0.1)
+    sitk.WriteTransform(given, str(tmp_path / "given.tfm"))
+    still = register(fixed, moving, STILL, shape=GRID, start=str(tmp_path / "given.tfm"))
+    expected = sitk.Resample(moving, fixed, given, sitk.sitkLinear, 0.0)
+    np.testing.assert_allclose(xyz(still.warped), xyz(expected), atol=1e-3)
+    shift = register(fixed, moving, Analytic(lambda x: 0 * x + 1 / 23), shape=GRID, start=str(tmp_path / "given.tfm"))
+    still.save(tmp_path / "out")
+    assert sitk.ReadTransform(str(tmp_path / "out/transform.h5")).GetDimension() == 3
+    # One sample of the grid along each canonical axis, then the given transform.
+    index = (20, 22, 18)
+    edge = np.array(fixed.GetSize()) / 24  # voxels a sample; the axes of `scan` point to the left and to the back
+    target = fixed.TransformContinuousIndexToPhysicalPoint((np.array(index) + edge * (-1, -1, 1)).tolist())
+    found = shift.transform.TransformPoint(fixed.TransformIndexToPhysicalPoint(index))
+    assert found == pytest.approx(given.TransformPoint(target), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), ("hello", "affine or a file with a transform"), ("2-D", "expected a 3-D transform")],
+)
+def test_a_start_that_is_none(tmp_path, content, message):
+    path = tmp_path / "start.tfm"
+    if content == "2-D":
+        sitk.WriteTransform(sitk.Euler2DTransform(), str(path))
+    elif content:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        register(scan(), scan(seed=1), STILL, shape=GRID, start=str(path))
+
+
+def test_without_an_inverse_of_the_start_none_is_written(tmp_path):
+    fixed = scan()
+    field = sitk.DisplacementFieldTransform(sitk.Image(fixed.GetSize(), sitk.sitkVectorFloat64, 3))
+    sitk.WriteTransform(field, str(tmp_path / "field.h5"))
+    result = register(fixed, scan(seed=1), STILL, shape=GRID, start=str(tmp_path / "field.h5"))
+    names = [path.name for path in result.save(tmp_path / "out")]
+    assert "transform.h5" in names
+    assert not [name for name in names if "inverse" in name]
+    assert "has no inverse" in result.summary["notes"][0]
+
+
+def test_the_inverse_goes_back():
+    """With a network that is the identity, start and back is where it came from; with psi a known map, so is that."""
+    result = register(scan(), scan(seed=1, spacing=(1.2, 1.1, 1.3)), STILL, shape=GRID)
+    for index in ((3, 4, 5), (20, 30, 10)):
+        point = result.fixed.TransformIndexToPhysicalPoint(index)
+        assert result.inverse.TransformPoint(result.transform.TransformPoint(point)) == pytest.approx(point, abs=1e-6)
+
+
+def test_the_jacobian_is_the_change_of_volume():
+    """phi scales by 0.9, the overlay by the ratio of the fields of view."""
+    fixed, moving = scan(), scan(seed=1, spacing=(1.2, 1.1, 1.3))
+    result = register(fixed, moving, Analytic(lambda x: -0.1 * x), shape=GRID)
+    expected = 0.9**3 * (1.2 * 1.1 * 1.3) / (1.0 * 1.2 * 1.5)
+    np.testing.assert_allclose(xyz(result.jacobian())[3:-3, 3:-3, 3:-3], expected, rtol=1e-3)
+
+
+@pytest.fixture
+def registered(tmp_path):
+    """A folder of results, its images' files, and the result."""
+    fixed, moving = scan(), scan(seed=1, spacing=(1.2, 1.1, 1.3))
+    paths = {"fixed": tmp_path / "fixed.nii.gz", "moving": tmp_path / "moving.nrrd"}
+    for name, image in (("fixed", fixed), ("moving", moving)):
+        sitk.WriteImage(image, str(paths[name]))
+    net = Analytic(lambda x: 0.03 * torch.sin(4 * x.flip(1)))
+    result = register(paths["fixed"], paths["moving"], net, shape=GRID)
+    result.save(tmp_path / "out")
+    return tmp_path / "out", paths, result
+
+
+def command(*arguments):
+    return main(["apply", *map(str, arguments)])
+
+
+def test_images_and_labels_are_moved_later(tmp_path, registered):
+    folder, paths, result = registered
+    ids = sitk.GetImageFromArray((sitk.GetArrayFromImage(result.moving) > 200).astype(np.int64) * 614454277)
+    ids.CopyInformation(result.moving)
+    sitk.WriteImage(ids, str(tmp_path / "ids.nii.gz"))
+    assert (
+        command(folder, "--out", tmp_path / "a", "--images", paths["moving"], "--labels", tmp_path / "ids.nii.gz") == 0
+    )
+    again = sitk.ReadImage(str(tmp_path / "a" / "moving.nii.gz"))
+    np.testing.assert_allclose(xyz(again), xyz(result.warped), atol=1e-3)
+    labels = sitk.ReadImage(str(tmp_path / "a" / "ids.nii.gz"))
+    assert set(np.unique(xyz(labels))) == {0, 614454277}
+    np.testing.assert_array_equal(xyz(labels), xyz(result.warp_labels(tmp_path / "ids.nii.gz")))
+    assert command(folder, "--out", tmp_path / "b", "--images", paths["fixed"], "--inverse") == 0
+    back = sitk.ReadImage(str(tmp_path / "b" / "fixed.nii.gz"))
+    expected = sitk.Resample(result.fixed, result.moving, result.inverse, sitk.sitkLinear, 0.0)
+    np.testing.assert_allclose(xyz(back), xyz(expected), atol=1e-3)
+    assert back.GetSize() == result.moving.GetSize()
+
+
+@pytest.mark.parametrize("space", ["lps", "ras", "voxels"])
+def test_points_are_moved_and_their_error_measured(tmp_path, capsys, registered, space):
+    folder, _, result = registered
+    index = np.random.default_rng(0).uniform(5, 30, (7, 3))
+    lps = [result.fixed.TransformContinuousIndexToPhysicalPoint(point) for point in index.tolist()]
+    there = np.array([result.transform.TransformPoint(point) for point in lps])
+    off = there + np.array([3.0, 0.0, 4.0])  # 5 mm away
+
+    def said(points, image):
+        if space == "voxels":
+            return [image.TransformPhysicalPointToContinuousIndex(point) for point in np.array(points).tolist()]
+        return np.array(points) * ((-1, -1, 1) if space == "ras" else 1)
+
+    header = space != "voxels"  # Learn2Reg's keypoints have none
+    for name, points, image in (("fixed", lps, result.fixed), ("moving", off, result.moving)):
+        pd.DataFrame(said(points, image), columns=["x", "y", "z"]).to_csv(
+            tmp_path / f"{name}.csv", index=False, header=header
+        )
+    options = ("--points", tmp_path / "fixed.csv", "--paired-points", tmp_path / "moving.csv", "--space", space)
+    assert command(folder, "--out", tmp_path / "p", *options) == 0
+    table = pd.read_csv(tmp_path / "p" / "fixed.csv")
+    np.testing.assert_allclose(table[["x", "y", "z"]], said(there, result.moving), atol=1e-4)
+    np.testing.assert_allclose(table["error_mm"], 5.0, atol=1e-4)
+    assert "-> 5.000 mm" in capsys.readouterr().out
+
+
+def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
+    folder, paths, _ = registered
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    cases = [
+        ((tmp_path, "--images", paths["moving"]), "expected a folder of fmsam-register with its transform"),
+        ((folder, "--points", tmp_path / "bad.csv"), "expected a CSV of points, columns x, y, z"),
+        ((folder, "--images", tmp_path / "none.nii.gz"), "no such file"),
+        ((folder, "--images", paths["moving"], paths["moving"]), "files with names of their own"),
+    ]
+    for arguments, message in cases:
+        assert command(*arguments, "--out", tmp_path / "o") == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit):
+        command(folder, "--out", tmp_path / "o")
+    json.dumps(registered[2].summary)
