@@ -18,7 +18,7 @@ import torch
 from recording import record
 
 from fmsam_lib.images.cache import load
-from fmsam_lib.images.files import decode
+from fmsam_lib.images.grid import decode
 from fmsam_lib.images.manifest import data_folder
 from fmsam_lib.phantoms.anatomies import DOMAINS
 from fmsam_lib.phantoms.pairs import make_pair

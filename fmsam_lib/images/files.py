@@ -4,7 +4,6 @@ Every problem with a file is a `DataError`: it names the file, what was expected
 space has the axes left, posterior, superior (LPS) and counts in mm; nothing here interprets a header once more.
 """
 
-import gzip
 import os
 import re
 import tempfile
@@ -23,11 +22,20 @@ from fmsam_lib.records import data_error
 
 # ITK's threads do not survive a fork (of a data loader, of a test), and reading gains nothing by them.
 sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # on a terminal; whoever reads a header in doubt gets a note of ours
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # a line on standard error for every file of a data set
 
 Source = str | os.PathLike | SpatialImage | sitk.Image  # a path, or an image of nibabel's or SimpleITK's
 # What SimpleITK reads and does not take half a file for a whole one (NIfTI: see `_check_whole`).
-FORMATS = {"NiftiImageIO", "NrrdImageIO", "MetaImageIO", "GDCMImageIO", "PNGImageIO"}
+FORMATS = {f"{name}ImageIO" for name in ("Nifti", "Nrrd", "Meta", "GDCM", "PNG", "HDF5", "MINC")}
+UNREADABLE = (
+    OSError,
+    EOFError,
+    TypeError,
+    ValueError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+)  # nibabel's words for it
 DAMAGED = "The file may be damaged: copy it again."
 
 
@@ -44,7 +52,7 @@ def stem(path: str | Path) -> str:
     >>> [stem(name) for name in ("a/sub-1.2_T1.nii.gz", "b.mha", "series")]
     ['sub-1.2_T1', 'b', 'series']
     """
-    return re.sub(r"\.(nii|img)(\.\w+)?$|\.(hdr|nrrd|nhdr|mha|mhd|dcm|png|mg[zh]|gz)$", "", Path(path).name)
+    return re.sub(r"\.(nii|img|hdr)(\.\w+)?$|\.(nrrd|nhdr|mha|mhd|h5|hdf5|mnc|dcm|png|mg[zh]|gz)$", "", Path(path).name)
 
 
 def read_values(source: Source, dim: int, what: str = "image") -> sitk.Image:
@@ -54,8 +62,7 @@ def read_values(source: Source, dim: int, what: str = "image") -> sitk.Image:
     holds NaN or infinity.
     """
     image, where = _open(source, dim, what), name_of(source, what)
-    if wrong := int((~np.isfinite(sitk.GetArrayViewFromImage(image))).sum()):
-        raise data_error(where, "finite values", f"{wrong} NaN or infinite", "Replace them.")
+    _check_finite(sitk.GetArrayViewFromImage(image), where)
     return image
 
 
@@ -67,9 +74,10 @@ def read_labels(source: Source, dim: int, allowed: Iterable[int] | None = None, 
     image, where = _open(source, dim, what), name_of(source, what)
     if "float" in image.GetPixelIDTypeAsString():
         values = sitk.GetArrayViewFromImage(image)
-        whole = np.rint(values)
-        if not np.isfinite(values).all() or np.abs(whole - values).max() > 1e-3:
-            found = f"{values[np.rint(values) != values][0]:g}"
+        _check_finite(values, where)
+        apart = np.abs(np.rint(values) - values)
+        if apart.max() > 1e-3:
+            found = f"{values.flat[apart.argmax()]:g}"
             raise data_error(where, "whole numbers", found, "Give a label image, not probabilities.")
         image = sitk.Cast(sitk.Round(image), sitk.sitkInt64)
     there = set(ids(image)) - {0}
@@ -80,6 +88,11 @@ def read_labels(source: Source, dim: int, allowed: Iterable[int] | None = None, 
         more = f"also {sorted(there - named)[:10]}"
         raise data_error(where, f"labels {sorted(named)}", more, "Name them in the manifest or remove them.")
     return image
+
+
+def _check_finite(values: np.ndarray, where: str) -> None:
+    if wrong := int((~np.isfinite(values)).sum()):
+        raise data_error(where, "finite values", f"{wrong} NaN or infinite", "Replace them.")
 
 
 def ids(labels: sitk.Image) -> list[int]:
@@ -113,51 +126,80 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
     if path.is_dir():
         return _read_series(path)
     if not path.is_file():
-        raise data_error(path, "an image file", "no such file", "Check the path.")
+        raise data_error(where, "an image file", "no such file", "Check the path.")
+    content = _unzipped(path, where)
     kind = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
     if kind not in FORMATS:
         try:  # NIfTI-2, FreeSurfer's .mgz, .nii.bz2
-            return _from_nibabel(nibabel.load(path), where)
-        except (OSError, ValueError, ImageFileError) as error:
+            loaded: Any = nibabel.load(path)
+        except (*UNREADABLE, ImportError) as error:
             todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do."
-            raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", todo) from error
-    content = _unzipped(path) if kind == "NiftiImageIO" else b""
+            todo = todo if stem(path) == path.name else DAMAGED
+            raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
+        return _from_nibabel(loaded, where)
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
-        found = str(error).strip().split("\n")[-1].removeprefix("ITK ERROR: ")
-        if "orthonormal" in found:
+        if "orthonormal" in str(error):
             todo = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
-            raise data_error(path, "axes perpendicular to each other", "a sheared sform", todo) from error
-        raise data_error(path, "a readable image", found, DAMAGED) from error
+            raise data_error(where, "axes perpendicular to each other", "a sheared sform", todo) from error
+        raise data_error(where, "a readable image", _said(error), DAMAGED) from error
     if kind == "NiftiImageIO":
-        _check_nifti(path, image, content)
+        _check_nifti(path, where, image, content)
     return image
 
 
-def _unzipped(path: Path) -> bytes:
-    """What a NIfTI file holds; of `.hdr`, its `.img`. A gzip stream is read to the checksum at its end."""
-    if path.suffix == ".hdr":
-        path = next((file for file in map(path.with_suffix, (".img", ".img.gz")) if file.exists()), path)
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise data_error(path, "a readable image", f"{type(error).__name__}: {error}", DAMAGED) from error
-
-
-def _check_nifti(path: Path, image: sitk.Image, content: bytes) -> None:
+def _check_nifti(path: Path, where: str, image: sitk.Image, content: bytes) -> None:
     """Refuse what SimpleITK would read as 0 without a word: the missing end of a file, NaN and infinity."""
     bits, offset, kind = (int(float(image.GetMetaData(key))) for key in ("bitpix", "vox_offset", "datatype"))
     needed = offset + image.GetNumberOfPixels() * bits // 8
     if len(content) < needed:
-        raise data_error(path, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
+        raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
     if kind in (16, 64):  # float32, float64
-        head = path.read_bytes()[:4] if path.suffix == ".hdr" else content[:4]
+        head = content[:4]
+        for header in (path.with_name(stem(path) + end) for end in (".hdr", ".hdr.gz") if offset < 348):
+            if header.exists():
+                with nibabel.openers.Opener(str(header)) as file:
+                    head = file.read(4)
         order = "<" if head == (348).to_bytes(4, "little") else ">"
-        values = np.frombuffer(content, f"{order}f{bits // 8}", image.GetNumberOfPixels(), offset)
-        if wrong := int((~np.isfinite(values)).sum()):
-            raise data_error(path, "finite values", f"{wrong} NaN or infinite", "Replace them.")
+        _check_finite(np.frombuffer(content, f"{order}f{bits // 8}", image.GetNumberOfPixels(), offset), where)
+
+
+def _said(error: RuntimeError) -> str:
+    """What ITK says of an error, without where in its sources."""
+    return re.sub(r"(?s)^.*?ERROR: (\w+\(0x\w+\): )?|\s*Reason: .*", "", str(error)).strip(" .\n").split("\n")[-1]
+
+
+def _unzipped(path: Path, where: str) -> bytes:
+    """What the file with the values holds, unzipped; read to the checksum at its end, which ITK does not compare."""
+    if re.search(r"\.hdr(\.gz)?$", path.name):
+        pair = (path.parent / (stem(path) + end) for end in (".img", ".img.gz"))
+        path = next((file for file in pair if file.exists()), path)
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    start, zipped = 0, head.startswith(b"\x1f\x8b")
+    if header := re.match(rb"(?s)NRRD.*?\n(\r?\n|$)|.*?\nElementDataFile *=[^\n]*\n", head):  # of NRRD, of MetaImage
+        start, text = header.end(), header.group()
+        zipped = re.search(rb"(?i)\n(encoding: *gz|CompressedData *= *True)", text) is not None
+        other = re.search(rb"(?i)\n(?:data ?file:|ElementDataFile *=) *(?!LOCAL\b)([^\r\n]+)", text)
+        if other and (beside := path.parent / os.fsdecode(other.group(1))).is_file():
+            path, start = beside, 0
+    if not zipped:
+        return path.read_bytes()
+    pieces, stream = [], zlib.decompressobj(47)  # zlib or gzip
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            while rest := stream.unused_data + (b"" if stream.unused_data[1:] else file.read(1 << 20)):
+                if stream.eof and not rest.startswith(b"\x1f\x8b"):
+                    break  # not another gzip stream
+                stream = zlib.decompressobj(47) if stream.eof else stream
+                pieces.append(stream.decompress(rest))
+    except zlib.error as error:
+        raise data_error(where, "a readable image", f"{error}", DAMAGED) from error
+    if not stream.eof:
+        raise data_error(where, "a readable image", "the end of its compressed stream missing", DAMAGED)
+    return b"".join(pieces)
 
 
 def _from_nibabel(image: Any, where: str) -> sitk.Image:
@@ -168,9 +210,16 @@ def _from_nibabel(image: Any, where: str) -> sitk.Image:
             if not isinstance(image, nibabel.Nifti1Image) or isinstance(image, nibabel.Nifti2Image):
                 image = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine, dtype=image.get_data_dtype())
             nibabel.save(image, path)
-        except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+        except UNREADABLE as error:
             raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", DAMAGED) from error
         return _read(path, where)
+
+
+def _is_dicom(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def _read_series(folder: Path) -> sitk.Image:
@@ -180,16 +229,24 @@ def _read_series(folder: Path) -> sitk.Image:
         todo = "Give an image file, or a folder of the one series."
         raise data_error(folder, "a folder with one DICOM series", f"{len(series)}", todo)
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
+    used = {"DICOMDIR", *(Path(name).name for name in names)}  # ITK passes over files that are damaged
+    if left_out := sorted(path.name for path in folder.iterdir() if path.name not in used and _is_dicom(path)):
+        todo = "Copy it again, or move it elsewhere if it belongs to something else."
+        raise data_error(folder, "readable slices of one series", f"{left_out[0]} besides", todo)
     reader, positions = sitk.ImageFileReader(), []
     try:
         for name in names:
             reader.SetFileName(name)
             reader.ReadImageInformation()
             positions.append(reader.GetOrigin())
-        steps = np.linalg.norm(np.diff(np.array(positions), axis=0), axis=1)
+        moves = np.diff(np.array(positions), axis=0)
+        steps, normal = np.linalg.norm(moves, axis=1), np.array(reader.GetDirection())[2::3]
         if len(steps) and np.ptp(steps) > 0.01 * steps.mean():
             found = f"steps of {steps.min():.3g} to {steps.max():.3g} mm"
             raise data_error(folder, "evenly spaced slices", found, "Is a slice missing? dcm2niix resamples them.")
+        if len(steps) and np.abs(moves @ normal).sum() < 0.9999 * steps.sum():  # ITK would stack them upright
+            todo = "dcm2niix corrects the tilt."
+            raise data_error(folder, "slices stacked at right angles", "a tilted gantry", todo)
         return sitk.ReadImage(names)
     except RuntimeError as error:
-        raise data_error(folder, "a readable DICOM series", str(error).strip().split("\n")[-1], DAMAGED) from error
+        raise data_error(folder, "a readable DICOM series", _said(error), DAMAGED) from error

@@ -1,18 +1,26 @@
+"""Manifests, the reader of image files, the disk cache; the judge of what a file holds is SimpleITK."""
+
+import gzip
 import json
 import os
 import re
+import struct
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
-from scipy.ndimage import gaussian_filter, map_coordinates
 
+from fmsam_lib.images import files
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.domains import open_domain
-from fmsam_lib.images.files import decode, resample
+from fmsam_lib.images.files import ids, name_of, read_labels, read_values, stem
+from fmsam_lib.images.grid import affine
 from fmsam_lib.images.manifest import read_manifest, subject_of
 from fmsam_lib.records import DataError
 
@@ -30,7 +38,7 @@ def own_cache(tmp_path, monkeypatch):
 def save(path, values, affine=None, dtype=np.float32):
     path.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([1.0, 2.0, 3.0, 1.0]) if affine is None else affine
-    nibabel.save(nibabel.Nifti1Image(np.asarray(values).astype(dtype), affine), path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(values).astype(dtype), affine, dtype=dtype), path)
     return path
 
 
@@ -188,249 +196,421 @@ def test_subject_of(name, subject):
     assert subject_of(Path("imagesTr") / name) == subject
 
 
-# Files
+# The reader
 
 
-def test_image_without_resampling_is_the_file_from_0_to_1(tmp_path):
-    values = image()
-    sample = decode(
-        save(tmp_path / "a.nii.gz", values),
-        save(tmp_path / "l.nii.gz", label(), dtype=np.uint8),
-        modality="MR",
-        shape=GRID,
-        labels=(1, 2),
-    )
-    low, high = values.min(), np.percentile(values, 99)
-    np.testing.assert_allclose(sample.image[0], np.clip((values - low) / (high - low), 0, 1), atol=1e-5)
-    assert (sample.label[0].numpy() == label()).all()
-    assert (sample.image.dtype, sample.label.dtype) == (torch.float32, torch.uint8)
-    assert sample.image.shape == sample.label.shape == (1, *GRID)
-    np.testing.assert_array_equal(sample.affine, np.diag([1, 2, 3, 1]))
-
-
-def test_ct_window_is_fixed_in_hounsfield_units(tmp_path):
-    hu = np.full(GRID, -3024.0)  # what scanners write outside their field of view
-    hu[1:5, 1:6, 1:7] = -1000
-    hu[2:4, 2:5, 2:6] = 0
-    hu[3, 3, 3], hu[3, 3, 4] = 500, 3000
-    sample = decode(save(tmp_path / "ct.nii.gz", hu, dtype=np.int16), modality="CT", shape=GRID)
-    assert [round(sample.image[0][i].item(), 4) for i in [(0, 0, 0), (1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 3, 4)]] == [
-        0,
-        0,
-        0.5,
-        0.75,
-        1,
-    ]
-
-
-@pytest.mark.parametrize("codes", ["RAS", "LAS", "LPS", "SRA", "PIR"])
-def test_any_storage_orientation_gives_the_same_sample(tmp_path, codes):
-    affine = np.array([[1.0, 0.1, 0, -5], [-0.1, 2, 0.2, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
-    expected = decode(save(tmp_path / "ras.nii.gz", image(), affine), modality="MR", shape=(9, 8, 7))
-
-    transform = nibabel.orientations.ornt_transform(
-        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(codes)
-    )
-    stored, label_stored = (
-        nibabel.Nifti1Image(v.astype(np.float32), affine).as_reoriented(transform) for v in (image(), label())
-    )
-    assert "".join(nibabel.aff2axcodes(stored.affine)) == codes
-    nibabel.save(stored, tmp_path / "stored.nii.gz")
-    # The label keeps its own orientation: only where it lies in the world counts.
-    save(tmp_path / "label.nii.gz", label(), affine)
-    sample = decode(tmp_path / "stored.nii.gz", tmp_path / "label.nii.gz", modality="MR", shape=(9, 8, 7))
-    nibabel.save(label_stored, tmp_path / "label2.nii.gz")
-    other = decode(tmp_path / "stored.nii.gz", tmp_path / "label2.nii.gz", modality="MR", shape=(9, 8, 7))
-    torch.testing.assert_close(sample.image, expected.image)
-    torch.testing.assert_close(sample.label, other.label)
-    np.testing.assert_allclose(sample.affine, expected.affine, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", [(11, 13, 15), (3, 4, 8)])
-def test_affine_of_the_new_grid_keeps_world_coordinates(tmp_path, shape):
-    affine = np.array([[0, 2.0, 0, -5], [-1.5, 0, 0.2, 7], [0, 0, 3, 11], [0, 0, 0, 1]])
-    file = nibabel.as_closest_canonical(nibabel.load(save(tmp_path / "a.nii.gz", image(), affine)))
-    sample = decode(tmp_path / "a.nii.gz", modality="MR", shape=shape)
-    for corner in np.ndindex(2, 2, 2):
-        new = sample.affine @ [*(np.array(corner) * (np.array(shape) - 1)), 1]
-        old = file.affine @ [*(np.array(corner) * (np.array(file.shape) - 1)), 1]
-        np.testing.assert_allclose(new, old, atol=1e-5)
-
-
-def test_a_coarser_grid_is_smoothed_by_scikit_images_rule():
-    """A Gaussian of sigma `(step - 1) / 2` along the axes that become coarser, then linear interpolation."""
-    fine = np.random.default_rng(0).random((40, 31, 9), np.float32)
-    shape, steps = (14, 11, 17), (39 / 13, 30 / 10, 8 / 16)
-    smooth = gaussian_filter(fine, [1.0, 1.0, 0.0], mode="nearest")
-    places = np.stack(np.meshgrid(*[np.arange(n) * s for n, s in zip(shape, steps, strict=True)], indexing="ij"))
-    expected = map_coordinates(smooth, places, order=1)
-    assert np.allclose(resample(fine, shape)[0], expected, atol=1e-5)
-
-
-def test_resampling_a_linear_ramp_is_exact(tmp_path):
-    """A ramp of world coordinates stays that ramp; where it shrinks, up to the smoothing at the borders."""
-    x, y, z = np.indices((9, 21, 10)).astype(float)
-    path = save(tmp_path / "ramp.nii.gz", 100 * x + 20 * y + 40 * z)
-    grid = np.stack(
-        np.meshgrid(*(np.linspace(0, n - 1, m) for n, m in zip((9, 21, 10), (17, 11, 10), strict=True)), indexing="ij")
-    )
-    sample = decode(path, modality="CT", shape=(17, 11, 10))
-    expected = np.clip((np.tensordot([100, 20, 40], grid, 1) + 1000) / 2000, 0, 1)
-    inside = (slice(0, 5), slice(2, -2), slice(0, 4))  # below 1000 "HU", away from the smoothed axis' ends
-    np.testing.assert_allclose(sample.image[0].numpy()[inside], expected[inside], atol=1e-6)
-    enlarged = decode(save(tmp_path / "r.nii.gz", 30 * x + 10 * y + 40 * z), modality="CT", shape=(17, 41, 28))
-    np.testing.assert_allclose(enlarged.image[0, ::2, ::2, ::3], (30 * x + 10 * y + 40 * z + 1000) / 2000, atol=1e-6)
-
-
-def test_shrinking_does_not_alias(tmp_path):
-    checkers = np.indices((33, 33, 33)).sum(0) % 2 * 100.0  # the finest pattern there is
-    sample = decode(save(tmp_path / "c.nii.gz", checkers), modality="MR", shape=(9, 9, 9))
-    assert sample.image[0, 2:-2, 2:-2, 2:-2].std() < 0.02
-    assert abs(sample.image[0, 2:-2, 2:-2, 2:-2].mean() - 0.5) < 0.02
-
-
-def test_labels_are_the_nearest_samples(tmp_path):
-    values = np.random.default_rng(1).integers(0, 3, GRID)
-    path = save(tmp_path / "a.nii.gz", image())
-    sample = decode(path, save(tmp_path / "l.nii.gz", values, dtype=np.uint8), modality="MR", shape=(11, 7, 3))
-    np.testing.assert_array_equal(sample.label[0, ::2], values[:, :, [0, 4, 7]])
-
-
-@pytest.mark.parametrize("axis", [None, 0, 1, 2])
-def test_2d_files_however_their_slice_is_stored(tmp_path, axis):
-    plane, marks = image(shape=(6, 7)), label((6, 7))
-    affine = np.diag([1.0, 1, 1, 1])
-    if axis is not None:
-        # World axis `axis` is the one that has a single sample: the others keep their order.
-        plane, marks = np.expand_dims(plane, axis), np.expand_dims(marks, axis)
-        affine = np.diag([*np.insert([1.0, 2.0], axis, 5.0), 1.0])
-    sample = decode(
-        save(tmp_path / "a.nii.gz", plane, affine),
-        save(tmp_path / "l.nii.gz", marks, affine, dtype=np.uint8),
-        modality="MR",
-        shape=(11, 13),
-    )
-    flat = image(shape=(6, 7))
-    low, high = flat.min(), np.percentile(flat, 99)
-    np.testing.assert_allclose(sample.image[0, ::2, ::2], np.clip((flat - low) / (high - low), 0, 1), atol=1e-5)
-    np.testing.assert_array_equal(sample.label[0, ::2, ::2], label((6, 7)))
-    spacing = np.linalg.norm(sample.affine[:3, :2], axis=0)
-    np.testing.assert_allclose(spacing, [0.5, 0.5 if axis is None else 1.0])
-
-
-def test_image_and_label_may_store_their_single_slice_differently(tmp_path):
-    path = save(tmp_path / "a.nii.gz", image(shape=(6, 7)), np.eye(4))
-    marks = save(tmp_path / "l.nii.gz", label((6, 7))[..., None], np.diag([1.0, 1, 8, 1]))  # another thickness
-    assert decode(path, marks, modality="MR", shape=(6, 7)).label.shape == (1, 6, 7)
-
-
-def test_2d_grid_of_a_volume_is_its_middle_axial_slice(tmp_path):
-    values = image(shape=(6, 7, 9))
-    affine = np.array([[-1.0, 0, 0, 3], [0, 2, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])  # stored LAS
-    sample = decode(save(tmp_path / "a.nii.gz", values, affine), modality="CT", shape=(6, 7))
-    np.testing.assert_allclose(sample.image[0], (values[::-1, :, 4] + 1000) / 2000, atol=1e-6)
-    np.testing.assert_allclose(sample.affine @ [0, 0, 0, 1], affine @ [5, 0, 4, 1])
-
-
-def test_a_time_axis_of_one_frame_is_no_obstacle(tmp_path):
-    path = save(tmp_path / "a.nii.gz", image()[..., None])
-    assert decode(path, modality="MR", shape=GRID).image.shape == (1, *GRID)
-
-
-def broken(values, where, what):
-    values = values.copy()
-    values[where] = what
-    return values
-
-
-RGB = np.zeros(GRID, [("R", "u1"), ("G", "u1"), ("B", "u1")])
-
-
-@pytest.mark.parametrize(
-    ("values", "dtype", "message"),
-    [
-        (broken(image(), (1, 2, 3), np.nan), np.float32, ["finite values", "1 NaN or infinite"]),
-        (broken(image(), (slice(2), 0, 0), np.inf), np.float32, ["finite values", "2 NaN or infinite"]),
-        (np.full(GRID, 7), np.uint8, ["varies", "7 throughout"]),
-        (broken(np.zeros(GRID), (0, 0, 0), 9), np.uint8, ["varies", "0 throughout"]),
-        (image(shape=(6, 7, 8, 2)), np.float32, ["a 3-D image", "(6, 7, 8, 2)"]),
-        (image(shape=(6, 7)), np.float32, ["a 3-D image", "(6, 7)"]),
-        (image(shape=(6, 7, 1)), np.float32, ["a 3-D image", "(6, 7, 1)"]),
-        (RGB, RGB.dtype, ["one real number", "data type", "R"]),
-        (image(), np.complex64, ["one real number", "complex64"]),
-    ],
+TURNED = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, -1.0]]) @ np.array(
+    [[1, 0, 0], [0, 0, 1.0], [0, -1, 0]]
 )
-def test_images_that_make_no_sense(tmp_path, values, dtype, message):
-    path = save(tmp_path / "a.nii.gz", values, dtype=dtype)
-    with pytest.raises(DataError, match=says("a.nii.gz: expected", *message)):
-        decode(path, modality="MR", shape=GRID)
 
 
-@pytest.mark.parametrize(
-    ("values", "affine", "message"),
-    [
-        (label()[:-1], None, ["the shape (6, 7, 8) of", "a.nii.gz", "(5, 7, 8)"]),
-        (label(), np.diag([1.0, 2.0, 3.1, 1.0]), ["the affine of", "a.nii.gz", "0.233 voxels apart"]),
-        (np.zeros(GRID), None, ["labels [1, 2]", "only background"]),
-        (label() * 2, None, ["labels [1, 2]", "also [4]"]),
-        (-1.0 * label(), None, ["labels [1, 2]", "also [-2, -1]"]),
-        (label() / 2, None, ["whole numbers", "0.5"]),
-    ],
-)
-def test_labels_that_make_no_sense(tmp_path, values, affine, message):
-    path = save(tmp_path / "a.nii.gz", image())
-    with pytest.raises(DataError, match=says("l.nii.gz: expected", *message)):
-        decode(path, save(tmp_path / "l.nii.gz", values, affine), modality="MR", shape=GRID, labels={1: "", 2: ""})
+def itk_image(values=None, kind=np.float32, spacing=(0.7, 1.5, 3.0)):
+    """What SimpleITK writes into files: 8 x 7 x 6 voxels, turned in the world."""
+    there = sitk.GetImageFromArray((image() if values is None else np.asarray(values)).astype(kind))
+    there.SetSpacing(spacing)
+    there.SetOrigin((-30.0, 12.0, 5.5))
+    there.SetDirection(TURNED.ravel())
+    return there
 
 
-def test_singular_and_infinite_affines(tmp_path):
-    for change in (0.0, np.nan):
-        header = nibabel.Nifti1Header()
-        affine = np.diag([1.0, 2.0, change, 1.0])
-        header["sform_code"], header["srow_x"], header["srow_y"], header["srow_z"] = 1, *affine[:3]
-        nibabel.save(nibabel.Nifti1Image(image().astype(np.float32), None, header), tmp_path / "a.nii.gz")
-        with pytest.raises(DataError, match=says("a.nii.gz: expected an invertible affine", str(change))):
-            decode(tmp_path / "a.nii.gz", modality="MR", shape=GRID)
+def same_image(one, other, atol=1e-4):
+    """The same values in the same places of the world."""
+    assert one.GetSize() == other.GetSize()
+    np.testing.assert_array_equal(sitk.GetArrayViewFromImage(one), sitk.GetArrayViewFromImage(other))
+    np.testing.assert_allclose(affine(one), affine(other), atol=atol)
 
 
-def test_missing_truncated_and_foreign_files(tmp_path):
+def cuts(length):
+    """Where a copy may have ended: in the header, in the middle, within the last bytes (gzip's checksum are 8)."""
+    places = {0, 1, 2, 50, 200, 347, 348, 351, 352, 360, *np.linspace(0, length - 1, 12).astype(int).tolist()}
+    return sorted(n for n in places | {length - k for k in (1, 2, 4, 7, 8, 9, 12, 20)} if 0 <= n < length)
+
+
+def values_file(path):
+    """The file with the values: itself, or the one beside a header."""
+    return max(path.parent.iterdir(), key=lambda file: file.stat().st_size)
+
+
+FILES = ["a.nii", "a.nii.gz", "a.hdr", "a.img", "a.hdr.gz", "a.img.gz", "a.mha", "z.mha", "a.mhd", "z.mhd"]
+FILES += ["a.nrrd", "z.nrrd", "a.nhdr", "z.nhdr", "a.mnc", "a.h5"]  # z: compressed
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_simpleitk_writes_is_read_and_a_part_of_it_is_not(tmp_path, name):
+    path, written = tmp_path / name, itk_image()
+    sitk.WriteImage(written, str(path), useCompression=name[0] == "z")
+    same_image(read_values(path, 3), sitk.ReadImage(str(path)))
+    if not name.endswith((".mnc", ".h5")):
+        same_image(read_values(path, 3), written)
+    data = values_file(path)
+    whole = data.read_bytes()
+    for length in cuts(len(whole)):
+        data.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=says(path, "expected a readable image", "copy it again")) as error:
+            read_values(path, 3)
+        assert str(error.value).count(str(path)) <= 3
+        assert not re.search(r"\.\.( |$)|0x|Exception|Reason", str(error.value))
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.img.gz", "z.mha", "z.mhd", "z.nrrd", "z.nhdr", "a.mgz", "b.nii.gz"])
+def test_a_compressed_file_damaged_anywhere_is_refused(tmp_path, name):
+    path = tmp_path / name
+    if name in ("a.mgz", "b.nii.gz"):
+        kind = nibabel.MGHImage if name == "a.mgz" else nibabel.Nifti2Image
+        nibabel.save(kind(image().astype(np.float32), np.eye(4)), path)
+    else:
+        sitk.WriteImage(itk_image(), str(path), useCompression=True)
+    data = values_file(path)
+    whole = data.read_bytes()
+    for place in (len(whole) // 2, len(whole) - 100, len(whole) - 6):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        data.write_bytes(damaged)
+        with pytest.raises(DataError, match=says(path, "expected a readable image", "copy it again")):
+            read_values(path, 3)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mgh", "a.mgz"])
+def test_what_nibabel_reads_lies_where_nibabel_says(tmp_path, name):
+    """NIfTI-2 and FreeSurfer's files."""
+    path = tmp_path / name
+    where = np.diag([-1.0, -1, 1, 1]) @ affine(itk_image())  # anywhere
+    kind = nibabel.MGHImage if ".mg" in name else nibabel.Nifti2Image
+    nibabel.save(kind(image().astype(np.float32), where), path)
+    read = read_values(path, 3)
+    np.testing.assert_array_equal(sitk.GetArrayViewFromImage(read).T, image().astype(np.float32))
+    np.testing.assert_allclose(affine(read), where, atol=1e-4)
+    same_image(read_values(nibabel.load(path), 3), read)
+    whole = path.read_bytes()
+    # nibabel writes a trailer of scan parameters into .mgh, which nobody needs.
+    lengths = cuts(len(whole)) if name != "a.mgh" else [n for n in cuts(len(whole)) if n < 284 + 4 * image().size]
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=says(path, "expected a readable image", "copy it again")):
+            read_values(path, 3)
+
+
+def test_bzip2_png_and_foreign_files(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(image().astype(np.float32), np.eye(4)), tmp_path / "a.nii.bz2")
+    assert read_values(tmp_path / "a.nii.bz2", 3).GetSize() == GRID
+    flat = sitk.GetImageFromArray(np.arange(42, dtype=np.uint8).reshape(6, 7))
+    sitk.WriteImage(flat, str(tmp_path / "a.png"))
+    same_image(read_values(tmp_path / "a.png", 2), flat)
+    for name in ("text.nii.gz", "text.mha", "text.nrrd"):
+        (tmp_path / name).write_text("not an image")
+        with pytest.raises(DataError, match=says(name, "a readable image", "copy it again")):
+            read_values(tmp_path / name, 3)
+    for name in ("a.vtk", "a.tif"):  # of these SimpleITK takes a half for a whole
+        sitk.WriteImage(itk_image(), str(tmp_path / name))
+        with pytest.raises(DataError, match=says(name, "a readable image", "Convert it to NIfTI, NRRD")):
+            read_values(tmp_path / name, 3)
     with pytest.raises(DataError, match=says("gone.nii.gz: expected an image file, found no such file")):
-        load(tmp_path / "gone.nii.gz", modality="MR", shape=GRID)
-    for name in ("a.nii.gz", "a.nii"):
-        path = save(tmp_path / name, image())
-        whole = path.read_bytes()
-        for length in (0, 50, len(whole) // 2, len(whole) - 20, len(whole) - 4):
-            path.write_bytes(whole[:length])
-            with pytest.raises(DataError, match=says(name, "a readable image", "copy it again")):
-                load(path, modality="MR", shape=GRID)
-    path = save(tmp_path / "b.nii.gz", image())
-    whole = bytearray(path.read_bytes())
-    whole[400:420] = bytes(20)
-    path.write_bytes(whole)
-    with pytest.raises(DataError, match=says("b.nii.gz", "a readable image")):
-        load(path, modality="MR", shape=GRID)
-    (tmp_path / "text.nii.gz").write_text("not an image")
-    with pytest.raises(DataError, match=says("text.nii.gz", "a readable image")):
-        load(tmp_path / "text.nii.gz", modality="MR", shape=GRID)
+        read_values(tmp_path / "gone.nii.gz", 3)
 
 
-def test_grid_and_modality_are_checked(tmp_path):
-    path = save(tmp_path / "a.nii.gz", image())
-    for shape, modality in (((8,), "MR"), ((8, 8, 1), "MR"), (GRID, "US")):
-        with pytest.raises(DataError, match=says("a 2-D or 3-D grid and CT or MR", modality)):
-            decode(path, modality=modality, shape=shape)
+def test_gzip_in_several_pieces_and_with_something_behind(tmp_path):
+    """As bgzip writes them, and as tapes and disks pad them: gunzip and ITK take both."""
+    plain = save(tmp_path / "a.nii", image()).read_bytes()
+    pieces = gzip.compress(plain[:1000]) + gzip.compress(plain[1000:])
+    for number, content in enumerate((pieces, pieces + bytes(512), gzip.compress(plain) + b"\r\n")):
+        path = tmp_path / f"{number}.nii.gz"
+        path.write_bytes(content)
+        same_image(read_values(path, 3), read_values(tmp_path / "a.nii", 3))
+    wide = save(tmp_path / "wide.nii", np.random.default_rng(0).random((80, 80, 80))).read_bytes()
+    for shift in (-1, 0, 1):  # a piece that begins where a block of the reader ends
+        first = gzip.compress(wide[: 1 << 20], compresslevel=0)
+        first = gzip.compress(wide[: (1 << 20) + (1 << 20) - len(first) + shift], compresslevel=0)
+        assert len(first) == (1 << 20) + shift
+        path = tmp_path / "wide.nii.gz"
+        path.write_bytes(first + gzip.compress(wide[len(gzip.decompress(first)) :]))
+        same_image(read_values(path, 3), read_values(tmp_path / "wide.nii", 3))
+    path.write_bytes(pieces[:-30])
+    with pytest.raises(DataError, match=says(path, "copy it again")):
+        read_values(path, 3)
+
+
+def patched(path, values, *changes):
+    """A NIfTI file with raw changes (offset, format, values) of its header."""
+    content = bytearray(save(path, values, np.eye(4)).read_bytes())
+    for offset, form, numbers in changes:
+        struct.pack_into(form, content, offset, *numbers)
+    path.write_bytes(content)
+    return path
+
+
+TURN = [
+    (252, "<hh", (1, 1)),
+    (256, "<fff", (0.0, 0.70710701, 0.70710701)),  # a quaternion a rounding error too long
+    (280, "<12f", (-1, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "spacing"),
+    [
+        (TURN, (1, 1, 1)),
+        ([(123, "B", (7,))], (1, 1, 1)),  # a unit that NIfTI does not define
+        ([(123, "B", (56 + 2,))], (1, 1, 1)),  # and one of time
+        ([(123, "B", (0,))], (1, 1, 1)),
+        ([(252, "<hh", (0, 0)), (80, "<3f", (0.5, 2, 3))], (0.5, 2, 3)),  # neither qform nor sform
+        ([(252, "<hh", (1, 0)), (80, "<3f", (0.5, 2, 3))], (0.5, 2, 3)),
+        ([(252, "<hh", (0, 2)), (280, "<f", (2.0,)), (80, "<3f", (2, 1, 1))], (2, 1, 1)),
+        ([(123, "B", (1,))], (1000, 1000, 1000)),  # metres
+        ([(123, "B", (3,))], (0.001, 0.001, 0.001)),  # microns
+    ],
+)
+def test_harmless_headers_are_read_as_simpleitk_does(tmp_path, changes, spacing):
+    path = patched(tmp_path / "a.nii", image(), *changes)
+    read = read_values(path, 3)
+    same_image(read, sitk.ReadImage(str(path)))
+    np.testing.assert_allclose(read.GetSpacing(), spacing, rtol=1e-5)
+    path.rename(tmp_path / "uncompressed.nii.gz")
+    same_image(read_values(tmp_path / "uncompressed.nii.gz", 3), read)
+
+
+def test_set_zooms_and_the_qform_count_as_for_simpleitk(tmp_path):
+    """set_zooms changes the qform's spacing only, and ITK takes the sform of code 2 only where they agree."""
+    loaded = nibabel.Nifti1Image(image().astype(np.float32), np.diag([1.0, 1, 1, 1]))
+    loaded.header.set_zooms((2.0, 2.0, 4.0))
+    nibabel.save(loaded, tmp_path / "zooms.nii.gz")
+    turned = np.eye(4)
+    turned[:3, :3] = TURNED
+    both = nibabel.Nifti1Image(image().astype(np.float32), np.eye(4))
+    both.header.set_qform(turned, 1)
+    both.header.set_sform(np.eye(4), 2)
+    nibabel.save(both, tmp_path / "both.nii.gz")
+    for name in ("zooms", "both"):
+        path = tmp_path / f"{name}.nii.gz"
+        read = read_values(path, 3)
+        same_image(read, sitk.ReadImage(str(path)))
+        same_image(read_values(nibabel.load(path), 3), read)
+        same_image(read_values(read, 3), read)
+
+
+def test_a_sheared_sform_is_refused_with_the_remedy(tmp_path):
+    sheared = np.array([[1.0, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    for kind, name in ((nibabel.Nifti1Image, "a.nii.gz"), (nibabel.Nifti2Image, "b.nii.gz")):
+        made = kind(image().astype(np.float32), None)
+        made.header.set_sform(sheared, 1)
+        nibabel.save(made, tmp_path / name)
+        with pytest.raises(DataError, match=says(name, "perpendicular", "sheared sform", "Resample it")) as error:
+            read_values(tmp_path / name, 3)
+        assert "image.nii" not in str(error.value)
+    with pytest.raises(DataError, match=says("image: expected axes perpendicular")):
+        read_values(nibabel.Nifti1Image(image().astype(np.float32), sheared), 3)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.img", "a.hdr", "a.mha", "a.nrrd", "a.mgz"])
+@pytest.mark.parametrize("kind", ["<f4", ">f4", "<f8", ">f8"])
+def test_values_that_are_no_numbers_are_counted(tmp_path, name, kind):
+    """ITK makes them 0 in NIfTI files, which is water to a CT."""
+    values = image().round().astype(kind)
+    values[0, 0, :2], values[3, 3, 3] = np.nan, -np.inf
+    header = nibabel.Nifti1Header(endianness=kind[0])
+    path = tmp_path / name
+    if name == "a.mgz":
+        nibabel.save(nibabel.MGHImage(values.astype(np.float32), np.eye(4)), path)
+    elif name in ("a.img", "a.hdr"):
+        nibabel.save(nibabel.Nifti1Pair(values, np.eye(4), header), path)
+    elif ".nii" in name:
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4), header, dtype=kind), path)
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(values.astype(kind[1:])), str(path))
+    with pytest.raises(DataError, match=says(name, "finite values, found 3 NaN or infinite", "Replace them")):
+        read_values(path, 3)
+
+
+def test_axes_of_length_one_behind_the_third_are_no_obstacle(tmp_path):
+    for more in ((1,), (1, 1)):
+        read = read_values(save(tmp_path / "a.nii.gz", image().reshape(*GRID, *more)), 3)
+        assert read.GetSize() == GRID
+        np.testing.assert_array_equal(sitk.GetArrayViewFromImage(read).T, image().astype(np.float32))
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_colours_vectors_series_and_complex_numbers_are_refused(tmp_path, dim):
+    vector = sitk.GetImageFromArray(np.zeros((6, 7, 8, 3), np.float32), isVector=True)
+    colour = sitk.GetImageFromArray(np.zeros((6, 7, 8, 3), np.uint8), isVector=True)
+    phases = sitk.Cast(itk_image(), sitk.sitkComplexFloat32)
+    for made, names in (
+        (vector, ("v.mha", "v.nrrd", "v.nii.gz")),
+        (colour, ("c.mha", "c.nrrd")),
+        (phases, ("p.nrrd",)),
+    ):
+        for name in names:
+            try:
+                sitk.WriteImage(made, str(tmp_path / name))
+            except RuntimeError:
+                continue  # SimpleITK does not write these
+            with pytest.raises(DataError, match=says(name, "one real number a voxel", "data type")):
+                read_values(tmp_path / name, dim)
+        with pytest.raises(DataError, match=says("image: expected one real number a voxel", "data type")):
+            read_values(made, dim)
+    path = save(tmp_path / "series.nii.gz", image(shape=(6, 7, 8, 2)))
+    with pytest.raises(DataError, match=says(path, f"a {dim}-D image", "(6, 7, 8, 2)", "Save one of its volumes")):
+        read_values(path, dim)
+
+
+# DICOM
+
+
+def series(folder, values, *, uid="1.2.826.0.1.3680043.2.1125.1", spacing=(0.8, 1.2, 2.5), tilt=0.0, left_out=()):
+    """A DICOM series of `values` `(Z, Y, X)` in HU, stored with an intercept, in files that are not in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    turn = TURNED * np.linalg.det(TURNED)
+    for number, plane in enumerate(values):
+        if number in left_out:
+            continue
+        made = sitk.GetImageFromArray(plane.astype(np.int16)[None])
+        made.SetSpacing(spacing)
+        place = np.array([-30.0, 12.0, 5.5]) + number * (turn[:, 2] * spacing[2] + tilt * turn[:, 1])
+        tags = {
+            "0008|0060": "CT",
+            "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
+            "0008|0018": f"{uid}.{number + 1}",
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.9",
+            "0020|000e": uid,
+            "0020|0013": str(number),
+            "0020|0032": "\\".join(f"{x:.6f}" for x in place),
+            "0020|0037": "\\".join(f"{x:.6f}" for x in turn[:, :2].T.ravel()),
+            "0028|1052": "-1024",
+            "0028|1053": "1",
+        }
+        for tag, value in tags.items():
+            made.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{uid[-1]}_{len(values) - number:03d}.dcm"))
+        writer.Execute(made)
+    return folder
+
+
+def hounsfield(shape=(6, 7, 8)):
+    return np.random.default_rng(3).integers(-1000, 1500, shape)
+
+
+def test_a_folder_of_dicom_is_the_volume_that_was_written(tmp_path):
+    folder = series(tmp_path / "scan", hounsfield())
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "DICOMDIR").write_bytes(b"neither")
+    (folder / "empty.dcm").write_bytes(b"")
+    read = read_values(folder, 3)
+    expected = sitk.GetImageFromArray(hounsfield().astype(np.float32))
+    expected.SetSpacing((0.8, 1.2, 2.5))
+    expected.SetOrigin((-30.0, 12.0, 5.5))
+    expected.SetDirection((TURNED * np.linalg.det(TURNED)).ravel())
+    same_image(read, expected, atol=1e-3)
+    assert read_values(folder / "1_001.dcm", 2).GetSize() == (8, 7, 1)  # a slice alone
+
+
+def test_a_folder_that_is_not_one_whole_series_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=says("empty", "a folder with one DICOM series, found 0")):
+        read_values(tmp_path / "empty", 3)
+    folder = series(tmp_path / "gap", hounsfield(), left_out=[3])
+    with pytest.raises(DataError, match=says("gap", "evenly spaced slices", "steps of 2.5 to 5 mm", "missing")):
+        read_values(folder, 3)
+    folder = series(tmp_path / "tilted", hounsfield(), tilt=0.5)
+    with pytest.raises(DataError, match=says("tilted", "at right angles", "gantry", "dcm2niix")):
+        read_values(folder, 3)
+    folder = series(series(tmp_path / "two", hounsfield()), hounsfield(), uid="1.2.826.0.1.3680043.2.1125.2")
+    with pytest.raises(DataError, match=says("two", "one DICOM series, found 2")):
+        read_values(folder, 3)
+    folder = series(tmp_path / "cut", hounsfield())
+    for name in ("1_003.dcm", "1_006.dcm"):  # the first slice too, whose loss leaves no gap
+        whole = (folder / name).read_bytes()
+        for length in (len(whole) - 1, len(whole) - 40, 400):
+            (folder / name).write_bytes(whole[:length])
+            with pytest.raises(
+                DataError, match=says("cut", "slices of one series", f"{name} besides", "Copy it again")
+            ):
+                read_values(folder, 3)
+        (folder / name).write_bytes(whole)
+    assert read_values(folder, 3).GetSize() == (8, 7, 6)
+
+
+# Labels
+
+
+HUGE = [614454277, 3_000_000_000, 2**60 + 1, -5]
+
+
+@pytest.mark.parametrize("number", [1, 200, 70_000, *HUGE])
+def test_any_whole_number_is_a_label(tmp_path, number):
+    marks = np.zeros(GRID, np.int64)
+    marks[2:4, 2:5, 3:6] = number
+    paths = [save(tmp_path / "a.nii.gz", marks, dtype=np.int64), tmp_path / "b.nrrd", tmp_path / "c.nii.gz"]
+    sitk.WriteImage(sitk.GetImageFromArray(marks.T), str(paths[1]))
+    nibabel.save(nibabel.Nifti2Image(marks, np.eye(4), dtype=np.int64), paths[2])
+    for path in paths:
+        read = read_labels(path, 3, allowed=[number])
+        assert ids(read) == sorted([0, number])
+        np.testing.assert_array_equal(sitk.GetArrayViewFromImage(read).T, marks)
+        with pytest.raises(DataError, match=says(path, "labels [7]", f"also [{number}]", "Name them")):
+            read_labels(path, 3, allowed=[7])
+
+
+def test_labels_in_other_types(tmp_path):
+    """Floats that are whole, unsigned 64 bits, scaled integers: all are numbers."""
+    marks = label()
+    expected = marks.astype(np.int64)
+    scaled = nibabel.Nifti1Image(marks.astype(np.int16), np.eye(4))
+    scaled.header.set_slope_inter(2.0, 0.0)
+    nibabel.save(scaled, tmp_path / "scaled.nii.gz")
+    for path, factor in (
+        (save(tmp_path / "float.nii.gz", marks + 1e-5), 1),
+        (save(tmp_path / "double.nii.gz", marks * 3e9, dtype=np.float64), 3_000_000_000),
+        (save(tmp_path / "unsigned.nii.gz", marks, dtype=np.uint64), 1),
+        (save(tmp_path / "signed.nii.gz", -1 * expected, dtype=np.int8), -1),
+        (tmp_path / "scaled.nii.gz", 2 if nibabel.load(tmp_path / "scaled.nii.gz").dataobj.slope == 2 else 1),
+    ):
+        read = read_labels(path, 3)
+        np.testing.assert_array_equal(sitk.GetArrayViewFromImage(read).T, expected * factor)
+    for values, found in ((marks / 2, "0.5"), (marks + 0.25, "0.25")):
+        with pytest.raises(DataError, match=says("p.nii.gz", "whole numbers", found, "not probabilities")):
+            read_labels(save(tmp_path / "p.nii.gz", values), 3)
+    for name in ("p.nii.gz", "p.nii"):
+        with pytest.raises(DataError, match=says(name, "finite values", "Replace them")):
+            read_labels(save(tmp_path / name, np.where(marks, np.nan, 0)), 3)
+
+
+def test_names_of_images(tmp_path):
+    assert name_of(tmp_path / "a.nii") == str(tmp_path / "a.nii")
+    assert name_of(itk_image(), "moving image") == "moving_image"
+    made = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.float32), np.eye(4))
+    assert name_of(made, "fixed image") == "fixed_image"
+    nibabel.save(made, tmp_path / "b.nii")
+    assert name_of(made) == str(tmp_path / "b.nii")
+    names = ["a.nii", "a.nii.gz", "a.hdr", "a.hdr.gz", "a.img.gz", "a.mha", "a.nhdr", "a.mgz", "a.nii.bz2", "a"]
+    assert {stem(Path("folder.nii") / name) for name in names} == {"a"}
+
+
+def test_reading_many_files_says_nothing(tmp_path):
+    """Neither on standard output nor on standard error, whatever ITK thinks of a header."""
+    patched(tmp_path / "turn.nii", image(), *TURN)
+    patched(tmp_path / "unit.nii", image(), (123, "B", (7,)))
+    patched(tmp_path / "none.nii", image(), (252, "<hh", (0, 0)))
+    apart = nibabel.Nifti1Image(image().astype(np.float32), np.diag([1.0, 2, 3, 1]))
+    apart.header.set_zooms((3.0, 2.0, 1.0))
+    nibabel.save(apart, tmp_path / "zooms.nii")
+    series(tmp_path / "scan", hounsfield())
+    (tmp_path / "scan" / "notes.txt").write_text("not an image")
+    code = "import sys; from fmsam_lib.images.files import read_values; [read_values(name, 3) for name in sys.argv[1:]]"
+    names = [str(path) for path in tmp_path.iterdir() if path.name != "cache"]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 # The disk cache
 
 
-def files(tmp_path):
+def two_files(tmp_path):
     return save(tmp_path / "a.nii.gz", image()), save(tmp_path / "l.nii.gz", label(), dtype=np.uint8)
 
 
 def count_reads(monkeypatch):
-    reads, original = [], nibabel.load
-    monkeypatch.setattr(nibabel, "load", lambda path: reads.append(Path(path).name) or original(path))
+    reads, original = [], files._read
+    monkeypatch.setattr(files, "_read", lambda path, where: reads.append(Path(path).name) or original(path, where))
     return reads
 
 
@@ -443,7 +623,7 @@ def same(a, b):
 @pytest.mark.parametrize("shape", [(9, 5, 7), (5, 5)])
 @pytest.mark.parametrize("with_label", [True, False])
 def test_second_read_opens_no_image_file(tmp_path, monkeypatch, shape, with_label):
-    paths = files(tmp_path)[: 1 + with_label]
+    paths = two_files(tmp_path)[: 1 + with_label]
     first = load(*paths, modality="MR", shape=shape)
     reads = count_reads(monkeypatch)
     same(load(*paths, modality="MR", shape=list(shape)), first)
@@ -454,7 +634,7 @@ def test_second_read_opens_no_image_file(tmp_path, monkeypatch, shape, with_labe
 
 
 def test_a_changed_file_is_read_again(tmp_path, monkeypatch):
-    paths = files(tmp_path)
+    paths = two_files(tmp_path)
     first = load(*paths, modality="MR", shape=GRID)
     save(paths[0], image(5))
     os.utime(paths[0], ns=(1, 1))
@@ -463,7 +643,7 @@ def test_a_changed_file_is_read_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "zeros", "longer"])
 def test_damaged_cache_is_rebuilt(tmp_path, monkeypatch, damage):
-    paths = files(tmp_path)
+    paths = two_files(tmp_path)
     first = load(*paths, modality="MR", shape=GRID)
     (entry,) = (tmp_path / "cache").iterdir()
     whole = entry.read_bytes()
@@ -485,7 +665,7 @@ def test_damaged_cache_is_rebuilt(tmp_path, monkeypatch, damage):
 
 
 def test_unwritable_cache_warns_once_and_works(tmp_path):
-    paths = files(tmp_path)
+    paths = two_files(tmp_path)
     (tmp_path / "file").write_text("")  # a folder cannot be made inside a file, not even by root
     with pytest.warns(UserWarning, match=says("keeps no cache", "FMSAM_CACHE")):
         first = load(*paths, modality="MR", shape=GRID, cache=tmp_path / "file" / "cache")
