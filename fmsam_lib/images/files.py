@@ -83,7 +83,7 @@ def read_labels(source: Source, dim: int, allowed: Iterable[int] | None = None, 
     there = set(ids(image)) - {0}
     named = None if allowed is None else set(allowed)
     if not there:
-        raise data_error(where, "labels", "only background", "Leave it out.")
+        raise data_error(where, f"labels {sorted(named or [])}".removesuffix(" []"), "only background", "Leave it out.")
     if named is not None and not there <= named:
         more = f"also {sorted(there - named)[:10]}"
         raise data_error(where, f"labels {sorted(named)}", more, "Name them in the manifest or remove them.")
@@ -113,10 +113,17 @@ def _open(source: Source, dim: int, what: str) -> sitk.Image:
         expected = f"a {dim}-D image with several samples along each axis"
         todo = "Save one of its volumes" if len(size) > 3 else f"Choose a {dim}-D file or another grid"
         raise data_error(where, expected, f"shape {size}", f"{todo}.")
-    scale = np.array(image.GetDirection()).reshape(len(size), -1) * image.GetSpacing()
-    if not np.isfinite([*scale.flat, *image.GetOrigin()]).all() or np.linalg.cond(scale) > 1e6:
-        raise data_error(where, "an invertible affine", f"{scale.tolist()}", "Set its spacing and orientation.")
+    direction = np.array(image.GetDirection()).reshape(len(size), -1)
+    if len(size) == 2 and abs(np.linalg.det(direction)) < 1e-3:  # (X, Y) upright in space: ITK has but its x and y
+        image, direction = sitk.Image(image), np.eye(2)
+        image.SetDirection(direction.ravel())
+    _check_scale(direction * image.GetSpacing(), where)
     return image
+
+
+def _check_scale(scale: np.ndarray, where: str) -> None:
+    if not np.isfinite(scale).all() or np.linalg.cond(scale) > 1e6:
+        raise data_error(where, "an invertible affine", f"{scale.tolist()}", "Set its spacing and orientation.")
 
 
 def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
@@ -141,6 +148,8 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         if "orthonormal" in str(error):
+            loaded = nibabel.load(path)
+            _check_scale(loaded.affine[:3, :3], where)
             todo = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
             raise data_error(where, "axes perpendicular to each other", "a sheared sform", todo) from error
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error

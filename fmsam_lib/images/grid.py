@@ -54,8 +54,7 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
     grid, label = reference(image, shape), None
     if label_path is not None:
         values = read_labels(label_path, dim, labels)
-        check_same_grid(label_path, values, image_path, image)
-        label = labels_on_grid(values, grid)
+        label = labels_on_grid(check_same_grid(label_path, values, image_path, image), grid)
     to_grid = np.linalg.inv(affine(grid)) @ affine(image) / np.array([[*(n - 1 for n in shape), *[1] * (4 - dim)]]).T
     return Sample(on_grid(image, grid, modality, image_path), label, affine(grid), to_grid[:dim])
 
@@ -115,9 +114,11 @@ def on_grid(
 
 def labels_on_grid(labels: sitk.Image, grid: sitk.Image, start: sitk.Transform | None = None) -> Tensor:
     """The nearest of an image's labels at each sample of a grid, `(1, *S)`: uint8 where all ids fit, else int64."""
-    there = _tensor(nearest(labels, grid, start or sitk.Transform(grid.GetDimension(), sitk.sitkIdentity)), grid)
+    there = sitk.Image(grid)  # a hair aside: what lies between two voxels is the same however the file is stored
+    there.SetOrigin(grid.TransformContinuousIndexToPhysicalPoint([1e-4] * grid.GetDimension()))
+    values = _tensor(nearest(labels, there, start or sitk.Transform(grid.GetDimension(), sitk.sitkIdentity)), grid)
     found = ids(labels)
-    return there.to(torch.uint8 if found[0] >= 0 and found[-1] < 256 else torch.int64)
+    return values.to(torch.uint8 if found[0] >= 0 and found[-1] < 256 else torch.int64)
 
 
 def nearest(labels: sitk.Image, onto: sitk.Image, transform: sitk.Transform) -> sitk.Image:
@@ -158,8 +159,18 @@ def _tensor(image: sitk.Image, grid: sitk.Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(axes.reshape(sides)))[None]
 
 
-def check_same_grid(label_path: Source, label: sitk.Image, image_path: Source, image: sitk.Image) -> None:
-    """A label belongs to its image: grids of one size, less than 0.1 voxels apart, stored in whatever order of axes."""
+def check_same_grid(label_path: Source, label: sitk.Image, image_path: Source, image: sitk.Image) -> sitk.Image:
+    """A label belongs to its image: grids of one size, less than 0.1 voxels apart, stored in whatever order of axes.
+
+    Returns it with as many axes as the image: a slice may be stored as (X, Y) or as (X, Y, 1).
+    """
+    sides = (*label.GetSize(), *image.GetSize())
+    if len(sides) == 5 and sides[-1 if image.GetDimension() == 3 else 2] == 1:
+        if label.GetDimension() == 3:
+            return check_same_grid(label_path, label[:, :, 0], image_path, image)
+        volume = sitk.JoinSeries([check_same_grid(label_path, label, image_path, image[:, :, 0])])
+        volume.CopyInformation(image)
+        return volume
     todo = "Correct the wrong header or resample the label onto the image."
     where = [name_of(label_path, "labels"), name_of(image_path)]
     sizes = [(*each.GetSize(), 1)[:3] for each in (label, image)]
@@ -173,27 +184,43 @@ def check_same_grid(label_path: Source, label: sitk.Image, image_path: Source, i
     apart = np.abs(np.linalg.inv(affine(image)) @ turned - np.eye(4)) @ [*(n - 1 for n in size), 1]
     if apart.max() > 0.1:
         raise data_error(where[0], f"the affine of {where[1]}", f"grids {apart.max():.3g} voxels apart", todo)
+    return label
 
 
 def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, float]:
     """The intensities that become 0 and 1: of CT -1000 and 1000 HU, of MR its minimum and its 99th percentile.
 
-    An MR image's fill values are left out: a lowest value below 0, of many voxels, further from all others than these
-    from each other. Raises DataError for an image that would be constant, and for CT that is not in HU.
+    An MR image's fill values are left out. Raises DataError for an image that would be constant, and for CT that is
+    not in HU.
     """
-    low, high = CT_WINDOW if modality == "CT" else (float(image.min()), float(np.percentile(image, 99)))
-    while modality != "CT" and low < 0 and (image == low).mean() >= FILL_SHARE and (image > low).any():
-        others = image[image > low]
-        start, end = float(others.min()), float(np.percentile(others, 99))
-        if not 0 < end - start < start - low:
-            break
-        image, low, high = others, start, end
+    low, high = CT_WINDOW
+    if modality != "CT":
+        inside = _without_fill(image)
+        low, high = float(inside.min()), float(np.percentile(inside, 99))
     if min(image.max(), high) <= max(image.min(), low):
         what = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
         raise data_error(name_of(where), f"an image that varies {what}", f"{image.min():g} throughout", "Leave it out.")
     if modality == "CT":
         _check_hounsfield(where, image)
     return low, high
+
+
+def _without_fill(image: np.ndarray) -> np.ndarray:
+    """An MR image's values without what fills its outside: -32768, -1024 and the like; where nothing does, all of it.
+
+    Whole numbers below 0 (z-scores are not), at most three, each of many voxels, the last further from all other values
+    than these from each other; where these are not negative, a fifth of that is far enough.
+    """
+    inside = rest = image
+    for _ in range(3):
+        low = float(rest.min())
+        if low >= 0 or low % 1 or (rest == low).sum() < max(8, FILL_SHARE * image.size) or low == rest.max():
+            break
+        rest = rest[rest > low]
+        start, end = float(rest.min()), float(np.percentile(rest, 99))
+        if 0 < (end - start) * (1.0 if start < 0 else 0.2) < start - low:
+            inside = rest
+    return inside
 
 
 def normalise(where: Source, image: np.ndarray, modality: str) -> np.ndarray:
@@ -211,14 +238,27 @@ def background(image: np.ndarray, modality: str) -> float:
 def _check_hounsfield(where: Source, image: np.ndarray) -> None:
     """Refuse CT of which the window would make most of the body constant: stored with an offset, scaled, or no CT."""
     low, high = CT_WINDOW
-    body = image[image > low]
-    dark, middle, bright = np.percentile(body, (1, 50, 99))
-    if dark > low / 2 and (body >= high).mean() > 0.15:
-        remedy = "They look like HU + 1024: subtract 1024"
-    elif bright - dark < 0.02 * (high - low):
-        remedy = "They look scaled: bring them back to HU"
-    elif body.size < 0.01 * image.size:
+    image = image.ravel()[:: max(1, image.size // 1_000_000)]
+    body, deep, dense = image[image > low], image[image < low - 200], image[image > high / 2]
+    dark, middle, bright = np.percentile(body if body.size else image, (1, 50, 99))
+    below, around = (np.percentile(deep, (25, 50, 75)) if deep.size > 0.01 * image.size else np.zeros(3)), 0.0
+    if dense.size > 0.03 * image.size:  # soft tissue stored as about 1064, in much air
+        around = ((dense > high - 150) & (dense < high + 200)).mean() * (dark > -50)
+    # Air that scatters around -2024, or is all of one such value and leaves hardly anything denser than tissue at -984.
+    air = abs(below[1] - (low - 1024)) < 300 and (
+        0 < below[2] - below[0] < 300
+        or (deep.size > image.size / 4 and (image > -850).sum() < (image.size - deep.size) / 4)
+    )
+    if air or (image > low + 100).mean() < 0.01:
         remedy = "They look like HU - 1024: add 1024"
+    elif (
+        bright - dark < 10
+        or (image.min() >= 0 and image.max() <= 255 and (image.max() >= 200 or (image <= 5).mean() > 0.02))
+        or bright > 5000
+    ):
+        remedy = "They look scaled: bring them back to HU"
+    elif dark > low / 2 and ((body >= high).mean() > 0.15 or around > 0.6):
+        remedy = "They look like HU + 1024: subtract 1024"
     else:
         return
     found = f"values with 1st, 50th, 99th percentile {dark:.4g}, {middle:.4g}, {bright:.4g}"
