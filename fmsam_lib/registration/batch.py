@@ -1,0 +1,100 @@
+"""A list of pairs, each registered as one alone is, and one table of all."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fmsam_lib.checking import nearest, plain
+from fmsam_lib.records import DataError, data_error, write_csv, write_json
+from fmsam_lib.registration.folder import SUMMARY, check_output, fitting
+
+FILES = ("fixed", "moving", "labels", "fixed_labels", "fixed_mask", "moving_mask")
+TABLE = "pairs.csv"
+COLUMNS = [
+    *("name", "status", "similarity_before", "similarity_after", "folding_percent", "sdlogj", "dice_before"),
+    *("dice_after", "tre_before", "tre", "seconds", "verdict", "reason"),
+]
+
+
+def register_all(
+    pairs: str | Path, out: str | Path, register_one: Callable[[dict[str, str], Path], Any], options: dict[str, Any]
+) -> int:
+    """Register each pair of the CSV file `pairs` into `<out>/<name>/`; 0, or 1 where a pair failed, which it names.
+
+    register_one: takes the paths of a pair's files, by their names in `FILES`, and its folder; leaves `summary.json`.
+    options: all else that the results depend on. What is there of the same files (by cell, size and date) and options,
+    as its summary says, is not made again. `<out>/pairs.csv` comes at the end, a line a pair, from the summaries.
+
+    Raises DataError, before the work, as `read_pairs`.
+    """
+    out, lines, failed = Path(out), [], []
+    for name, row in read_pairs(Path(pairs), out).items():
+        files, folder = {role: Path(pairs).parent / cell for role, cell in row.items()}, out / name
+        try:
+            stamps = {role: [row[role], os.stat(f).st_size, os.stat(f).st_mtime_ns] for role, f in files.items()}
+            made_of = plain({"files": stamps, "options": options})
+            if _summary(folder).get("made_of") != made_of:
+                register_one({role: str(file) for role, file in files.items()}, folder)
+                write_json(folder / SUMMARY, _summary(folder) | {"made_of": made_of})
+            summary = _summary(folder)
+            dice = pd.DataFrame(summary.get("dice", {}), dtype=float).mean(axis=1).add_prefix("dice_")
+            lines.append({**summary, **dice, "name": name, "status": "done"})
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            failed.append(f"{name}: {str(error) or repr(error)}")
+            lines.append({"name": name, "status": "failed", "verdict": {"reason": str(error) or repr(error)}})
+        print(f"{name}: {lines[-1]['status']}", flush=True)
+    table = pd.json_normalize(lines, sep="_").rename(columns=lambda column: column.removeprefix("verdict_"))
+    write_csv(table, out / TABLE, COLUMNS)
+    print("\n- ".join([f"{len(failed)} of {len(lines)} pairs failed; {out / TABLE}", *failed]))
+    return 1 if failed else 0
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """{} where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return {}
+
+
+def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
+    """By each pair's name its files as the table has them; they count from the table's folder.
+
+    Raises DataError, which names all that is wrong at once, and where the results could not be written.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, restkey="", restval="")
+            columns = table.fieldnames = [column.strip() for column in table.fieldnames or []]
+            rows = [(table.line_num, {c: "".join(cell).strip() for c, cell in row.items()}) for row in table]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise data_error(path, "a CSV file in UTF-8", str(error), "Save it as such.") from error
+    if "fixed" not in columns and re.search("[;\t]", "".join(columns)):
+        raise data_error(path, "commas between columns", "semicolons or tabs", "Save it again, with commas.")
+    known, found, pairs = [*FILES, "name"], [f"column {c}: missing" for c in FILES[:2] if c not in columns], {}
+    for column in columns:
+        if column and (column not in known or columns.count(column) > 1):
+            found.append(f"column {column!r}: expected each once of {', '.join(known)}{nearest(column, known)}")
+    for line, cells in rows if not found else []:
+        row = {column: cell for column, cell in cells.items() if cell and column}
+        bare = [re.sub(r"(\.nii)?\.\w+$", "", Path(row.get(role, "")).name) for role in FILES[:2]]
+        name = row.pop("name", "_".join(fitting(*bare)))
+        wrong = ["a cell without a column"] * bool(cells.get("")) + [f"no {r}" for r in FILES[:2] if r not in row]
+        wrong += [f"no file {path.parent / cell}" for cell in row.values() if not (path.parent / cell).exists()]
+        if name in pairs or name.startswith(".") or "/" in name or name == TABLE:
+            wrong.append(f"expected a name for a folder of its own, in a column `name`, found {name!r}")
+        if any(cells.values()):
+            found += [f"line {line}: {problem}" for problem in wrong]
+            pairs[name] = row
+    if (out / TABLE).resolve() == path.resolve():
+        found.append(f"the results' table would replace it: choose another folder than {out}")
+    if found or not pairs:
+        raise DataError("\n- ".join([f"{path}: expected a table of pairs", *(found or ["no pair in it"])]))
+    check_output(out, [TABLE, *pairs])
+    return pairs
