@@ -30,13 +30,15 @@ MODALITIES = ("CT", "MR")
 class Sample:
     """One image on the study's grid; shared, so do not write into its tensors.
 
-    image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)` uint8 or None. affine: `(4, 4)` float64, index
-    to RAS mm; on a 2-D grid its first two columns belong to the grid's axes.
+    image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)` or None, uint8 where all its numbers fit,
+    else int64. affine: `(4, 4)` float64, index to RAS mm; on a 2-D grid its first two columns belong to the grid's
+    axes. unit_of_index: `(D, 4)` float64, the file's index `(x, y, z, 1)` to the grid's unit coordinates.
     """
 
     image: Tensor
     label: Tensor | None
     affine: np.ndarray
+    unit_of_index: np.ndarray
 
 
 def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
@@ -54,18 +56,21 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
     if dim not in (2, 3) or min(shape) < 2 or modality not in MODALITIES:
         expected = f"a 2-D or 3-D grid and {' or '.join(MODALITIES)}"
         raise data_error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
-    volume, volume_affine = _read(Path(image_path), dim)
+    volume, volume_affine, canonical = _read(Path(image_path), dim)
+    axes = [a for a in range(3) if dim == 3 or a != (volume.shape.index(1) if 1 in volume.shape else 2)]
+    unit_of_index = canonical[axes] / (np.array(volume.shape)[axes, None] - 1)
     image, affine = _slice(volume, volume_affine, dim)
-    image, label = normalise(image_path, image, modality), None
+    image, label = normalise(image_path, image.astype(np.float32), modality), None
     steps = _steps(image.shape, shape)
     if label_path is not None:
-        values, label_affine = _read(Path(label_path), dim)
-        _check_label(label_path, values, labels)
+        values, label_affine, _ = _read(Path(label_path), dim)
+        label_values = _check_label(label_path, values, labels)
         check_same_grid(label_path, values.shape, label_affine, image_path, volume.shape, volume_affine)
         nearest = [np.floor(np.arange(n) * step + 0.5).astype(int) for n, step in zip(shape, steps, strict=True)]
-        values = _slice(values, label_affine, dim)[0][np.ix_(*nearest)]
-        label = torch.from_numpy(np.rint(values).astype(np.uint8))[None]
-    return Sample(resample(image, shape), label, affine @ np.diag([*steps, *[1.0] * (4 - dim)]))
+        values = _slice(label_values, label_affine, dim)[0][np.ix_(*nearest)]
+        small = label_values.min() >= 0 and label_values.max() <= 255
+        label = torch.from_numpy(values.astype(np.uint8 if small else np.int64))[None]
+    return Sample(resample(image, shape), label, affine @ np.diag([*steps, *[1.0] * (4 - dim)]), unit_of_index)
 
 
 def resample(image: np.ndarray, shape: Sequence[int]) -> Tensor:
@@ -130,20 +135,22 @@ def check_affine(path, affine: np.ndarray) -> None:
 def values_of(path, file, shape: tuple[int, int, int]) -> np.ndarray:
     """All values of an opened file, `shape`, float32, finite, in the file's own order."""
     with reading(path):
-        values = file.get_fdata(dtype=np.float32, caching="unchanged").reshape(shape)
+        values = np.asanyarray(file.dataobj).reshape(shape)
+        values = values if values.dtype.kind in "iu" and values.dtype.itemsize > 2 else values.astype(np.float32)
     if not np.isfinite(values).all():
         raise data_error(path, "finite values", f"{(~np.isfinite(values)).sum()} NaN or infinite", "Replace them.")
     return values
 
 
-def _read(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A file's values `(X, Y, Z)` float32 and affine in canonical orientation; 2-D ones have one side of 1."""
     file = open_file(path)
     shape, affine = spatial_shape(path, file, dim), np.asarray(file.affine, dtype=np.float64)
     check_affine(path, affine)
     orientation = nibabel.io_orientation(affine)
     values = nibabel.apply_orientation(values_of(path, file, shape), orientation)
-    return values, affine @ nibabel.orientations.inv_ornt_aff(orientation, shape)
+    file_of_canonical = nibabel.orientations.inv_ornt_aff(orientation, shape)
+    return values, affine @ file_of_canonical, np.linalg.inv(file_of_canonical)
 
 
 def check_same_grid(label_path, label_shape, label_affine, image_path, shape, affine) -> None:
@@ -179,14 +186,17 @@ def normalise(path, image: np.ndarray, modality: str) -> np.ndarray:
     return ((image - low) / (high - low)).astype(np.float32)
 
 
-def _check_label(path, label: np.ndarray, labels) -> None:
+def _check_label(path, label: np.ndarray, labels) -> np.ndarray:
     values = np.unique(label)
-    if np.abs(values - np.rint(values)).max() > 1e-3:
+    if values.dtype.kind == "f" and np.abs(values - np.rint(values)).max() > 1e-3:
         raise data_error(path, "whole numbers", f"{values[np.rint(values) != values][0]:g}", "Save labels as integers.")
-    found, named = {int(value) for value in np.rint(values)} - {0}, set(range(1, 256) if labels is None else labels)
-    expected = "labels from 1 to 255" if labels is None else f"labels {sorted(named)}"
+    label = label if label.dtype.kind in "iu" else np.rint(label).astype(np.int64)
+    found = {int(value) for value in np.unique(label)} - {0}
+    named = found if labels is None else set(labels)
+    expected = "labels" if labels is None else f"labels {sorted(named)}"
     if not found <= named:
         more = f"also {sorted(found - named)[:10]}"
         raise data_error(path, expected, more, "Name them in the manifest or remove them.")
     if not found:
         raise data_error(path, expected, "only background", "Leave the image out.")
+    return label.astype(np.int64)
