@@ -144,12 +144,9 @@ class FileDomain:
         if pairs:
             return self._pair(*pairs[rng.integers(len(pairs))])
         if len(images) < 2:
-            raise data_error(
-                self.manifest.folder,
-                "two training images or more (a pair is of two different ones), or training pairs",
-                f"{len(images)} images",
-                "Add some, or use this data set for testing only.",
-            )
+            expected = "two training images or more (a pair is of two different ones), or training pairs"
+            todo = "Add some, or use this data set for testing only."
+            raise data_error(self.manifest.folder, expected, f"{len(images)} images", todo)
         return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
 
     def validation_pair(self, index: int) -> Pair:
@@ -163,7 +160,7 @@ class FileDomain:
         pairs = [*(self.manifest.training_pairs or []) * training, *self.manifest.test_pairs * test]
         problems = []
         images = sorted({*self.manifest.training * training, *itertools.chain(*pairs)})
-        for files in [*((image,) for image in images), *pairs]:
+        for files in [*zip(images, strict=True), *pairs]:
             try:
                 self._pair(*files) if len(files) == 2 else self._sample(*files)
             except DataError as error:
@@ -178,7 +175,7 @@ class FileDomain:
             sample = load(image, label, labels=self.labels, **options)
             inside = load(image, mask, **options).label if mask else None
             points = landmarks(keypoints, sample) if keypoints and len(self.shape) == self.manifest.dimensions else None
-            self.samples[image] = sample, points, inside if inside is None else inside != 0
+            self.samples[image] = sample, points, None if inside is None or not inside.any() else inside != 0
         return self.samples[image]
 
     def _pair(self, fixed_path: Path, moving_path: Path) -> Pair:
@@ -190,9 +187,8 @@ class FileDomain:
             keypoints, found = self.manifest.beside["keypoints"], f"{len(fixed_points)} and {len(moving_points)}"
             expected = f"as many points as in {keypoints[moving_path]}, line by line"
             raise data_error(keypoints[fixed_path], expected, found, "Correct the files.")
-        spacing, moving_spacing = (
-            tuple(np.linalg.norm(sample.affine[:3, : len(self.shape)], axis=0).tolist()) for sample in (fixed, moving)
-        )
+        columns = (side.affine[:3, : len(self.shape)] for side in (fixed, moving))
+        spacing, moving_spacing = (tuple(np.linalg.norm(part, axis=0).tolist()) for part in columns)
         return Pair(
             name=f"{stem(fixed_path)}<-{stem(moving_path)}",
             moving=moving.image,

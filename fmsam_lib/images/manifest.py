@@ -12,11 +12,7 @@ from pathlib import Path
 from fmsam_lib.records import PROJECT, DataError, data_error
 
 MANIFEST_KEYS = ("name", "dimensions", "modality", "pairing", "training", "registration_val")
-LEARN2REG = {
-    "tensorImageSize": "dimensions",
-    "tensorImageShape": "dimensions",
-    "pairings": "pairing",
-}  # its words: ours
+LEARN2REG = {"tensorImageSize": "dimensions", "tensorImageShape": "dimensions", "pairings": "pairing"}  # as ours
 BESIDE = ("label", "mask", "keypoints")  # what an entry may name beside its image
 READ_AS = {  # what modalities are called, in capitals, letters and digits only
     "CT": "(CB|FB|LD|HR|CE)?CT",
@@ -61,9 +57,9 @@ def read_manifest(folder: Path | str) -> Manifest:
 
     An image's files and subject are those of its entry `{"image", "label", "mask", "keypoints", "subject"}` under
     `training` or `test`; else the files are those of the same name under `labels…`, `masks…` and `keypoints…` (.csv)
-    beside `images…`, if there, and the subject follows from the file's name (see `subject_of`). Of several modalities
-    the number at the end of an image's name tells which it is. Learn2Reg lists validation cases under `training` too:
-    their subjects are taken out of training, with a warning.
+    beside `images…`, if there, and the subject follows from the file's name (see `subject_of`), as does the modality
+    where there are several. Subjects of test images that stand under `training` too are taken out of training, with a
+    warning: Learn2Reg lists its validation cases there.
     Raises DataError: no such folder or manifest, broken JSON, missing keys, missing files, duplicates,
     pairs of an image with itself, an unknown modality, a subject in both training and test by other images.
     """
@@ -172,11 +168,7 @@ def _read_as(name: str) -> str:
 
 
 def stem(image: Path | str) -> str:
-    """An image file's name without its extension.
-
-    >>> [stem(name) for name in ("images/a.1.nii.gz", "b.mha")]
-    ['a.1', 'b']
-    """
+    """An image file's name without its extension."""
     return re.sub(r"\.(nii|nii\.gz|nrrd|nhdr|mha|mhd)$", "", Path(image).name)
 
 
