@@ -121,8 +121,8 @@ def _checked(path: Path, content: dict) -> Manifest:
     left = [image for image in training if subjects[image] not in again]
     left_pairs = training_pairs and [p for p in training_pairs if not again & {subjects[image] for image in p}]
     if again and (left_pairs if training_pairs else left):  # else nothing would be left: no habit, but a mistake
-        told = f"{path}: {', '.join(sorted(again)[:5])} ({len(again)} in all) stand under training and are tested on"
-        warnings.warn(f"{told}; they are taken out of training", stacklevel=3)
+        told = f"the test subjects {', '.join(sorted(again)[:5])} ({len(again)} in all) stand under training too"
+        warnings.warn(f"{path}: {told}; they are taken out of training", stacklevel=3)
         training, training_pairs = left, left_pairs
         trained_on = {*training, *itertools.chain(*(training_pairs or []))}
     shared = sorted({subjects[image] for image in trained_on} & {subjects[image] for image in tested_on})
