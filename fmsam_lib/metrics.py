@@ -17,8 +17,9 @@ The rows of `measure`; those with a structure's name as their `label` come once 
     sdlogj_learn2reg    1                 the same as Learn2Reg computes it; no row below 5 samples a side
     inverse_error       mm                mean |phi(inverse(x)) - x|, where the inverse is given
 
-mm stands for the pair's unit. The last five describe a map, so they need one. Conventions are those of Learn2Reg's
-evaluation (Hering et al. 2023, IEEE TMI 42(3)), but distances are in the pair's spacing, not in voxels.
+mm stands for the pair's unit. The last five describe a map, so they need one; where the pair
+has a fixed mask, the first four of them describe the map there. Conventions are those of Learn2Reg's evaluation (Hering
+et al. 2023, IEEE TMI 42(3)), but distances are in the pair's spacing, not in voxels.
 """
 
 import math
@@ -59,12 +60,12 @@ def measure(pair: Pair, phi_map: Tensor | None, inverse: Tensor | None = None) -
     if pair.true_map is not None:
         rows.append(_row("map_error", map_error(pair, phi_map), unit))
     if phi_map is not None:
-        determinant = jacobian_determinant(phi_map)
+        determinant = determinants(pair, phi_map)
         rows.append(_row("folding_percent", folding_percent(determinant), "%"))
         rows.append(_row("jacobian_min", float(determinant.min()), "1"))
         rows.append(_row("sdlogj", sdlogj(determinant), "1"))
         if min(phi_map.shape[2:]) > 4:
-            rows.append(_row("sdlogj_learn2reg", sdlogj_learn2reg(phi_map), "1"))
+            rows.append(_row("sdlogj_learn2reg", sdlogj_learn2reg(phi_map, pair.fixed_mask), "1"))
         if inverse is not None:
             rows.append(_row("inverse_error", _mean_length(inverse_error(phi_map, inverse), pair), unit))
     return rows
@@ -178,18 +179,22 @@ def _percentile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
 
 
 def _mean_length(displacement: Tensor, pair: Pair) -> float:
-    """Mean length of displacements `(1, D, *P)`, in the pair's unit."""
+    """Mean length of displacements `(1, D, *P)` in the moving image, in the pair's unit."""
     samples = voxels(displacement.double(), tuple(pair.fixed.shape[1:]))
-    spacing = torch.tensor(pair.spacing, dtype=samples.dtype).view(1, -1, *[1] * (samples.dim() - 2))
-    return float((samples * spacing).square().sum(dim=1).sqrt().mean())
+    spacing = torch.tensor(pair.moving_spacing or pair.spacing, dtype=samples.dtype)
+    return float((samples * spacing.view(1, -1, *[1] * (samples.dim() - 2))).square().sum(dim=1).sqrt().mean())
 
 
 def landmark_error(pair: Pair, phi_map: Tensor | None) -> float:
-    """Mean distance of `phi(fixed landmark)` from the moving landmark (TRE), in the spacing's unit."""
+    """Mean distance of `phi(fixed landmark)` from the moving landmark (TRE), in the moving spacing's unit.
+
+    A landmark outside the grid, in its outermost samples' far halves, moves as the nearest point of the grid does.
+    """
     assert pair.fixed_landmarks is not None
     assert pair.moving_landmarks is not None
     points = pair.fixed_landmarks.T.view(1, -1, *[1] * (pair.fixed.dim() - 2), len(pair.fixed_landmarks))
-    mapped = points if phi_map is None else sample(phi_map, points)
+    inside = points.clamp(0, 1)
+    mapped = points if phi_map is None else sample(phi_map, inside) + (points - inside)
     return _mean_length(mapped - pair.moving_landmarks.T.view_as(points), pair)
 
 
@@ -202,8 +207,19 @@ def map_error(pair: Pair, phi_map: Tensor | None) -> float:
     identity = identity_map(tuple(pair.fixed.shape[1:]))
     error = (identity if phi_map is None else phi_map) - pair.true_map[None]
     if pair.fixed_label is not None and pair.fixed_label.any():
-        error = error[:, :, pair.fixed_label[0] > 0]
+        error = error[:, :, pair.fixed_label[0] != 0]
     return _mean_length(error, pair)
+
+
+def determinants(pair: Pair, phi_map: Tensor) -> Tensor:
+    """The Jacobian determinant in every cell; with a fixed mask, in those that start at a sample of it."""
+    return _within(jacobian_determinant(phi_map)[0], pair.fixed_mask, slice(-1))
+
+
+def _within(values: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+    """Values of this part of each axis, in a mask `(1, *S)`; all without a mask or where it is empty."""
+    inside = None if mask is None else mask[0][(part,) * values.dim()]
+    return values if inside is None or not inside.any() else values[inside]
 
 
 def folding_percent(determinant: Tensor) -> float:
@@ -238,12 +254,12 @@ def learn2reg_field(phi_map: Tensor) -> np.ndarray:
     return np.ascontiguousarray(displacement[0].movedim(0, -1).numpy(force=True), dtype=np.float32)
 
 
-def sdlogj_learn2reg(phi_map: Tensor) -> float:
+def sdlogj_learn2reg(phi_map: Tensor, mask: Tensor | None = None) -> float:
     """Learn2Reg's SDlogJ of a map `(1, D, *S)`: standard deviation of `log(det(I + du/dx) + 3)`.
 
-    u is in voxels and has central differences; two samples of border are left out, `det + 3` is clipped to
-    [1e-9, 1e9]. The 3 makes folds harmless and everything smaller than `sdlogj`: do not compare the two.
-    Raises ValueError where a side has fewer than 5 samples, for then nothing is left.
+    mask: `(1, *S)` bool, the samples that count. u is in voxels and has central differences; two samples of border are
+    left out, `det + 3` is clipped to [1e-9, 1e9]. The 3 makes folds harmless and everything smaller than `sdlogj`: do
+    not compare the two. Raises ValueError where a side has fewer than 5 samples, for then nothing is left.
     """
     u = torch.from_numpy(learn2reg_field(phi_map))  # (*S, D)
     dim = u.shape[-1]
@@ -251,4 +267,5 @@ def sdlogj_learn2reg(phi_map: Tensor) -> float:
         raise ValueError(f"expected at least 5 samples a side, got {tuple(u.shape[:-1])}; use sdlogj there")
     matrix = torch.stack(torch.gradient(u, dim=list(range(dim))), dim=-1)[(slice(2, -2),) * dim]  # component, axis
     determinant = torch.linalg.det(matrix + torch.eye(dim, dtype=u.dtype))
+    determinant = _within(determinant, mask, slice(2, -2))
     return float(np.std(np.log((determinant.double() + 3).clamp(1e-9, 1e9).numpy())))

@@ -10,11 +10,13 @@ class Pair:
     """A moving and a fixed image of one grid, and what is known about them.
 
     moving, fixed: `(1, *S)` float32 in [0, 1].
-    moving_label, fixed_label: `(1, *S)` uint8, 0 is background; None where there are no labels.
+    moving_label, fixed_label: `(1, *S)` integers, 0 is background; None where there are no labels.
     labels: the structures' names by number, without the background.
+    moving_mask, fixed_mask: `(1, *S)` bool, where the similarity counts and the fixed one's regularity is measured.
     true_map: `(D, *S)`, where a point of the fixed grid lies in the moving image, unit coordinates.
     moving_landmarks, fixed_landmarks: `(L, D)` corresponding points, unit coordinates.
     affine: `(4, 4)` of the fixed grid, index to mm (RAS); spacing: mm per sample along each axis.
+    moving_spacing: the same of the moving image, whose samples may be others; () where it is the fixed one's.
     unit: of the spacing: "voxel" (of the file) where its millimetres are not known.
     subjects: whose images they are, the fixed one's and the moving one's; () where it is not known.
     """
@@ -32,3 +34,6 @@ class Pair:
     fixed_landmarks: Tensor | None = None
     unit: str = "mm"
     subjects: tuple[str, ...] = ()
+    moving_mask: Tensor | None = None
+    fixed_mask: Tensor | None = None
+    moving_spacing: tuple[float, ...] = ()

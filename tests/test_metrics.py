@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -445,3 +446,35 @@ def test_bad_maps_are_refused():
         measure(toy_pair(), identity, identity * math.nan)
     with pytest.raises(ValueError, match=r"expected a spacing for each of 3 axes, got \(1.0, 2.0\)"):
         measure(toy_pair(spacing=(1.0, 2.0)), None)
+
+
+def test_regularity_is_that_of_the_fixed_mask():
+    """Folds outside the mask are not counted; Learn2Reg's own SDlogJ masks likewise (its `np.ma`)."""
+    profile = np.arange(24.0)
+    profile[15:18] = 17, 15, 18  # one cell of 23 folds
+    phi = squeezed_map(SHAPE, profile) + 0.01 * torch.rand(1, 3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    mask = ball((6, 9, 9), 6)[None]
+    plain = Pair("", torch.zeros(1, *SHAPE), torch.zeros(1, *SHAPE), spacing=(1.0, 1.0, 1.0))
+    rows = {row["metric"]: row["value"] for row in measure(plain, phi)}
+    inside = {row["metric"]: row["value"] for row in measure(replace(plain, fixed_mask=mask), phi)}
+    determinant = jacobian_determinant(phi)[0].double().numpy()[mask[0, :-1, :-1, :-1].numpy()]
+    assert rows["folding_percent"] > 100 / 24
+    assert inside["folding_percent"] == 100 * (determinant <= 0).mean() == 0
+    assert inside["jacobian_min"] == pytest.approx(determinant.min())
+    assert inside["sdlogj"] == pytest.approx(np.log(determinant).std(), rel=1e-6)
+    u = learn2reg_field(phi)
+    gradient = np.stack([np.stack(np.gradient(u[..., d]), -1) for d in range(3)], -2)[2:-2, 2:-2, 2:-2]
+    logarithm = np.log((np.linalg.det(gradient.astype(float) + np.eye(3)) + 3).clip(1e-9, 1e9))
+    expected = np.ma.MaskedArray(logarithm, 1 - mask[0].numpy().astype(int)[2:-2, 2:-2, 2:-2]).std()
+    assert inside["sdlogj_learn2reg"] == pytest.approx(expected, rel=1e-4)
+    assert rows["sdlogj_learn2reg"] > 2 * expected
+    nowhere = measure(replace(plain, fixed_mask=torch.zeros_like(mask)), phi)
+    assert {row["metric"]: row["value"] for row in nowhere} == rows
+
+
+def test_landmark_errors_are_in_the_moving_images_millimetres():
+    """As Learn2Reg has it: both ends of such an error lie in the moving image."""
+    points = torch.rand(9, 3, generator=torch.Generator().manual_seed(0))
+    pair = Pair("", torch.zeros(1, *SHAPE), torch.zeros(1, *SHAPE), spacing=(1.0, 1.0, 1.0), fixed_landmarks=points)
+    pair = replace(pair, moving_landmarks=points + torch.tensor([1 / 23, 0, 0]), moving_spacing=(2.5, 1.0, 1.0))
+    assert landmark_error(pair, None) == pytest.approx(2.5, rel=1e-5)

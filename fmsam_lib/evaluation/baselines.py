@@ -6,6 +6,7 @@ Each takes a `Pair` and returns two maps `(1, D, *S)` in unit coordinates: of th
 import importlib
 import os
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,5 +69,8 @@ def untrained(run: Train) -> GradICON:
 
 def instance_optimised(net: GradICON, pair: Pair, run: Train, *, steps: int, lr: float) -> Maps:
     """`net` after `steps` of Adam on this very pair, by the loss of the training `run`; the best iterate counts."""
-    phi, *_, back = optimise(net, pair.moving[None], pair.fixed[None], steps=steps, lr=lr, progress=False, **run.loss())
+    options: dict[str, Any] = {"steps": steps, "lr": lr, "progress": False, **run.loss()}
+    if pair.moving_mask is not None and pair.fixed_mask is not None:
+        options |= {"masks": (pair.moving_mask[None], pair.fixed_mask[None])}
+    phi, *_, back = optimise(net, pair.moving[None], pair.fixed[None], **options)
     return phi.map, back.map

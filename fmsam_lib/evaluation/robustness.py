@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 from fmsam_lib.evaluation.corruptions import CORRUPTIONS, Corrupted, _check_kinds, corrupt, placed
 from fmsam_lib.images.domains import readable
-from fmsam_lib.metrics import folding_percent, mean_dice
+from fmsam_lib.metrics import determinants, folding_percent, mean_dice
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import identity_map, jacobian_determinant
+from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.pair import Pair
 
 COLUMNS = ["test_domain", "pair", "corruption", "severity", "metric", "value", "unit"]
@@ -59,7 +59,7 @@ def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[
             phi_map = net(corrupted.moving[None], pair.fixed[None]).map
         if not phi_map.isfinite().all():
             return []
-        percent = folding_percent(jacobian_determinant(phi_map))
+        percent = folding_percent(determinants(pair, phi_map))
         folding = [{"metric": "folding_percent", "value": percent, "unit": "%"}]
     whole = phi_map if corrupted.place is None else placed(corrupted.place, phi_map)
     return [{"metric": "dice", "value": mean_dice(pair, whole), "unit": "1"}, *folding]

@@ -31,30 +31,29 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((CACHE_VERSION, stamps, options)).encode()).hexdigest()
     folder = cache or os.environ.get("FMSAM_CACHE") or Path.home() / ".cache" / "fmsam"
-    entry, layout = Path(folder) / f"{key[:32]}.sample", _layout(options["shape"], len(files) == 2)
+    entry, kinds = Path(folder) / f"{key[:32]}.sample", ("u1", "i8") if len(files) == 2 else ("",)
     try:
         stored = np.fromfile(entry, dtype=np.uint64)
     except OSError:
         stored = np.empty(0, np.uint64)
-    if stored.nbytes != layout.itemsize or stored[0] != _checksum(stored):
+    fitting = [layout for kind in kinds if (layout := _layout(options["shape"], kind)).itemsize == stored.nbytes]
+    if not fitting or stored[0] != _checksum(stored):
         sample = decode(image_path, label_path, **options)
-        _store(entry, sample, layout)
+        _store(entry, sample)
         return sample
-    record = stored.view(layout)[0]
+    record = stored.view(fitting[0])[0]
     label = torch.from_numpy(record["label"]) if len(files) == 2 else None
     return Sample(torch.from_numpy(record["image"]), label, record["affine"], record["unit_of_index"])
 
 
 @functools.cache
-def _layout(shape: tuple[int, ...], has_label: bool) -> np.dtype:
-    """One record of fixed layout, stored raw: parsing an .npy header would double the time of a read."""
-    fields: list[tuple] = [
-        ("checksum", "u8"),
-        ("affine", "f8", (4, 4)),
-        ("unit_of_index", "f8", (len(shape), 4)),
-        ("image", "f4", (1, *shape)),
-    ]
-    fields += [("label", "u1", (1, *shape))] * has_label
+def _layout(shape: tuple[int, ...], label: str) -> np.dtype:
+    """One record of fixed layout, stored raw: parsing an .npy header would double the time of a read.
+
+    label: the type of its numbers, which the record's size tells; "" without a label.
+    """
+    fields: list[tuple] = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("unit_of_index", "f8", (len(shape), 4))]
+    fields += [("image", "f4", (1, *shape)), ("label", label, (1, *shape))][: 2 if label else 1]
     return np.dtype([*fields, ("padding", "u1", (-np.dtype(fields).itemsize % 8,))])
 
 
@@ -63,8 +62,9 @@ def _checksum(stored: np.ndarray) -> np.uint64:
     return stored[1:].sum(dtype=np.uint64) + np.uint64(1)
 
 
-def _store(entry: Path, sample: Sample, layout: np.dtype) -> None:
-    record = np.zeros(1, layout)
+def _store(entry: Path, sample: Sample) -> None:
+    kind = "" if sample.label is None else "u1" if sample.label.dtype == torch.uint8 else "i8"
+    record = np.zeros(1, _layout(tuple(sample.image.shape[1:]), kind))
     for name, value in vars(sample).items():
         if value is not None:
             record[name] = value

@@ -5,18 +5,19 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.images.cache import load
+from fmsam_lib.images.files import stem
 from fmsam_lib.images.grid import Sample
-from fmsam_lib.images.manifest import Manifest, data_folder, read_manifest
+from fmsam_lib.images.manifest import BESIDE, Manifest, data_folder, read_manifest
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
 from fmsam_lib.records import DataError, data_error
@@ -136,20 +137,17 @@ class FileDomain:
         self.training, self.training_pairs, self.validation_pairs = held_out(manifest)
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
         self.test_count = len(manifest.test_pairs)
-        self.samples: dict[Path, Sample] = {}
+        self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
 
     def training_pair(self, index: int) -> Pair:
         images, pairs = self.training, self.training_pairs
         rng = np.random.default_rng([self.seed, index])
         if pairs:
             return self._pair(*pairs[rng.integers(len(pairs))])
-        if len(images) < 2 or pairs == []:
-            raise data_error(
-                self.manifest.folder,
-                "two training images or more (a pair is of two different ones), or training pairs",
-                f"{len(images)} images",
-                "Add some, or use this data set for testing only.",
-            )
+        if len(images) < 2:
+            expected = "two training images or more (a pair is of two different ones), or training pairs"
+            todo = "Add some, or use this data set for testing only."
+            raise data_error(self.manifest.folder, expected, f"{len(images)} images", todo)
         return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
 
     def validation_pair(self, index: int) -> Pair:
@@ -162,34 +160,74 @@ class FileDomain:
         """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
         pairs = [*(self.manifest.training_pairs or []) * training, *self.manifest.test_pairs * test]
         problems = []
-        for image in sorted({*self.manifest.training * training, *itertools.chain(*pairs)}):
+        images = sorted({*self.manifest.training * training, *itertools.chain(*pairs)})
+        for files in [*zip(images, strict=True), *pairs]:
             try:
-                self._sample(image)
+                self._pair(*files) if len(files) == 2 else self._sample(*files)
             except DataError as error:
                 problems.append(str(error))
-        return problems
+        return [*dict.fromkeys(problems)]
 
-    def _sample(self, image: Path) -> Sample:
+    def _sample(self, image: Path) -> tuple[Sample, Tensor | None, Tensor | None]:
+        """An image, its landmarks `(L, D)` in unit coordinates and its mask `(1, *S)`, None where it has none."""
         if image not in self.samples:
-            options: dict[str, Any] = {"modality": self.modality, "shape": self.shape, "labels": self.labels}
-            self.samples[image] = load(image, self.manifest.label_of[image], **options)
+            label, mask, keypoints = (self.manifest.beside[kind][image] for kind in BESIDE)
+            options: dict[str, Any] = {"modality": self.manifest.modality_of[image], "shape": self.shape}
+            sample = load(image, label, labels=self.labels, **options)
+            inside = load(image, mask, **options).label if mask else None
+            points = landmarks(keypoints, sample) if keypoints and len(self.shape) == self.manifest.dimensions else None
+            self.samples[image] = sample, points, None if inside is None or not inside.any() else inside != 0
         return self.samples[image]
 
     def _pair(self, fixed_path: Path, moving_path: Path) -> Pair:
-        fixed, moving = self._sample(fixed_path), self._sample(moving_path)
-        fixed_stem, moving_stem = (re.sub(r"\.nii(\.gz)?$", "", path.name) for path in (fixed_path, moving_path))
+        fixed, fixed_points, fixed_mask = self._sample(fixed_path)
+        moving, moving_points, moving_mask = self._sample(moving_path)
+        if fixed_points is None or moving_points is None:
+            fixed_points = moving_points = None
+        elif len(fixed_points) != len(moving_points):
+            keypoints, found = self.manifest.beside["keypoints"], f"{len(fixed_points)} and {len(moving_points)}"
+            expected = f"as many points as in {keypoints[moving_path]}, line by line"
+            raise data_error(keypoints[fixed_path], expected, found, "Correct the files.")
+        columns = (side.affine[:3, : len(self.shape)] for side in (fixed, moving))
+        spacing, moving_spacing = (tuple(np.linalg.norm(part, axis=0).tolist()) for part in columns)
         return Pair(
-            name=f"{fixed_stem}<-{moving_stem}",
+            name=f"{stem(fixed_path)}<-{stem(moving_path)}",
             moving=moving.image,
             fixed=fixed.image,
             moving_label=moving.label,
             fixed_label=fixed.label,
             labels=self.labels,
-            spacing=tuple(np.linalg.norm(fixed.affine[:3, : len(self.shape)], axis=0).tolist()),
+            spacing=spacing,
+            moving_spacing=moving_spacing,
+            fixed_landmarks=fixed_points,
+            moving_landmarks=moving_points,
+            fixed_mask=fixed_mask,
+            moving_mask=moving_mask,
             unit=self.unit,
             affine=torch.from_numpy(fixed.affine),
             subjects=(self.manifest.subject[fixed_path], self.manifest.subject[moving_path]),
         )
+
+
+def landmarks(path: Path, sample: Sample) -> Tensor:
+    """Learn2Reg's keypoints on the grid of their image, `(L, D)` in unit coordinates.
+
+    The file has no header and a point in each line: `x,y,z`, the index in the image's file (of a 2-D one also `x,y`).
+    Raises DataError for another file, and for points more than a sample of the grid outside the image.
+    """
+    dim, shape = len(sample.unit_of_index), sample.image.shape[1:]
+    try:
+        points = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+        if points.shape[1] not in (dim, 3):
+            raise ValueError(f"{points.shape[1]} numbers in a line")
+        unit = points @ sample.unit_of_index[:, : points.shape[1]].T + sample.unit_of_index[:, 3]
+        outside = ~(np.abs(unit - 0.5) <= 0.5 + 1 / (np.array(shape) - 1)).all(axis=1)
+        if outside.any():
+            raise ValueError(f"{points[outside][0].tolist()}, which is not in the image")
+    except ValueError as error:
+        expected = "x,y,z in each line and no header: a voxel's index in the image's file"
+        raise data_error(path, expected, str(error), "Correct the file.") from error
+    return torch.from_numpy(unit).float()
 
 
 def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:

@@ -1,17 +1,25 @@
-"""Data sets: a folder `<Name>/` each, with Learn2Reg's manifest `<Name>_dataset.json`, read and checked here."""
+"""Data sets: a folder `<Name>/` each, with its manifest `<Name>_dataset.json`, ours or Learn2Reg's own, read here."""
 
 import itertools
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmsam_lib.images.grid import MODALITIES
+from fmsam_lib.images.files import stem
 from fmsam_lib.records import PROJECT, DataError, data_error
 
-MANIFEST_KEYS = ("name", "dimensions", "modality", "labels", "pairing", "training", "registration_val")
+MANIFEST_KEYS = ("name", "dimensions", "modality", "pairing", "training", "registration_val")
+LEARN2REG = {"tensorImageSize": "dimensions", "tensorImageShape": "dimensions", "pairings": "pairing"}  # as ours
+BESIDE = ("label", "mask", "keypoints")  # what an entry may name beside its image
+READ_AS = {  # what modalities are called, in capitals, letters and digits only
+    "CT": "(CB|FB|LD|HR|CE)?CT",
+    "MR": "(?=.)(C?MRI?)?((T[12]|PD)(W|WEIGHTED|C|CE|GD|STAR|FLAIR)?|FLAIR|DWI|ADC|BSSFP|LGE)?(MRI?)?",
+}
+NUMBERED = re.compile(r"(?<=\d)(_slice\d+|_ED|_ES)?_(000\d)$")  # Learn2Reg's modality number, behind the subject's
 
 
 def data_folder(folder: Path | str | None = None) -> Path:
@@ -25,7 +33,8 @@ class Manifest:
 
     labels: structures by number, without the background. training: images.
     training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
-    test_pairs: (fixed, moving) images. label_of: every image's label file or None. subject: whose image it is.
+    test_pairs: (fixed, moving) images. beside: by "label", "mask" and "keypoints", every image's file or None.
+    modality: "CT" or "MR", or both with a plus; modality_of: each image's own. subject: whose image it is.
     spacing_known: `"spacing_known": false` in the manifest says that its millimetres mean nothing.
     """
 
@@ -38,7 +47,8 @@ class Manifest:
     training: list[Path]
     training_pairs: list[tuple[Path, Path]] | None
     test_pairs: list[tuple[Path, Path]]
-    label_of: dict[Path, Path | None]
+    beside: dict[str, dict[Path, Path | None]]
+    modality_of: dict[Path, str]
     subject: dict[Path, str]
     spacing_known: bool
 
@@ -46,11 +56,13 @@ class Manifest:
 def read_manifest(folder: Path | str) -> Manifest:
     """Read and check `<Name>/<Name>_dataset.json` of the folder `<Name>`.
 
-    An image's label file and subject are those of its entry `{"image", "label", "subject"}` under `training`
-    or `test`; else the label is the file of the same name under `labels…` beside `images…`, if there,
-    and the subject follows from the file's name (see `subject_of`).
+    An image's files and subject are those of its entry `{"image", "label", "mask", "keypoints", "subject"}` under
+    `training` or `test`; else the files are those of the same name under `labels…`, `masks…` and `keypoints…` (.csv)
+    beside `images…`, if there, and the subject follows from the file's name (see `subject_of`), as does the modality
+    where there are several. Subjects of test images that stand under `training` too are taken out of training, with a
+    warning: Learn2Reg lists its validation cases there.
     Raises DataError: no such folder or manifest, broken JSON, missing keys, missing files, duplicates,
-    pairs of an image with itself, a subject in both training and test.
+    pairs of an image with itself, an unknown modality, a subject in both training and test by other images.
     """
     folder = Path(folder)
     path = folder / f"{folder.resolve().name}_dataset.json"
@@ -72,54 +84,88 @@ def _checked(path: Path, content: dict) -> Manifest:
         if not fine:
             raise data_error(path, expected, str(found), todo)
 
+    folder, content = path.parent, {LEARN2REG.get(key, key): value for key, value in content.items()} | content
     missing = [key for key in MANIFEST_KEYS if key not in content]
     demand(not missing, f"the keys {', '.join(MANIFEST_KEYS)}", f"no {', '.join(missing)}", "Add what is missing.")
-    folder, dimensions, labels = path.parent, content["dimensions"], content["labels"]
-    demand(dimensions in (2, 3), "dimensions 2 or 3", dimensions)
-    modalities = sorted(set(content["modality"].values()))
-    fine, expected = modalities in [[known] for known in MODALITIES], f"one modality, {' or '.join(MODALITIES)}"
-    demand(fine, expected, modalities, "Correct or split the manifest.")
-    if isinstance(labels.get("0"), dict):  # Learn2Reg nests them by modality
-        labels = labels["0"]
-    labels = {int(number): name for number, name in labels.items() if int(number) != 0}
-    fine = all(0 < number < 256 for number in labels)
-    demand(fine, "labels from 1 to 255", sorted(labels), "Renumber them, in the label files too.")
+    # Learn2Reg says by modality what we say once.
+    sizes, spoken = (
+        said if isinstance(said := content[key], dict) else {"0": said} for key in ("dimensions", "modality")
+    )
+    dimensions = {sum(n > 1 for n in s) if isinstance(s, list) else int(str(s).rstrip("dD")) for s in sizes.values()}
+    demand(dimensions in ({2}, {3}), "dimensions 2 or 3", ", ".join(map(str, sorted(dimensions))))
+    read_as = {int(number): _read_as(name) for number, name in spoken.items()}
+    todo = "Write MR for images without Hounsfield units: each is scaled by its own range."
+    demand("" not in read_as.values(), "modalities to read as CT or MR", [*spoken.values()], todo)
+    named = content.get("labels") or {}
+    nested = [names for names in named.values() if isinstance(names, dict)] or [named]
+    structures = [(int(number), name) for names in nested for number, name in names.items() if int(number) != 0]
+    labels = dict(structures)
+    fine = all(labels[number] == name and -(2**63) <= number < 2**63 for number, name in structures)
+    demand(fine, "labels of at most 64 bits with one name each", structures)
 
-    def image_pairs(key):
-        return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content[key]]
+    def image_pairs(key: str) -> list[tuple[Path, Path]]:
+        return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content.get(key) or []]
 
-    training = [folder / entry["image"] for entry in content["training"]]
-    training_pairs = image_pairs("training_paired_images") if "training_paired_images" in content else None
-    test_pairs = image_pairs("registration_val")
-    trained_on, tested_on = {*training, *itertools.chain(*(training_pairs or []))}, {*itertools.chain(*test_pairs)}
-    listed = [entry for entry in [*content["training"], *content.get("test", [])] if isinstance(entry, dict)]
+    listed = [*content["training"], *content.get("test", [])]
+    listed = [entry if isinstance(entry, dict) else {"image": entry} for entry in listed]
     entries = {folder / entry["image"]: entry for entry in listed}
-    label_of = {}
-    for image in sorted(trained_on | tested_on):
-        beside = image.parent.parent / image.parent.name.replace("images", "labels") / image.name
-        label_of[image] = beside if beside != image and beside.is_file() else None
-        if "label" in entries.get(image, {}):
-            label = entries[image]["label"]
-            label_of[image] = folder / label if label else None
-
-    absent = [str(file) for file in (*label_of, *label_of.values()) if file and not file.is_file()]
-    found = f"{len(absent)} missing: {', '.join(absent[:3])}"
-    demand(not absent, "every listed file on disk", found, "Copy the files there or correct the manifest.")
-    twice = [image.name for image, times in Counter(training).items() if times > 1]
-    demand(not twice, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
+    training = [folder / entry["image"] for entry in listed[: len(content["training"])]]
+    training_pairs, test_pairs = image_pairs("training_paired_images") or None, image_pairs("registration_val")
     itself = [fixed.name for fixed, moving in [*(training_pairs or []), *test_pairs] if fixed == moving]
     demand(not itself, "pairs of two different images", f"{', '.join(itself[:3])} with itself", "Correct the pair.")
-    subjects = {image: str(entries.get(image, {}).get("subject", subject_of(image))) for image in label_of}
+    twice = [image.name for image, times in Counter(training).items() if times > 1]
+    demand(not twice, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
+    trained_on, tested_on = {*training, *itertools.chain(*(training_pairs or []))}, {*itertools.chain(*test_pairs)}
+    images = sorted(trained_on | tested_on)
+    subjects = {image: str(entries.get(image, {}).get("subject", subject_of(image))) for image in images}
+    again = {subjects[image] for image in trained_on & tested_on}
+    left = [image for image in training if subjects[image] not in again]
+    left_pairs = training_pairs and [p for p in training_pairs if not again & {subjects[image] for image in p}]
+    if again and (left_pairs if training_pairs else left):  # else nothing would be left: no habit, but a mistake
+        told = f"the test subjects {', '.join(sorted(again)[:5])} ({len(again)} in all) stand under training too"
+        warnings.warn(f"{path}: {told}; they are taken out of training", stacklevel=3)
+        training, training_pairs = left, left_pairs
+        trained_on = {*training, *itertools.chain(*(training_pairs or []))}
     shared = sorted({subjects[image] for image in trained_on} & {subjects[image] for image in tested_on})
     todo = "Move their images to one side, or tell subjects apart by a key 'subject' in the entries."
     demand(not shared, "no subject in both training and test", ", ".join(shared[:5]), todo)
+
+    modality_of = dict.fromkeys(images, read_as[min(read_as)])
+    if len({*read_as.values()}) > 1:
+        numbers = {image: NUMBERED.search(stem(image)) for image in images}
+        modality_of = {image: read_as.get(int(number[2]), "") if number else "" for image, number in numbers.items()}
+    unclear = [image.name for image, modality in modality_of.items() if not modality]
+    expected = f"images of several modalities named as a1_{max(read_as):04}, with the modality's number at the end"
+    demand(not unclear, expected, ", ".join(unclear[:3]), "Rename them, or split the manifest.")
+    beside: dict[str, dict[Path, Path | None]] = {key: {} for key in BESIDE}
+    for key, image in itertools.product(BESIDE, images):
+        kind, name = f"{key.removesuffix('s')}s", f"{stem(image)}.csv" if key == "keypoints" else image.name
+        file = image.parent.parent / image.parent.name.replace("images", kind) / name
+        found = file if "images" in image.parent.name and file.is_file() and (labels or key != "label") else None
+        own = entries.get(image, {})
+        beside[key][image] = found if key not in own else folder / own[key] if own[key] else None
+    files = [*images, *itertools.chain(*(of.values() for of in beside.values()))]
+    absent = [str(file) for file in files if file and not file.is_file()]
+    gone = f"{len(absent)} missing: {', '.join(absent[:3])}"
+    demand(not absent, "every listed file on disk", gone, "Copy the files there or correct the manifest.")
     spacing_known = content.get("spacing_known", True)
     demand(isinstance(spacing_known, bool), "spacing_known true or false", repr(spacing_known))
-    said = {key: content[key] for key in ("name", "dimensions", "pairing")}
     return Manifest(
-        **said, folder=folder, modality=modalities[0], labels=labels, training=training, training_pairs=training_pairs,
-        test_pairs=test_pairs, label_of=label_of, subject=subjects, spacing_known=spacing_known,
+        name=content["name"], folder=folder, dimensions=dimensions.pop(), pairing=content["pairing"], labels=labels,
+        modality="+".join(dict.fromkeys(read_as.values())), modality_of=modality_of, training=training,
+        training_pairs=training_pairs, test_pairs=test_pairs, beside=beside, subject=subjects,
+        spacing_known=spacing_known,
     )  # fmt: skip
+
+
+def _read_as(name: str) -> str:
+    """CT or MR, as which images of a modality are read, "" where that is not known.
+
+    >>> [_read_as(name) for name in ("MR", "T1w", "CBCT", "ct", "US")]
+    ['MR', 'MR', 'CT', 'CT', '']
+    """
+    word = re.sub(r"[^A-Z0-9]", "", name.upper())
+    return next((modality for modality, pattern in READ_AS.items() if re.fullmatch(pattern, word)), "")
 
 
 def subject_of(image: Path | str) -> str:
@@ -130,6 +176,4 @@ def subject_of(image: Path | str) -> str:
     >>> [subject_of(f"{name}.nii.gz") for name in ("SC-HF-I-01_slice02_ED", "OASIS_0001_0000", "case_0001")]
     ['SC-HF-I-01', 'OASIS_0001', 'case_0001']
     """
-    stem = re.sub(r"\.nii(\.gz)?$", "", Path(image).name)
-    stem = re.sub(r"(?<=\d)(_slice\d+|_ED|_ES)?_000\d$", r"\1", stem)
-    return re.sub(r"(_slice\d+|_ED|_ES)+$", "", stem)
+    return re.sub(r"(_slice\d+|_ED|_ES)+$", "", NUMBERED.sub(r"\1", stem(image)))

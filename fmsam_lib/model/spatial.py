@@ -66,8 +66,16 @@ def warp(image: Tensor, phi_map: Tensor, *, mode: str = "bilinear", padding: str
 
 
 def warp_label(label: Tensor, phi_map: Tensor) -> Tensor:
-    """An integer label image `(N, C, *S)` through `phi_map`, by nearest neighbour; keeps its dtype."""
-    return sample(label.to(phi_map.dtype), phi_map, mode="nearest", padding="zeros").round().to(label.dtype)
+    """An integer label image `(N, C, *S)` through `phi_map`, by nearest neighbour; outside it is background, 0.
+
+    Keeps dtype and numbers exactly: those that `phi_map`'s dtype cannot hold are looked up by their rank among all.
+    """
+    low, high = (int(n) for n in label.aminmax())
+    if max(-low, high) <= 2 / torch.finfo(phi_map.dtype).eps:
+        return sample(label.to(phi_map.dtype), phi_map, mode="nearest", padding="zeros").round().to(label.dtype)
+    numbers, ranks = torch.cat([label.new_zeros(1), label.flatten()]).unique(return_inverse=True)
+    background, ranks = ranks[0], ranks[1:].view_as(label)
+    return numbers[warp_label(ranks - background, phi_map) + background]
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def outline(axes: Axes, plane: Cut, label: np.ndarray | None, line: dict[str, An
         return []
     x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
     numbers = np.setdiff1d(label, [0])
-    lower = {number: (label > 0) & (label < number) for number in numbers}
+    lower = {number: (label != 0) & (label < number) for number in numbers}
     return [axes.contour(x, y, np.ma.array(label == n, mask=lower[n]), [0.5], **line) for n in numbers]
 
 

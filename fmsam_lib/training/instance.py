@@ -15,17 +15,28 @@ LARGE = 128**3  # samples; optimising on more computes activations twice rather 
 
 @torch.enable_grad()
 def optimise(
-    net: GradICON, moving: Tensor, fixed: Tensor, *, steps: int, lr: float, seed: int = 0, progress=True, **loss_options
+    net: GradICON,
+    moving: Tensor,
+    fixed: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    masks=(),
+    progress=True,
+    **loss_options,
 ) -> tuple[Transform, list[float], int, Transform]:
     """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
 
-    loss_options: lmbda, sigma and whatever else `objective` takes. A copy of the network is optimised, with BatchNorm's
-    statistics fixed (as uniGradICON does). Returns the transform of the step with the lowest loss, on the CPU, the
-    losses of steps 0 (the network as it came) to `steps`, which was lowest, and the transform of the swapped pair at
-    that step. A loss that is not finite ends it early; where the first one is not, ValueError is raised.
+    masks: the moving and the fixed image's, `(1, 1, *S)` each, or none. loss_options: lmbda, sigma and whatever else
+    `objective` takes. A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does).
+    Returns the transform of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came)
+    to `steps`, which was lowest, and the transform of the swapped pair at that step. A loss that is not finite ends it
+    early; where the first one is not, ValueError is raised.
     """
     device = next(net.parameters()).device
     net, moving, fixed = copy.deepcopy(net).eval(), moving.to(device), fixed.to(device)
+    masks = [mask.to(device) for mask in masks]
     if not steps:
         with torch.no_grad():
             return _kept(net(moving, fixed)), [], 0, _kept(net(fixed, moving))
@@ -42,7 +53,7 @@ def optimise(
     bar = tqdm(range(steps + 1), desc="instance optimisation", unit="step", disable=not progress)
     for step in bar:
         found.clear()
-        batch = Batch(moving, fixed, jittered_points(tuple(fixed.shape[2:]), generator).to(device))
+        batch = Batch(moving, fixed, jittered_points(tuple(fixed.shape[2:]), generator).to(device), *masks)
         loss = objective(net, batch, **loss_options).total
         if not loss.isfinite():
             break

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError, read
@@ -208,14 +209,23 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     number = run.seed * 1_000_003 + step
     own = run.batch // run.processes
     first = number * run.batch + parallel.rank() * own
-    images = []
-    for i in range(first, first + own):
-        pair = dataset.training_pair(i)
+    pairs, images = {i: dataset.training_pair(i) for i in range(first, first + own)}, []
+    masked = all(pair.moving_mask is not None and pair.fixed_mask is not None for pair in pairs.values())
+    for i, pair in pairs.items():
         both = pair.moving, pair.fixed
+        if masked:  # a second channel, which is turned and bent with the image
+            both = torch.cat([pair.moving, pair.moving_mask]), torch.cat([pair.fixed, pair.fixed_mask])
         images.append(augment(*both, torch.Generator().manual_seed(i)) if run.augment else both)
     points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(number))
     moving, fixed = (torch.stack(part).split(own // run.accumulate) for part in zip(*images, strict=True))
-    return [Batch(m, f, points) for m, f in zip(moving, fixed, strict=True)]
+    return [_batch(m, f, points) for m, f in zip(moving, fixed, strict=True)]
+
+
+def _batch(moving: Tensor, fixed: Tensor, points: Tensor) -> Batch:
+    """Of images `(N, 1, *S)`, or `(N, 2, *S)` with their masks, which count if all still hold something."""
+    masks = [images[:, 1:] > 0.5 for images in (moving, fixed) if images.shape[1] > 1]
+    held = all(mask.flatten(1).any(1).all() for mask in masks)
+    return Batch(moving[:, :1], fixed[:, :1], points, *(masks if held else []))
 
 
 def ahead(make: Callable[[int], list[Batch]], steps: range) -> Generator[list[Batch], None, None]:

@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map, inverse_error, voxels
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Train
+from fmsam_lib.training.losses import Batch, jittered_points, objective
 
 SETTINGS = {"validation": 0} | {
     "out": "",
@@ -93,6 +95,20 @@ def test_optimisation_goes_on_from_the_network_by_its_trainings_loss(easy, monke
     assert {name: seen[name] for name in RUN.loss()} == RUN.loss()
     assert len(seen["losses"]) == 16
     assert seen["losses"][seen["best"]] == min(seen["losses"]) < seen["losses"][0]
+
+
+def test_optimisation_looks_within_the_masks(easy, monkeypatch):
+    """The loss it starts with is the masked one, of both images; one mask alone counts for nothing."""
+    found, original = [], baselines.optimise
+    monkeypatch.setattr(baselines, "optimise", lambda *a, **o: found.append(original(*a, **o)) or found[-1])
+    net, (moving, fixed) = baselines.untrained(RUN), (easy.moving > 0.2, easy.fixed > 0.2)
+    for masks in ({"moving_mask": moving, "fixed_mask": fixed}, {"fixed_mask": fixed}, {}):
+        baselines.instance_optimised(net, dataclasses.replace(easy, **masks), RUN, steps=1, lr=0.003)
+    first, one, none = (losses[0] for _, losses, *_ in found)
+    points = jittered_points((32, 32), torch.Generator().manual_seed(0))
+    batch = Batch(easy.moving[None], easy.fixed[None], points, moving[None], fixed[None])
+    assert first == pytest.approx(objective(net, batch, **RUN.loss()).total.item(), rel=1e-6)
+    assert first != none == one
 
 
 def test_a_network_of_nan_is_a_value_error(easy):

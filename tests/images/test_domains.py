@@ -6,6 +6,7 @@ import tarfile
 import types
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,10 @@ from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder, read_manifest
+from fmsam_lib.metrics import measure
+from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.phantoms import pairs as synthetic
+from fmsam_lib.plotting import slices
 from fmsam_lib.records import PROJECT, DataError
 from tests.images.test_files import GRID, REAL, REAL_SETS, count_reads, dataset, image, label, own_cache, save, says  # noqa: F401
 
@@ -83,6 +87,41 @@ def test_files_are_decoded_once_a_session(tmp_path, monkeypatch):
     for i in range(30):
         domain.training_pair(i)
     assert len(reads) == 6
+
+
+NUMBERS = (-3, 300, 614454277, 2**53 + 1)
+
+
+def test_labels_of_any_integer_are_exact_from_file_to_picture(tmp_path):
+    names = {str(number): f"structure {number}" for number in NUMBERS}
+    folder, pieces = dataset(tmp_path / "Own", labels=names), np.zeros(GRID, np.int64)
+    pieces[1:5, 1:6, 1:7] = np.resize(NUMBERS, 6)  # planes across the last axis
+    for file in (folder / "labelsTr").iterdir():
+        nibabel.save(nibabel.Nifti1Image(pieces, np.diag([1.0, 2, 3, 1]), dtype=np.int64), file)
+    for _ in range(2):  # from the file, then from the cache
+        pair = open_domain("Own", shape=GRID, data=tmp_path).test_pair(0)
+        assert pair.fixed_label.dtype == torch.int64
+        np.testing.assert_array_equal(pair.fixed_label[0].numpy(), pieces)
+    phi = identity_map(GRID) + torch.tensor([1 / (n - 1) for n in GRID]).view(1, 3, 1, 1, 1)
+    moved = np.zeros_like(pieces)
+    moved[:-1, :-1, :-1] = pieces[1:, 1:, 1:]
+    rows = {row["label"]: row["value"] for row in measure(pair, phi) if row["metric"] == "dice"}
+    for number in NUMBERS:
+        a, b = moved == number, pieces == number
+        assert rows[f"structure {number}"] == 2 * (a & b).sum() / (a.sum() + b.sum())
+    plane = slices.cut(pair, phi)
+    assert set(np.unique(plane.warped_label)) == set(np.unique(moved[..., GRID[2] // 2]))
+    tilted = slices.cut(pair, phi, axis=0)
+    lines = slices.outline(slices.Picture().subplots(), tilted, tilted.warped_label, slices.WARPED_LINE)
+    assert len(lines) == len(NUMBERS)
+    assert all(len(line.get_paths()[0].vertices) for line in lines)  # a shared border is drawn once, none twice
+
+
+def test_labels_within_a_byte_stay_bytes(tmp_path):
+    folder = dataset(tmp_path / "Own", labels={"1": "left", "2": "right", "300": "not there"})
+    for _ in range(2):
+        pair = open_domain("Own", shape=GRID, data=folder.parent).test_pair(0)
+        assert pair.fixed_label.dtype == torch.uint8
 
 
 def test_lost_spacing_makes_voxels_the_unit(tmp_path):

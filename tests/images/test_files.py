@@ -90,7 +90,7 @@ def test_manifest_says_what_the_data_set_holds(tmp_path):
     assert [path.name for path in manifest.training] == ["p1_ED.nii.gz", "p2_ED.nii.gz", "p3_ED.nii.gz"]
     assert manifest.training_pairs is None
     assert [tuple(path.name for path in pair) for pair in manifest.test_pairs] == [("p8.nii.gz", "p9.nii.gz")]
-    assert manifest.label_of[tmp_path / "Own/imagesTr/p8.nii.gz"] == tmp_path / "Own/labelsTr/p8.nii.gz"
+    assert manifest.beside["label"][tmp_path / "Own/imagesTr/p8.nii.gz"] == tmp_path / "Own/labelsTr/p8.nii.gz"
     assert manifest.spacing_known
 
 
@@ -104,8 +104,8 @@ def test_manifest_with_training_pairs_nested_labels_and_no_label_files(tmp_path)
     manifest = read_manifest(folder)
     assert manifest.labels == {1: "left", 2: "right"}
     assert manifest.training_pairs == [(manifest.training[0], manifest.training[1])]
-    assert manifest.label_of[manifest.training[0]] is None
-    assert manifest.label_of[manifest.training[1]].name == "p2_ED.nii.gz"
+    assert manifest.beside["label"][manifest.training[0]] is None
+    assert manifest.beside["label"][manifest.training[1]].name == "p2_ED.nii.gz"
     pair = open_domain("Own", shape=GRID, data=tmp_path).training_pair(5)
     assert pair.name == "p1_ED<-p2_ED"
     assert pair.fixed_label is None
@@ -117,7 +117,7 @@ def test_labels_beside_their_images_are_found_from_a_relative_folder_too(tmp_pat
     dataset(tmp_path / "sets" / "Own")
     monkeypatch.chdir(tmp_path)
     manifest = read_manifest(Path("sets/Own"))
-    assert all(label is not None and label.is_file() for label in manifest.label_of.values())
+    assert all(label is not None and label.is_file() for label in manifest.beside["label"].values())
     pair = open_domain("Own", shape=GRID, data="sets").test_pair(0)
     assert pair.fixed_label.unique().tolist() == pair.moving_label.unique().tolist() == [0, 1, 2]
 
@@ -126,12 +126,15 @@ def test_labels_beside_their_images_are_found_from_a_relative_folder_too(tmp_pat
     ("changes", "message"),
     [
         ({"pairing": None}, ["the keys name, dimensions", "found no pairing"]),
-        ({"labels": None, "training": None}, ["found no labels, training"]),
+        ({"modality": None, "training": None}, ["found no modality, training"]),
         ({"dimensions": 4}, ["dimensions 2 or 3", "found 4"]),
         ({"spacing_known": "no"}, ["spacing_known true or false", "found 'no'"]),
         ({"modality": {"0": "US"}}, ["CT or MR", "found ['US']"]),
-        ({"modality": {"0": "MR", "1": "CT"}}, ["one modality", "['CT', 'MR']"]),
-        ({"labels": {"1": "a", "300": "b"}}, ["labels from 1 to 255", "300"]),
+        ({"modality": "PET/CT"}, ["CT or MR", "found ['PET/CT']", "Write MR for images without Hounsfield units"]),
+        ({"modality": {"0": "MR", "1": "CT"}}, ["modality's number at the end", "p1_ED.nii.gz", "split the manifest"]),
+        ({"labels": {"1": "a", str(2**63): "b"}}, ["labels of at most 64 bits", str(2**63)]),
+        ({"labels": {"0": {"1": "a"}, "1": {"1": "b"}}}, ["one name each", "(1, 'a'), (1, 'b')"]),
+        ({"dimensions": None, "tensorImageSize": {"0": "3D", "1": "2D"}}, ["dimensions 2 or 3", "found 2, 3"]),
         ({"labels": {"one": "a"}}, ["Learn2Reg's structure", "ValueError", "one"]),
         ({"training": [{"picture": "x"}]}, ["Learn2Reg's structure", "KeyError: 'image'"]),
         ({"training": [{"image": "imagesTr/gone.nii.gz"}]}, ["on disk", "1 missing", "gone.nii.gz"]),
@@ -159,7 +162,7 @@ def test_manifest_not_there_or_not_json(tmp_path):
     (tmp_path / "Empty").mkdir()
     with pytest.raises(DataError, match=says("Empty_dataset.json", "no such file")):
         read_manifest(tmp_path / "Empty")
-    for text, found in (("{broken", "JSONDecodeError"), ("[]", "found no name"), ("3", "TypeError")):
+    for text, found in (("{broken", "JSONDecodeError"), ("[]", "AttributeError"), ("3", "AttributeError")):
         (tmp_path / "Empty" / "Empty_dataset.json").write_text(text)
         with pytest.raises(DataError, match=says("Empty_dataset.json", found)):
             read_manifest(tmp_path / "Empty")

@@ -85,3 +85,17 @@ def test_labels_keep_their_numbers_and_dtype():
     warped = warp_label(label, smooth_map((9, 8)).float())
     assert warped.dtype == torch.uint8
     assert set(warped.unique().tolist()) <= {0, *label.unique().tolist()}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_labels_of_any_integer_go_where_small_ones_go(shape):
+    """float32 holds no odd number above 2^24, float64 none above 2^53."""
+    numbers = torch.tensor([0, -3, 614454277, 3_000_000_001, 2**53 + 1, -(2**62) - 1, 2**63 - 1])
+    codes = torch.randint(0, len(numbers), (2, 1, *shape), generator=torch.Generator().manual_seed(0))
+    phi = torch.cat([smooth_map(shape, 0.1), smooth_map(shape, 0.1, seed=1)]).float()
+    small = warp_label(codes.to(torch.uint8), phi)
+    assert torch.equal(warp_label(codes, phi), small.long())
+    assert torch.equal(warp_label(numbers[codes], phi), numbers[small.long()])
+    all_of_one = torch.full((1, 1, *shape), -(2**40) - 1)
+    moved = warp_label(all_of_one, identity_map(shape) + 0.7)
+    assert moved.unique().tolist() == [-(2**40) - 1, 0]  # outside is background, though no sample is

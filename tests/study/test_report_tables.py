@@ -233,3 +233,16 @@ def test_the_reports_page_folds_code_away_and_shows_what_it_made():
     assert "folded" in re.sub(r"<[^>]*>", "", folded.partition("</summary>")[2])
     assert "made by this" in page
     assert "made by this" not in folded
+
+
+def test_landmarks_alone_make_a_report(settings):
+    """Sets with keypoints and no labels: TRE in the tables, and the figures are of it."""
+    rows = made_up().assign(label="", metric="tre", unit="mm")
+    rows = pd.concat([rows, rows.assign(metric="folding_percent", value=0.0, unit="%")], ignore_index=True)
+    costs = rows[:0].assign(metric="seconds")
+    done = run("summary", "comparison", "methods", results=rows, costs=costs, settings=settings, about="all")
+    (line,) = done.differences[(done.differences.metric == "tre") & (done.differences.test_domain == "T")].itertuples()
+    assert (line.unit, line.mean) == ("mm", pytest.approx(0.1))
+    assert set(done.methods.metric) == {"tre", "folding_percent"}
+    drawn = run("matrix", results=rows, metric="tre").figures["matrix"]
+    assert drawn.axes[-1].get_ylabel() == "target registration error (mm)\nlower is better"

@@ -234,6 +234,44 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     assert not torch.equal(first.points, make_batches(dataset, tiny(tmp_path, seed=1), 7)[0].points)
 
 
+class Masked:
+    """Pairs of a domain with masks, all but every `bare`-th."""
+
+    def __init__(self, bare=0):
+        self.domain, self.bare = open_domain("brain-mr", shape=(16, 16)), bare
+
+    def training_pair(self, index):
+        pair = self.domain.training_pair(index)
+        if self.bare and index % self.bare == 0:
+            return dataclasses.replace(pair, fixed_mask=pair.fixed > 0.2)
+        return dataclasses.replace(pair, moving_mask=pair.moving > 0.2, fixed_mask=pair.fixed > 0.2)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_masks_go_with_their_images_into_the_loss(tmp_path, augment):
+    settings = tiny(tmp_path, batch=4, accumulate=2, augment=augment)
+    for plain, masked in zip(
+        make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 5),
+        make_batches(Masked(), settings, 5),
+        strict=True,
+    ):
+        assert torch.equal(plain.moving, masked.moving)
+        assert torch.equal(plain.fixed, masked.fixed)
+        for image, mask in ((masked.moving, masked.moving_mask), (masked.fixed, masked.fixed_mask)):
+            agree = (mask == (image > 0.2)).float().mean()
+            assert agree == 1 if not augment else agree > 0.9
+        net = starting(settings)
+        losses = [objective(net, batch, lmbda=1.5, sigma=3.0).total for batch in (plain, masked)]
+        assert losses[0] != losses[1]
+
+
+def test_masks_count_only_where_every_image_of_a_batch_has_one(tmp_path):
+    (batch,) = make_batches(Masked(bare=2), tiny(tmp_path, batch=2), 5)
+    assert batch.moving_mask is batch.fixed_mask is None
+    (plain,) = make_batches(open_domain("brain-mr", shape=(16, 16)), tiny(tmp_path, batch=2), 5)
+    assert torch.equal(batch.moving, plain.moving)
+
+
 def test_provenance_stays_that_of_the_training(tmp_path, monkeypatch):
     run(tiny(tmp_path, steps=10))
     made = (tmp_path / "config.json").read_text()
