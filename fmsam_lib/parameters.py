@@ -229,10 +229,12 @@ class Registering(Parameters):
 class Register(Registering):
     """`fmsam-register`: one pair of files."""
 
-    fixed: str = Field("", description="image that stays, NIfTI")
-    moving: str = Field("", description="image to be warped onto it, NIfTI")
+    fixed: str = Field("", description="image that stays: NIfTI, NRRD, MetaImage or a folder of DICOM")
+    moving: str = Field("", description="image to be warped onto it")
     labels: str = Field("", description="label image of the moving image, to be warped too")
     fixed_labels: str = Field("", description="label image of the fixed image, for Dice before and after")
+    fixed_mask: str = Field("", description="where the fixed image counts, for instance optimisation and the measures")
+    moving_mask: str = Field("", description="where the moving image counts")
     weights: str = Field("unigradicon", description="unigradicon, multigradicon (downloaded once) or a file of weights")
     out: str = Field("", description="folder for the results")
     threads: Natural = Field(0, description="processor threads; 0: as many as the machine has")
@@ -241,7 +243,7 @@ class Register(Registering):
 class RegisterYourOwn(Register):
     """Notebook 50: the same with the defaults of a small network that learns this pair alone."""
 
-    fixed: str = Field("", description="image that stays, NIfTI; empty: a synthetic pair is made")
+    fixed: str = Field("", description="image that stays; empty: a synthetic pair is made")
     weights: str = Field("", description="unigradicon, multigradicon, a file; empty: a network learns this pair")
     shape: Shape = Field([40, 40, 40], description="grid that the network works on; 175 each for unigradicon")
     io: Natural = Field(100, description="steps of instance optimisation; 0 or 50 for a trained network")

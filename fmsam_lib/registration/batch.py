@@ -13,9 +13,8 @@ import pandas as pd
 
 from fmsam_lib.checking import nearest, plain
 from fmsam_lib.records import DataError, data_error, write_csv, write_json
-from fmsam_lib.registration.folder import SUMMARY, check_output, fitting
+from fmsam_lib.registration.folder import ROLES, SUMMARY, fitting
 
-FILES = ("fixed", "moving", "labels", "fixed_labels", "fixed_mask", "moving_mask")
 TABLE = "pairs.csv"
 COLUMNS = [
     *("name", "status", "similarity_before", "similarity_after", "folding_percent", "sdlogj", "dice_before"),
@@ -28,7 +27,7 @@ def register_all(
 ) -> int:
     """Register each pair of the CSV file `pairs` into `<out>/<name>/`; 0, or 1 where a pair failed, which it names.
 
-    register_one: takes the paths of a pair's files, by their names in `FILES`, and its folder; leaves `summary.json`.
+    register_one: takes the paths of a pair's files, by their names in `ROLES`, and its folder; leaves `summary.json`.
     options: all else that the results depend on. What is there of the same files (by cell, size and date) and options,
     as its summary says, is not made again. `<out>/pairs.csv` comes at the end, a line a pair, from the summaries.
 
@@ -77,17 +76,18 @@ def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
         raise data_error(path, "a CSV file in UTF-8", str(error), "Save it as such.") from error
     if "fixed" not in columns and re.search("[;\t]", "".join(columns)):
         raise data_error(path, "commas between columns", "semicolons or tabs", "Save it again, with commas.")
-    known, found, pairs = [*FILES, "name"], [f"column {c}: missing" for c in FILES[:2] if c not in columns], {}
+    known, found, pairs = [*ROLES, "name"], [f"column {c}: missing" for c in ROLES[:2] if c not in columns], {}
     for column in columns:
         if column and (column not in known or columns.count(column) > 1):
             found.append(f"column {column!r}: expected each once of {', '.join(known)}{nearest(column, known)}")
     for line, cells in rows if not found else []:
         row = {column: cell for column, cell in cells.items() if cell and column}
-        bare = [re.sub(r"(\.nii)?\.\w+$", "", Path(row.get(role, "")).name) for role in FILES[:2]]
+        bare = [re.sub(r"(\.nii)?\.\w+$", "", Path(row.get(role, "")).name) for role in ROLES[:2]]
         name = row.pop("name", "_".join(fitting(*bare)))
-        wrong = ["a cell without a column"] * bool(cells.get("")) + [f"no {r}" for r in FILES[:2] if r not in row]
+        wrong = ["a cell without a column"] * bool(cells.get("")) + [f"no {r}" for r in ROLES[:2] if r not in row]
         wrong += [f"no file {path.parent / cell}" for cell in row.values() if not (path.parent / cell).exists()]
-        if name in pairs or name.startswith(".") or "/" in name or name == TABLE:
+        long = len(os.fsencode(name)) > 143  # as much as encrypted shares allow
+        if name in pairs or name.startswith(".") or "/" in name or name == TABLE or long:
             wrong.append(f"expected a name for a folder of its own, in a column `name`, found {name!r}")
         if any(cells.values()):
             found += [f"line {line}: {problem}" for problem in wrong]
@@ -96,5 +96,4 @@ def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
         found.append(f"the results' table would replace it: choose another folder than {out}")
     if found or not pairs:
         raise DataError("\n- ".join([f"{path}: expected a table of pairs", *(found or ["no pair in it"])]))
-    check_output(out, [TABLE, *pairs])
     return pairs

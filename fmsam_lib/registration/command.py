@@ -1,10 +1,13 @@
 """`fmsam-register`: `register` from the command line."""
 
 import argparse
+import functools
+import math
 import re
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,13 +16,15 @@ import torch
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.files import read_values
 from fmsam_lib.metrics import percent
+from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Register, Registering
 from fmsam_lib.registration import apply
-from fmsam_lib.registration.folder import ROLES, staged
+from fmsam_lib.registration.batch import register_all
+from fmsam_lib.registration.folder import ROLES, check_room, staged
 from fmsam_lib.registration.register import register
 
-REQUIRED = ("fixed", "moving", "out")
+FIRST = ("fixed", "moving", "out")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,21 +32,19 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["apply"]:
         return apply.main(argv[1:])
-    run, device, quiet = _arguments(argv)
+    run, pairs, device, quiet = _arguments(argv)
     if run.threads:
         torch.set_num_threads(run.threads)
-    files: dict[str, Any] = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
+    network = functools.cache(lambda: load(run.weights).to(device))  # asked for when the files were found to be there
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cluster's time limit: leave as after Ctrl-C
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         try:
-            with staged(run.out, files.values()) as staging:  # before the work: is there a place for its results?
-                for path in files.values():  # before the weights, which may have to be downloaded
-                    read_values(path, 2)
-                net, options = load(run.weights).to(device), run.model_dump(include=set(Registering.model_fields))
-                result = register(**files, net=net, progress=not quiet, **options)
-                result.summary["network"]["weights"] = run.weights
-                result.write(staging)
+            if pairs:
+                options = run.model_dump(include={*Registering.model_fields, "weights"})
+                return register_all(pairs, run.out, lambda files, out: _register(run, network, files, out), options)
+            files = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
+            summary = _register(run, network, files, run.out, progress=not quiet)
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
@@ -56,28 +59,47 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             signal.signal(signal.SIGTERM, before)
     if not quiet:
-        print(report(result.summary, run.out))
+        print(report(summary, run.out))
     return 0
 
 
-def _arguments(argv: list[str] | None) -> tuple[Register, str, bool]:
-    """What to register, on which device, and whether quietly; help, defaults and limits are those of the parameters."""
+def _register(
+    run: Register, network: Callable[[], GradICON], files: dict[str, str], out: str | Path, *, progress: bool = False
+) -> dict[str, Any]:
+    """Register a pair's files into the folder `out`; the summary. What can be checked before the work is checked."""
+    with staged(out, files.values()) as staging:
+        voxels = {role: math.prod(read_values(path, 2).GetSize()) for role, path in files.items()}
+        check_room(out, 28 * voxels["fixed"] + 12 * voxels["moving"])  # bytes of what `Registration.write` leaves
+        options = run.model_dump(include=set(Registering.model_fields))
+        result = register(**files, net=network(), progress=progress, **options)
+        result.summary["network"]["weights"] = run.weights
+        result.write(staging)
+    return result.summary
+
+
+def _arguments(argv: list[str]) -> tuple[Register, str, str, bool]:
+    """What to register, the list of pairs, the device, and whether quietly; help and limits are the parameters'."""
     parser = argparse.ArgumentParser(
         prog="fmsam-register",
         description="Register two images; the warped image and the transform come out in the fixed image's space.",
         epilog="fmsam-register apply --help: move other images, labels and points by a transform found before",
     )
-    for name, field in sorted(Register.model_fields.items(), key=lambda item: item[0] not in REQUIRED):
+    for name, field in sorted(Register.model_fields.items(), key=lambda item: item[0] not in FIRST):
         default = "" if field.default in ("", []) else " (default: %(default)s)"
-        how = {"default": field.default, "required": name in REQUIRED, "help": f"{field.description}{default}"}
+        how = {"default": field.default, "required": name == "out", "help": f"{field.description}{default}"}
         parser.add_argument(_flag(name), **how, **_kind(field.annotation))
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help="where to run (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", default="", help="CSV of pairs instead: columns fixed, moving, and name, labels, ..."
+    )
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
     values = vars(parser.parse_args(argv))
-    device, quiet = values.pop("device"), values.pop("quiet")
+    device, quiet, pairs = (values.pop(name) for name in ("device", "quiet", "pairs"))
+    if bool(pairs) == bool(values["fixed"] and values["moving"]) or (pairs and any(values[role] for role in ROLES)):
+        parser.error("expected --fixed and --moving, or --pairs with all files in it")
     try:
-        return read(Register, values), device, quiet
+        return read(Register, values), pairs, device, quiet
     except ConfigError as error:
         problems = str(error).split("\n- ")[1:]
         parser.error("\n".join(re.sub(r"^\w+", lambda name: _flag(name[0]), problem) for problem in problems))

@@ -4,6 +4,7 @@ Both images' whole fields of view are laid over each other, as uniGradICON does:
 in the world has no influence on phi, only on the millimetres of the result.
 """
 
+import dataclasses
 import importlib.metadata
 import re
 import time
@@ -19,13 +20,14 @@ from scipy.spatial.transform import Rotation
 from fmsam_lib.checking import read
 from fmsam_lib.images.files import Source, ids, name_of, read_values, stem
 from fmsam_lib.images.grid import affine, labels_on_grid, on_grid, reference
-from fmsam_lib.metrics import folding_percent, sdlogj
+from fmsam_lib.metrics import determinants, folding_percent, sdlogj
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import jacobian_determinant, warp
+from fmsam_lib.model.spatial import warp
 from fmsam_lib.model.weights import load
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
 from fmsam_lib.records import data_error, provenance
+from fmsam_lib.registration.folder import ROLES, fitting
 from fmsam_lib.registration.result import Registration, displacing, labels_of
 from fmsam_lib.registration.start import FOUND, starting
 from fmsam_lib.training.instance import optimise
@@ -39,6 +41,8 @@ def register(
     *,
     labels: Source | None = None,
     fixed_labels: Source | None = None,
+    fixed_mask: Source | None = None,
+    moving_mask: Source | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Registration:
@@ -47,6 +51,7 @@ def register(
     fixed, moving: a path or a nibabel image.
     net: a network, or its weights as `weights.load` takes them; it stays as it is, and the work is done on its device.
     labels: a label image of the moving image, to be warped; fixed_labels: one of the fixed image, for Dice.
+    fixed_mask, moving_mask: label images; where they are 0, instance optimisation and the measures do not look.
     options: the fields of `parameters.Registering`, which says what they are; None for the default. With io > 0 the
     best iterate of instance optimisation counts (see `instance.optimise`).
 
@@ -79,7 +84,7 @@ def register(
     start = starting(how.start, (grid, own), (fixed_on_grid, moving_alone), where)
     moving_label = None if labels is None else labels_of(there, labels, where[1])
     fixed_label = None if fixed_labels is None else labels_of(here, fixed_labels, where[0])
-    names = (short(where[0]), short(where[1]))
+    names = fitting(short(where[0]), short(where[1]))
     pair = Pair(
         name=f"{names[1]} to {names[0]}",
         fixed=fixed_on_grid,
@@ -90,6 +95,11 @@ def register(
         spacing=grid.GetSpacing()[:dim],
         affine=torch.from_numpy(affine(grid)) if _oriented(here) else None,
     )
+    both = ((fixed_mask, here, where[0], None), (moving_mask, there, where[1], start))
+    masks = [None if mask is None else labels_on_grid(labels_of(i, mask, w), grid, s) > 0 for mask, i, w, s in both]
+    if any(mask is not None for mask in masks):
+        masks = [torch.ones_like(pair.fixed, dtype=torch.bool) if mask is None else mask for mask in masks]
+        pair = dataclasses.replace(pair, fixed_mask=masks[0], moving_mask=masks[1])
     if not pair.moving.any():
         found = f"nothing of it there, from the start {how.start}"
         todo = "Choose another --start, or images of the same place."
@@ -97,16 +107,19 @@ def register(
 
     a, b = pair.moving[None], pair.fixed[None]
     loss = how.model_dump(include={"lr", "lmbda", "sigma", "similarity", "seed"})
-    phi, losses, best, psi = optimise(network, a, b, steps=how.io, progress=progress, **loss)
+    counts = [mask[None] for mask in (pair.moving_mask, pair.fixed_mask) if mask is not None]
+    phi, losses, best, psi = optimise(network, a, b, steps=how.io, masks=counts, progress=progress, **loss)
     if not phi.map.isfinite().all():
         raise ValueError(f"expected a finite transform for {pair.name}, got NaN or infinity: are the weights damaged?")
     if 0 < len(losses) <= how.io:
         notes.append(f"instance optimisation: the loss was not finite at step {len(losses)}; the best before counts")
         warnings.warn(notes[-1], stacklevel=2)
 
-    files = {"fixed": fixed, "moving": moving, "labels": labels, "fixed_labels": fixed_labels}
-    before, after = (lncc(image, b, sigma=how.sigma).item() for image in (a, warp(a, phi.map)))
-    determinant = jacobian_determinant(phi.map)
+    files = dict(zip(ROLES, (fixed, moving, labels, fixed_labels, fixed_mask, moving_mask), strict=True))
+    before, after = (
+        lncc(image, b, sigma=how.sigma, mask=counts[-1] if counts else None).item() for image in (a, warp(a, phi.map))
+    )
+    determinant = determinants(pair, phi.map)
     summary: dict[str, Any] = {role: str(file) for role, file in files.items() if isinstance(file, str | Path)} | {
         "network": {"weights": weights, **network.settings, "shape": list(shape)},
         "modality": modality,

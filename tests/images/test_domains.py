@@ -39,8 +39,9 @@ def test_pairs_of_files(tmp_path):
     pair = domain.test_pair(0)
     assert pair.name == "p8<-p9"
     assert pair.fixed.shape == pair.moving.shape == pair.fixed_label.shape == (1, 11, 7, 8)
-    assert pair.spacing == pytest.approx((0.5, 2, 3))
-    np.testing.assert_allclose(pair.affine, np.diag([0.5, 2, 3, 1]))
+    assert pair.spacing == pytest.approx((6 / 11, 2, 3))  # six samples of 1 mm on eleven, edge on edge
+    np.testing.assert_allclose(pair.affine[:3, :3], np.diag([6 / 11, 2, 3]))
+    np.testing.assert_allclose(pair.affine[:3, 3], (6 / 22 - 0.5, 0, 0), atol=1e-9)
     drawn = [domain.training_pair(i).name for i in range(60)]
     assert len(set(drawn)) == 6  # all ordered pairs of three images, and never p8 or p9
     assert pair.subjects == ("p8", "p9")

@@ -548,7 +548,7 @@ BAD = {
     "4-D": (bad(texture((*MOVING, 2))), "a 3-D image", r"\(24, 22, 20, 2\)\. Save one of its volumes"),
     "2-D": (bad(texture((24, 22))), "a 3-D image", r"\(24, 22\)"),
     "RGB": (bad(RGB), "one real number a voxel", "vector of 8-bit"),
-    "singular": (singular, "axes perpendicular", "Resample it"),
+    "singular": (singular, "an invertible affine", "Set its spacing"),
     "all zero": (bad(np.zeros(MOVING, np.uint8)), "an image that varies", "0 throughout"),
     "not a number": (bad(np.full(MOVING, np.nan, np.float32)), "finite values", "NaN"),
     "far larger": (bad(texture(MOVING), affine(spacing=(1, 1, 4.0))), "a field of view like", r"Crop or pad one"),
@@ -558,7 +558,7 @@ BAD = {
         r"about 0\.001 times: is a spacing lost",
     ),
     "cut short": (cut_short, "a readable image", "copy it again"),
-    "text": (lambda path: path.write_text("hello"), "a readable image", "Convert it"),
+    "text": (lambda path: path.write_text("hello"), "a readable image", "copy it again"),
     "none": (lambda path: None, "an image file", "no such file"),
     "folder": (lambda path: path.mkdir(), "a folder with one DICOM series", "0"),
 }
