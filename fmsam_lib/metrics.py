@@ -22,6 +22,7 @@ has a fixed mask, the first four of them describe the map there. Conventions are
 et al. 2023, IEEE TMI 42(3)), but distances are in the pair's spacing, not in voxels.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -225,6 +226,37 @@ def _within(values: Tensor, mask: Tensor | None, part: slice) -> Tensor:
 def folding_percent(determinant: Tensor) -> float:
     """Percentage of cells whose Jacobian determinant is 0 or below."""
     return float((determinant <= 0).double().mean() * 100)
+
+
+def ndv_percent(phi_map: Tensor) -> float:
+    """How much of the grid's volume a map `(1, D, *S)` turns inside out, in percent: NDV (Liu et al. 2024, IJCV), LUMIR's.
+
+    Every cell is cut into simplices in the two ways that there are (2 triangles; 5 tetrahedra, one of them without a
+    corner of its own in the middle), and the mean over both of the negative volumes counts.
+    """
+    shape = tuple(phi_map.shape[2:])
+    dim, phi = len(shape), voxels(phi_map, shape)[0]
+    corners = {
+        bits: phi[(slice(None), *(slice(bit, n - 1 + bit) for bit, n in zip(bits, shape, strict=True)))]
+        for bits in itertools.product((0, 1), repeat=dim)
+    }
+    ways: dict[int, Tensor | float] = {0: 0.0, 1: 0.0}
+    for bits, here in corners.items():
+        edges = [corners[*bits[:d], 1 - bits[d], *bits[d + 1 :]] - here for d in range(dim)]
+        ways[sum(bits) % 2] += _inside_out(edges, (-1) ** sum(bits))
+    if dim == 3:
+        for parity, (first, *others) in enumerate([((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), ((1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))]):
+            ways[1 - parity] += _inside_out([corners[other] - corners[first] for other in others], (-1) ** parity)
+    return 100 * float(ways[0] + ways[1]) / 2 / math.prod(n - 1 for n in shape)
+
+
+def _inside_out(edges: list[Tensor], sign: int) -> Tensor:
+    """The sum of the negative volumes of simplices with these edges `(D, *S)` from one of their corners."""
+    if len(edges) == 2:
+        volume = (edges[0][0] * edges[1][1] - edges[0][1] * edges[1][0]) / 2
+    else:
+        volume = (torch.linalg.cross(edges[0], edges[1], dim=0) * edges[2]).sum(dim=0) / 6
+    return (-sign * volume).clamp(min=0).sum(dtype=torch.float64)
 
 
 def percent(value: float) -> str:

@@ -154,6 +154,7 @@ class GradICON(nn.Module):
         self.settings: dict[str, Any] = dict(dim=dim, down=list(down), up=list(up), levels=levels, last_step=last_step)
         self.dim, self.levels = dim, levels
         self.shape: tuple[int, ...] | None = None  # the grid that it was trained on
+        self.about: dict[str, Any] = {}  # what goes with its weights: see `training.seen` and `weights.golden`
         self.save_memory, self.precision, self.first_stage = False, "float32", False
         self.scales = [*reversed(range(levels)), *([0] if last_step else [])]  # halvings before each step
         self.steps = nn.ModuleList(UNet(dim, tuple(down), tuple(up)) for _ in self.scales)
@@ -189,6 +190,7 @@ class GradICON(nn.Module):
     def save(self, path: Path | str) -> None:
         """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it."""
         saved = {"settings": self.settings, "weights": self.state_dict(), "shape": self.shape and list(self.shape)}
+        saved |= {"about": self.about} if self.about else {}
         with written_whole(path) as partial:
             torch.save(saved, partial)
 

@@ -9,6 +9,8 @@ icon-registration nests the steps, coarse to fine, where we have a list of them:
     netPsi.net.lastConv.weight                         steps.3.last.weight   full, the last step
 """
 
+import copy
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.records import written_whole
 
 UNIGRADICON: dict[str, Any] = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64, 128, 256), "levels": 3}
@@ -59,6 +62,7 @@ def load(weights: Path | str) -> GradICON:
             net = GradICON(**saved["settings"])
             net.load_state_dict(saved["weights"])
             net.shape = tuple(saved["shape"]) if saved.get("shape") else None
+            net.about = saved.get("about", {})
         else:
             net = from_icon(saved)
     except DAMAGED as error:
@@ -81,11 +85,47 @@ def official(name: str) -> Path:
             with written_whole(path) as partial:
                 torch.hub.download_url_to_file(OFFICIAL[name], str(partial))
                 torch.load(partial, weights_only=True, mmap=True)  # a connection closed early passes for an end
+                path.with_suffix(".sha256").write_text(sha256(partial) + "\n", encoding="utf-8")
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise OSError(
                 f"expected to download {OFFICIAL[name]}, got: {error}; download it by hand and put it at {path}"
             ) from error
     return path
+
+
+def golden(net: GradICON) -> list[float]:
+    """Where the network sends some points of a pair made by a formula, in samples: the same wherever it works right."""
+    net = copy.deepcopy(net).cpu().float().eval()
+    net.precision, shape = "float32", net.shape or (64,) * net.dim
+    x = identity_map(shape).double()
+    waves = [(0.5 + 0.5 * torch.sin(9 * x + x.flip(1) * phase).prod(1, keepdim=True)).float() for phase in (2, 3)]
+    with torch.no_grad():
+        found = voxels(net(*waves).map - identity_map(shape), shape)
+    return found[(..., *[slice(n // 8, None, max(1, n // 4)) for n in shape])].flatten().double().tolist()
+
+
+def check(weights: Path | str) -> dict[str, Any]:
+    """Whether this installation gets from weights what it should.
+
+    sha256: of the file; for downloaded weights "as downloaded" says whether it is still that of the download. deviation:
+    in samples, from the map that the weights were saved with; None for weights without one, such as the official ones.
+    fine: False where one of them is wrong (a deviation over 1e-3), None where there is nothing to compare.
+    Raises as `load`.
+    """
+    net, path = load(weights), official(str(weights)) if weights in OFFICIAL else Path(weights)
+    found: dict[str, Any] = {"sha256": sha256(path), "deviation": None, "fine": None}
+    if "golden" in net.about:
+        apart = torch.tensor(golden(net)) - torch.tensor(net.about["golden"])
+        found |= {"deviation": float(apart.abs().max()), "fine": bool(apart.abs().max() <= 1e-3)}
+    if path.with_suffix(".sha256").exists():
+        same = path.with_suffix(".sha256").read_text(encoding="utf-8").split()[:1] == [found["sha256"]]
+        found |= {"as downloaded": same, "fine": found["fine"] if same else False}
+    return found
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def from_icon(state: dict[str, Tensor]) -> GradICON:

@@ -172,6 +172,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
     net.first_stage = False
     net.eval().to("cpu")
     if first:
+        net.about = {"seen": seen(dataset), "golden": golden(net)}
         net.save(folder / "weights.pt")  # last: it says that the training is done
     return state.history
 

@@ -1,0 +1,51 @@
+"""Can a registration be trusted? Signs that need no label: "fine", "look at it" with the reasons, or "unknown".
+
+Each sign is divided by its limit; the worst one decides. The limits are the 95th percentiles on validation pairs of the
+synthetic domains that a network was trained on (`benchmarks/verdict.py`, which also measures, on other pairs, how well
+all this predicts a low Dice: `figures/verdict.csv`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmsam_lib.metrics import folding_percent, ndv_percent
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import inverse_error, jacobian_determinant, voxels
+from fmsam_lib.pair import Pair
+from fmsam_lib.training.seen import unlike
+
+LIMITS = {"inverse_error": 1.0, "folding": 0.5, "ndv": 0.1, "similarity_lost": 0.0, "unlike": 1.0}
+SAID = {
+    "inverse_error": "going there and back misses by {:.3g} samples of the grid (95th percentile); up to {:.3g} is usual",
+    "folding": "{:.3g} % of the cells fold; up to {:.3g} % is usual",
+    "ndv": "{:.3g} % of the volume is turned inside out; up to {:.3g} % is usual",
+    "similarity_lost": "the images are less alike after the registration than before",
+    "unlike": "the images look like nothing that the network was trained on: {:.3g} times as far as the farthest of {where}",
+}
+
+
+def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[str, float]) -> tuple[dict, Tensor]:
+    """A verdict for `summary.json`, and the map of the inverse-consistency error `|psi(phi(x)) - x|`, mm, `(*S)`.
+
+    phi, psi: the pair's map and that of the swapped pair, `(1, D, *S)`. similarity: before and after. Raises nothing.
+    """
+    samples = voxels(inverse_error(psi, phi), tuple(pair.fixed.shape[1:]))[0]
+    spacing = torch.tensor(pair.spacing, dtype=samples.dtype).view(-1, *[1] * (samples.dim() - 1))
+    error = (samples * spacing).square().sum(dim=0).sqrt()
+    where = ""
+    signs = {
+        "inverse_error": float(samples.square().sum(dim=0).sqrt().flatten().kthvalue(int(0.95 * error.numel())).values),
+        "folding": folding_percent(jacobian_determinant(phi)),
+        "ndv": ndv_percent(phi),
+        "similarity_lost": similarity["before"] - similarity["after"],
+    }
+    if domains := net.about.get("seen"):
+        signs["unlike"], where = unlike([pair.fixed, pair.moving], domains)
+    reasons = [SAID[name].format(value, LIMITS[name], where=where) for name, value in signs.items() if value > LIMITS[name]]
+    known = "look at it" if reasons else "fine" if domains else "unknown"
+    if not domains:
+        reasons.append("the weights do not say what the network was trained on")
+    verdict: dict[str, Any] = {"verdict": known, "reason": "; ".join(reasons), "signs": signs, "nearest": where}
+    return verdict | {"inverse_error_mm": {"mean": float(error.mean()), "max": float(error.max())}}, error
