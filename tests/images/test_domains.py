@@ -39,8 +39,10 @@ def test_pairs_of_files(tmp_path):
     pair = domain.test_pair(0)
     assert pair.name == "p8<-p9"
     assert pair.fixed.shape == pair.moving.shape == pair.fixed_label.shape == (1, 11, 7, 8)
-    assert pair.spacing == pytest.approx((0.5, 2, 3))
-    np.testing.assert_allclose(pair.affine, np.diag([0.5, 2, 3, 1]))
+    assert pair.spacing == pytest.approx((6 / 11, 2, 3))  # 6 voxels of 1 mm, edge to edge
+    expected = np.diag([6 / 11, 2, 3, 1])
+    expected[0, 3] = (6 / 11 - 1) / 2
+    np.testing.assert_allclose(pair.affine, expected, atol=1e-6)
     drawn = [domain.training_pair(i).name for i in range(60)]
     assert len(set(drawn)) == 6  # all ordered pairs of three images, and never p8 or p9
     assert pair.subjects == ("p8", "p9")
