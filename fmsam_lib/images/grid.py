@@ -197,11 +197,11 @@ def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, floa
     if modality != "CT":
         inside = _without_fill(image)
         low, high = float(inside.min()), float(np.percentile(inside, 99))
+    elif image.min() < image.max() and image.max() > low:
+        _check_hounsfield(where, image)
     if min(image.max(), high) <= max(image.min(), low):
         what = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
         raise data_error(name_of(where), f"an image that varies {what}", f"{image.min():g} throughout", "Leave it out.")
-    if modality == "CT":
-        _check_hounsfield(where, image)
     return low, high
 
 

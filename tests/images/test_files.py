@@ -299,6 +299,11 @@ def test_bzip2_png_and_foreign_files(tmp_path):
     flat = sitk.GetImageFromArray(np.arange(42, dtype=np.uint8).reshape(6, 7))
     sitk.WriteImage(flat, str(tmp_path / "a.png"))
     same_image(read_values(tmp_path / "a.png", 2), flat)
+    whole = (tmp_path / "a.png").read_bytes()
+    for length in range(0, len(whole), 5):
+        (tmp_path / "a.png").write_bytes(whole[:length])
+        with pytest.raises(DataError, match=says("a.png", "a readable image", "copy it again")):
+            read_values(tmp_path / "a.png", 2)
     for name in ("text.nii.gz", "text.mha", "text.nrrd"):
         (tmp_path / name).write_text("not an image")
         with pytest.raises(DataError, match=says(name, "a readable image", "copy it again")):
@@ -309,6 +314,19 @@ def test_bzip2_png_and_foreign_files(tmp_path):
             read_values(tmp_path / name, 3)
     with pytest.raises(DataError, match=says("gone.nii.gz: expected an image file, found no such file")):
         read_values(tmp_path / "gone.nii.gz", 3)
+
+
+@pytest.mark.parametrize("kind", [nibabel.AnalyzeImage, nibabel.Spm99AnalyzeImage])
+def test_files_older_than_nifti(tmp_path, kind):
+    """Analyze, read as SimpleITK does, though nobody knows their orientation."""
+    nibabel.save(kind(image().astype(np.float32), np.diag([1.0, 2, 3, 1])), tmp_path / "a.hdr")
+    for name in ("a.hdr", "a.img"):
+        same_image(read_values(tmp_path / name, 3), sitk.ReadImage(str(tmp_path / name)))
+    data = tmp_path / "a.img"
+    data.write_bytes(data.read_bytes()[:-1])
+    for name in ("a.hdr", "a.img"):
+        with pytest.raises(DataError, match=says(name, "a readable image", "copy it again")):
+            read_values(tmp_path / name, 3)
 
 
 def test_gzip_in_several_pieces_and_with_something_behind(tmp_path):

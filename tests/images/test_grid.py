@@ -523,6 +523,18 @@ def test_ct_in_other_units_is_refused_with_the_remedy(tmp_path, kind, how, remed
     assert decode(path, modality="MR", shape=(24, 24, 24)).image.std() > 0.01  # as the message says
 
 
+def test_ct_all_outside_of_the_window():
+    """What it may be, where there is something; else that it is constant."""
+    for values, told in (
+        (body("muscle").clip(30) + 1024, "subtract 1024"),
+        (body("muscle") * 100.0, "bring them back to HU"),
+        (np.full(GRID, 1500), "1500 throughout"),
+        (np.where(label(), -1000, -3024), "-3024 throughout"),
+    ):
+        with pytest.raises(DataError, match=says("a: expected", told)):
+            window("a", values, "CT")
+
+
 def test_ct_window_is_fixed_in_hounsfield_units(tmp_path):
     hu = np.full(GRID, -3024.0)  # what scanners write outside their field of view
     hu[1:5, 1:6, 1:7] = -1000
