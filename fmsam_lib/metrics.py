@@ -229,7 +229,7 @@ def folding_percent(determinant: Tensor) -> float:
 
 
 def ndv_percent(phi_map: Tensor) -> float:
-    """How much of the grid's volume a map `(1, D, *S)` turns inside out, in percent: NDV (Liu et al. 2024, IJCV), LUMIR's.
+    """How much of the volume a map `(1, D, *S)` turns inside out, in percent: LUMIR's NDV (Liu et al. 2024, IJCV).
 
     Every cell is cut into simplices in the two ways that there are (2 triangles; 5 tetrahedra, one of them without a
     corner of its own in the middle), and the mean over both of the negative volumes counts.
@@ -245,7 +245,9 @@ def ndv_percent(phi_map: Tensor) -> float:
         edges = [corners[*bits[:d], 1 - bits[d], *bits[d + 1 :]] - here for d in range(dim)]
         ways[sum(bits) % 2] += _inside_out(edges, (-1) ** sum(bits))
     if dim == 3:
-        for parity, (first, *others) in enumerate([((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), ((1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))]):
+        for parity, (first, *others) in enumerate(
+            [((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), ((1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))]
+        ):
             ways[1 - parity] += _inside_out([corners[other] - corners[first] for other in others], (-1) ** parity)
     return 100 * float(ways[0] + ways[1]) / 2 / math.prod(n - 1 for n in shape)
 

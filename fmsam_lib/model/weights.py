@@ -101,15 +101,20 @@ def golden(net: GradICON) -> list[float]:
     waves = [(0.5 + 0.5 * torch.sin(9 * x + x.flip(1) * phase).prod(1, keepdim=True)).float() for phase in (2, 3)]
     with torch.no_grad():
         found = voxels(net(*waves).map - identity_map(shape), shape)
-    return found[(..., *[slice(n // 8, None, max(1, n // 4)) for n in shape])].flatten().double().tolist()
+    return (
+        found[(slice(None), slice(None), *(slice(n // 8, None, max(1, n // 4)) for n in shape))]
+        .flatten()
+        .double()
+        .tolist()
+    )
 
 
 def check(weights: Path | str) -> dict[str, Any]:
     """Whether this installation gets from weights what it should.
 
-    sha256: of the file; for downloaded weights "as downloaded" says whether it is still that of the download. deviation:
-    in samples, from the map that the weights were saved with; None for weights without one, such as the official ones.
-    fine: False where one of them is wrong (a deviation over 1e-3), None where there is nothing to compare.
+    sha256: of the file; "as downloaded": whether it is still that of the download, where there was one. deviation: in
+    samples, from the map that the weights were saved with; None for weights without one, such as the official ones.
+    fine: False where either is wrong (a deviation over 1e-3), None where there is nothing to compare.
     Raises as `load`.
     """
     net, path = load(weights), official(str(weights)) if weights in OFFICIAL else Path(weights)

@@ -6,6 +6,7 @@ anterior, the patient's sides at the borders, true proportions.
 
 import io
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,17 +253,17 @@ def registration(
     return figure
 
 
-def overview(pair: Pair, phi_map: Tensor) -> Figure:
+def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
     """A pair's mid planes, a row each: fixed, moving, warped, and both images as an overlay before and after.
 
     phi_map: `(1, D, *S)`. In the overlays the fixed image alone is green, the other alone magenta, both together grey.
-    A plane less than a quarter as high as it is wide is stretched to that.
+    said: a line under the name. A plane less than a quarter as high as it is wide is stretched to that.
     """
     planes = [cut(pair, phi_map, axis=axis) for axis in ((None,) if pair.fixed.dim() == 3 else (2, 1, 0))]
     tall = [(p.size[1] + p.step[1]) / (p.size[0] + p.step[0]) for p in planes]
     rows = [max(t, 0.25) for t in tall]
     figure = Picture(figsize=(WIDTH, sum(WIDTH / 5 * row + 0.15 for row in rows) + 0.7), layout="constrained")
-    figure.suptitle(pair.name, fontsize=11)
+    figure.suptitle("\n".join([pair.name, *textwrap.wrap(said, 120)]), fontsize=11)
     axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
     for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):
         ax.set_title(title, fontsize=10)

@@ -17,7 +17,7 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.files import read_values
 from fmsam_lib.metrics import percent
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.weights import load
+from fmsam_lib.model.weights import check, load
 from fmsam_lib.parameters import Register, Registering
 from fmsam_lib.registration import apply
 from fmsam_lib.registration.batch import register_all
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["apply"]:
         return apply.main(argv[1:])
+    if "--check" in argv:
+        return _check(argv)
     run, pairs, device, quiet = _arguments(argv)
     if run.threads:
         torch.set_num_threads(run.threads)
@@ -61,6 +63,26 @@ def main(argv: list[str] | None = None) -> int:
     if not quiet:
         print(report(summary, run.out))
     return 0
+
+
+def _check(argv: list[str]) -> int:
+    """`fmsam-register --check`: 0 where the weights give what they should or nobody knows what that is, else 1."""
+    parser = argparse.ArgumentParser(prog="fmsam-register --check")
+    parser.add_argument("--check", action="store_true", help="compare what the weights give here with what they should")
+    parser.add_argument("--weights", default=Register.model_fields["weights"].default)
+    weights = parser.parse_args(argv).weights
+    try:
+        found = check(weights)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{weights}: SHA-256 {found['sha256']}")
+    if not found.get("as downloaded", True):
+        print("not the file that was downloaded: fetch it anew")
+    said = {None: "unknown: these weights do not say what map they should give", True: "as expected", False: "wrong"}
+    apart = "" if found["deviation"] is None else f", {found['deviation']:.2g} samples from the map saved with them"
+    print(said[found["fine"]] + apart)
+    return int(found["fine"] is False)
 
 
 def _register(
@@ -93,9 +115,10 @@ def _arguments(argv: list[str]) -> tuple[Register, str, str, bool]:
     parser.add_argument(
         "--pairs", default="", help="CSV of pairs instead: columns fixed, moving, and name, labels, ..."
     )
+    parser.add_argument("--check", action="store_true", help="only say whether the weights give here what they should")
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
     values = vars(parser.parse_args(argv))
-    device, quiet, pairs = (values.pop(name) for name in ("device", "quiet", "pairs"))
+    device, quiet, pairs, _ = (values.pop(name) for name in ("device", "quiet", "pairs", "check"))
     if bool(pairs) == bool(values["fixed"] and values["moving"]) or (pairs and any(values[role] for role in ROLES)):
         parser.error("expected --fixed and --moving, or --pairs with all files in it")
     try:
@@ -121,6 +144,7 @@ def report(summary: dict[str, Any], folder: str | Path) -> str:
     similarity = "LNCC {before:.3f} -> {after:.3f}".format(**summary["similarity"])
     regularity = f"{percent(summary['folding_percent'])} folded, SDlogJ {summary['sdlogj']:.3f}"
     lines = [f"{similarity}, {regularity}, {summary['seconds']:.1f} s"]
+    lines.append("verdict: {verdict}, {reason}".format(**summary["verdict"]).removesuffix(", "))
     if io := summary.get("instance_optimisation"):
         best = "best of {steps} steps was {best_step}, loss {loss_before:.4f} -> {loss_best:.4f}"
         lines.append("instance optimisation: " + best.format(**io))

@@ -30,6 +30,7 @@ from fmsam_lib.records import data_error, provenance
 from fmsam_lib.registration.folder import ROLES, fitting
 from fmsam_lib.registration.result import Registration, displacing, labels_of
 from fmsam_lib.registration.start import FOUND, starting
+from fmsam_lib.registration.verdict import judge
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import lncc
 
@@ -140,9 +141,11 @@ def register(
         inverse.FlattenTransform()
     except RuntimeError:
         notes.append(f"the transform {how.start} has no inverse, so none is written")
-    result = Registration(
-        here, there, phi, psi, start, transform, inverse, pair, summary, losses, names, moving_label, fixed_label
-    )
+    summary["verdict"], error = judge(network, pair, phi.map, psi.map, summary["similarity"])
+    error_map = sitk.GetImageFromArray(error.reshape(grid.GetSize()).numpy().transpose())
+    error_map.CopyInformation(grid)
+    parts = (phi, psi, start, transform, inverse, pair, summary, losses, error_map, names, moving_label, fixed_label)
+    result = Registration(here, there, *parts)
     if overlap := result.dice():
         summary["dice"] = overlap
     summary["seconds"] = round(time.perf_counter() - begun, 2)

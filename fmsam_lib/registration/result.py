@@ -36,8 +36,9 @@ class Registration:
     fixed, moving: the images as SimpleITK read them. phi, psi: from the grid's unit coordinates over the fixed image to
     the moving image brought there by `start`, and back. transform: from the fixed image's points to the moving one's,
     in ITK's space; inverse: back, None where `start` has no inverse. pair: both images on the network's grid, as
-    `explore(result.pair, result.phi)` wants them. losses: of instance optimisation, from step 0. summary: similarity
-    before and after, folding, SDlogJ, Dice, seconds, notes, provenance. labels, fixed_labels: None or an image each.
+    `explore(result.pair, result.phi)` wants them. losses: of instance optimisation, from step 0. summary: similarity,
+    folding, SDlogJ, Dice, verdict, seconds, notes, provenance. error: by how much there and back misses, mm, on the
+    grid. labels, fixed_labels: None or an image each.
     """
 
     fixed: sitk.Image
@@ -50,6 +51,7 @@ class Registration:
     pair: Pair
     summary: dict[str, Any]
     losses: list[float]
+    error: sitk.Image
     names: tuple[str, str]
     labels: sitk.Image | None = None
     fixed_labels: sitk.Image | None = None
@@ -132,7 +134,10 @@ class Registration:
             for name, what in self._files():
                 write(what, staging / name)
                 self.summary["files"].append(name)
-            overview(self.pair, self.phi.map).savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
+            said = "{verdict}: {reason}".format(**self.summary["verdict"]).removesuffix(": ")
+            overview(self.pair, self.phi.map, said).savefig(
+                staging / "overview.png", dpi=150, metadata={"Software": None}
+            )
             self.summary["files"] += ["overview.png", SUMMARY]
             (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
         except (OSError, RuntimeError) as error:
@@ -147,6 +152,7 @@ class Registration:
         yield "displacement.nii.gz", self.displacement()
         yield "jacobian.nii.gz", self.jacobian()
         yield "transform.h5", self.transform
+        yield "inverse_error.nii.gz", sitk.Resample(self.error, self.fixed)
         if self.inverse is not None:
             yield "inverse_displacement.nii.gz", field_of(self.inverse, self.moving)
             yield "inverse_transform.h5", self.inverse
@@ -156,9 +162,7 @@ class Registration:
 
 def labels_of(image: sitk.Image, labels: Source, where: str) -> sitk.Image:
     """The labels of an image, of the image's dimension. Raises DataError where they don't belong to it."""
-    found = read_labels(labels, 2)
-    check_same_grid(labels, found, where, image)
-    return sitk.JoinSeries([found]) if found.GetDimension() < image.GetDimension() else found
+    return check_same_grid(labels, read_labels(labels, 2), where, image)
 
 
 def displacing(phi: Transform, grid: sitk.Image) -> sitk.DisplacementFieldTransform:

@@ -18,11 +18,11 @@ from fmsam_lib.training.seen import unlike
 
 LIMITS = {"inverse_error": 1.0, "folding": 0.5, "ndv": 0.1, "similarity_lost": 0.0, "unlike": 1.0}
 SAID = {
-    "inverse_error": "going there and back misses by {:.3g} samples of the grid (95th percentile); up to {:.3g} is usual",
+    "inverse_error": "there and back misses by {:.3g} samples (95th percentile); up to {:.3g} is usual",
     "folding": "{:.3g} % of the cells fold; up to {:.3g} % is usual",
     "ndv": "{:.3g} % of the volume is turned inside out; up to {:.3g} % is usual",
     "similarity_lost": "the images are less alike after the registration than before",
-    "unlike": "the images look like nothing that the network was trained on: {:.3g} times as far as the farthest of {where}",
+    "unlike": "the images are unlike those of the training: {:.3g} times as far as the farthest of {where}",
 }
 
 
@@ -43,7 +43,9 @@ def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[
     }
     if domains := net.about.get("seen"):
         signs["unlike"], where = unlike([pair.fixed, pair.moving], domains)
-    reasons = [SAID[name].format(value, LIMITS[name], where=where) for name, value in signs.items() if value > LIMITS[name]]
+    reasons = [
+        SAID[name].format(value, LIMITS[name], where=where) for name, value in signs.items() if value > LIMITS[name]
+    ]
     known = "look at it" if reasons else "fine" if domains else "unknown"
     if not domains:
         reasons.append("the weights do not say what the network was trained on")

@@ -22,13 +22,14 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.domains import opens_again
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON, give_back_memory
-from fmsam_lib.model.weights import load
+from fmsam_lib.model.weights import golden, load
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Train
 from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.augmentation import augment
 from fmsam_lib.training.losses import Batch, jittered_points
+from fmsam_lib.training.seen import seen
 from fmsam_lib.training.step import perturbation, train_step
 
 LOG_EVERY, CHECKPOINT_EVERY, VALIDATE_EVERY = 10, 50, 100  # steps

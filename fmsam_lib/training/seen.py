@@ -9,7 +9,7 @@ PAIRS = 32  # of each training domain
 
 
 def statistics(image: Tensor) -> np.ndarray:
-    """Of an image `(1, *S)` in [0, 1]: mean, spread, shares of dark and bright samples, log gradient at three scales."""
+    """Of an image `(1, *S)` in [0, 1]: mean, spread, dark and bright shares, log gradient at three scales."""
     pool = F.avg_pool2d if image.dim() == 3 else F.avg_pool3d
     numbers = [image.mean(), image.std(), (image < 0.05).float().mean(), (image > 0.95).float().mean()]
     for _ in range(3):
