@@ -127,9 +127,10 @@ def executed(work: list[Job], root: Path) -> Iterator[tuple[Job, float, list[str
     """The jobs that were run, the seconds that each took (0: it was killed), and its errors."""
     for job in work:
         path = root / f"{job.name}.ipynb"
-        if not path.exists() or not path.stat().st_size:  # Snakemake makes an empty log where papermill could not start
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # papermill could not start, or was killed while it wrote
             continue
-        content = json.loads(path.read_text(encoding="utf-8"))
         outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
         errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
         yield job, content["metadata"]["papermill"]["duration"] or 0.0, [f"{path}: {error}" for error in errors]

@@ -184,11 +184,8 @@ def progress(work: list[Job], root: Path) -> str:
     parts = [f"{len(work) - len(left)} of {len(work)} notebooks done"]
     for job in left:
         history = root / job.folder / "history.jsonl"
-        if (
-            job.notebook == "10_train"
-            and history.exists()
-            and (lines := history.read_text(encoding="utf-8").splitlines())
-        ):
+        lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+        if job.notebook == "10_train" and lines:
             last = json.loads(lines[-1])
             parts.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
     return " | ".join(parts)

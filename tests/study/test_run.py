@@ -23,7 +23,7 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.parameters import Evaluate
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.grid import grid, twins
-from fmsam_lib.study.notebooks import NOTEBOOKS, jobs, plan
+from fmsam_lib.study.notebooks import NOTEBOOKS, executed, jobs, plan
 from fmsam_lib.study.run import main, preflight
 from tests.conftest import PROJECT, drawn
 
@@ -287,6 +287,14 @@ def test_what_lacks_a_file_or_was_made_with_other_parameters_is_to_be_run(tmp_pa
     assert [job.notebook for job in plan(again, tmp_path)] == ["30_loss_landscape"]
     (tmp_path / "brain-mr/adam/seed0/weights.pt").unlink()
     assert [job.folder for job in plan(again, tmp_path)] == ["brain-mr/adam/seed0"] * 3 + [""]
+
+
+@pytest.mark.parametrize("content", ["", '{"cells": ['])
+def test_an_executed_notebook_that_was_cut_short_tells_nothing(tmp_path, content):
+    work = jobs(study_of(tmp_path), tmp_path, "", tmp_path / "s.yaml")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/20_evaluate.ipynb").write_text(content)
+    assert list(executed(work, tmp_path)) == []
 
 
 def real_images(folder):
