@@ -3,6 +3,7 @@
 import argparse
 import functools
 import math
+import os
 import re
 import signal
 import sys
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             if pairs:
                 options = run.model_dump(include={*Registering.model_fields, "weights"})
+                if os.path.isfile(run.weights):  # another file of the same name gives other results
+                    options["weights"] = [run.weights, os.path.getsize(run.weights), os.path.getmtime(run.weights)]
                 return register_all(pairs, run.out, lambda files, out: _register(run, network, files, out), options)
             files = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
             summary = _register(run, network, files, run.out, progress=not quiet)

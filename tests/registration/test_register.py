@@ -218,7 +218,8 @@ def test_what_is_written_has_the_fixed_files_geometry_and_the_forms_that_others_
     field = nibabel.load(tmp_path / "out" / "disp_fixed_moving.nii.gz")
     assert field.shape == (*FIXED, 3)
     np.testing.assert_allclose(field.affine, nibabel.load(pair["fixed"]).affine, atol=1e-6)
-    expected = overview(result.pair, result.phi.map)
+    said = "{verdict}: {reason}".format(**result.summary["verdict"])
+    expected = overview(result.pair, result.phi.map, said)
     expected.savefig(tmp_path / "expected.png", dpi=150)
     np.testing.assert_array_equal(*(imread(tmp_path / name) for name in ("out/overview.png", "expected.png")))
 
@@ -703,7 +704,8 @@ def visible(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-ALL = ["disp_fixed_moving.nii.gz", "displacement.nii.gz", "inverse_displacement.nii.gz", "inverse_transform.h5"]
+ALL = ["disp_fixed_moving.nii.gz", "displacement.nii.gz", "inverse_displacement.nii.gz", "inverse_error.nii.gz"]
+ALL += ["inverse_transform.h5"]
 ALL += ["jacobian.nii.gz", "overview.png", "summary.json", "transform.h5", "warped.nii.gz"]
 
 
@@ -933,6 +935,7 @@ def test_an_option_of_the_command_reaches_register(tmp_path, pair, monkeypatch):
 def test_the_report_writes_percentages_as_people_do():
     """All of a small grid folded was "1e+02 % folded"."""
     summary = {"similarity": {"before": 0.5, "after": 0.6}, "sdlogj": 0.1, "seconds": 1.0, "files": []}
+    summary["verdict"] = {"verdict": "fine", "reason": ""}
     for folded, written in ((100.0, "100 % folded"), (0.0212, "0.021 % folded"), (0.00001, "0.00001 % folded")):
         assert f"-> 0.600, {written}, SDlogJ" in report(summary | {"folding_percent": folded}, "out")
 
