@@ -24,7 +24,7 @@ from fmsam_lib.model.network import GradICON
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Landscape, Train
 from fmsam_lib.records import write_json
-from fmsam_lib.training.losses import Batch, jittered_points, objective
+from fmsam_lib.training.losses import Batch, batch_of, jittered_points, objective, with_masks
 from fmsam_lib.training.sam import dot, norm
 
 RUN = ["train_domain", "test_domain", "optimizer", "seed"]
@@ -55,7 +55,8 @@ def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str
 
 def _batch(pairs: list[Pair]) -> Batch:
     points = jittered_points(tuple(pairs[0].fixed.shape[1:]), torch.Generator().manual_seed(0))
-    return Batch(torch.stack([p.moving for p in pairs]), torch.stack([p.fixed for p in pairs]), points)
+    moving, fixed = (torch.stack(part) for part in zip(*with_masks(pairs), strict=True))
+    return batch_of(moving, fixed, points)
 
 
 def loss_of(batch: Batch, **settings: Any) -> LossOf:

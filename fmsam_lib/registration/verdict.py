@@ -16,14 +16,28 @@ from fmsam_lib.model.spatial import inverse_error, jacobian_determinant, voxels
 from fmsam_lib.pair import Pair
 from fmsam_lib.training.seen import unlike
 
-LIMITS = {"inverse_error": 1.0, "folding": 0.5, "ndv": 0.1, "similarity_lost": 0.0, "unlike": 1.0}
-SAID = {
-    "inverse_error": "there and back misses by {:.3g} samples (95th percentile); up to {:.3g} is usual",
-    "folding": "{:.3g} % of the cells fold; up to {:.3g} % is usual",
-    "ndv": "{:.3g} % of the volume is turned inside out; up to {:.3g} % is usual",
-    "similarity_lost": "the images are less alike after the registration than before",
-    "unlike": "the images are unlike those of the training: {:.3g} times as far as the farthest of {where}",
+# By sign: what is usual (the median) and the limit.
+LIMITS = {
+    "inverse_error": (0.2, 1.0),
+    "folding": (0.0, 0.5),
+    "ndv": (0.0, 0.1),
+    "similarity_lost": (-0.2, 0.0),
+    "dissimilarity": (0.3, 0.6),
+    "unlike": (0.5, 1.0),
 }
+SAID = {
+    "inverse_error": "there and back misses by {:.2g} samples of the grid (95th percentile, up to {:.2g} is usual)",
+    "folding": "{:.2g} % of the cells fold (up to {:.2g} % is usual)",
+    "ndv": "{:.2g} % of the volume is turned inside out (up to {:.2g} % is usual)",
+    "similarity_lost": "LNCC falls by {:.2g} ({:.2g} is usual, below 0 it rises)",
+    "dissimilarity": "the images are still unlike each other: 1 - LNCC is {:.2g} (up to {:.2g} is usual)",
+    "unlike": "the images are unlike those of the training: {:.2g} times as far as the farthest of {where}",
+}
+
+
+def worst(signs: dict[str, float]) -> float:
+    """The largest of the signs, each counted from what is usual in steps to its limit: above 1 is beyond it."""
+    return max((value - LIMITS[name][0]) / (LIMITS[name][1] - LIMITS[name][0]) for name, value in signs.items())
 
 
 def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[str, float]) -> tuple[dict, Tensor]:
@@ -40,12 +54,12 @@ def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[
         "folding": folding_percent(jacobian_determinant(phi)),
         "ndv": ndv_percent(phi),
         "similarity_lost": similarity["before"] - similarity["after"],
+        "dissimilarity": 1 - similarity["after"],
     }
     if domains := net.about.get("seen"):
         signs["unlike"], where = unlike([pair.fixed, pair.moving], domains)
-    reasons = [
-        SAID[name].format(value, LIMITS[name], where=where) for name, value in signs.items() if value > LIMITS[name]
-    ]
+    beyond = [name for name, value in signs.items() if worst({name: value}) > 1]
+    reasons = [SAID[name].format(signs[name], LIMITS[name][1], where=where) for name in beyond]
     known = "look at it" if reasons else "fine" if domains else "unknown"
     if not domains:
         reasons.append("the weights do not say what the network was trained on")

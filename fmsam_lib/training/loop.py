@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError, read
@@ -28,7 +27,7 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.augmentation import augment
-from fmsam_lib.training.losses import Batch, jittered_points
+from fmsam_lib.training.losses import Batch, batch_of, jittered_points, with_masks
 from fmsam_lib.training.seen import seen
 from fmsam_lib.training.step import perturbation, train_step
 
@@ -211,23 +210,14 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     number = run.seed * 1_000_003 + step
     own = run.batch // run.processes
     first = number * run.batch + parallel.rank() * own
-    pairs, images = {i: dataset.training_pair(i) for i in range(first, first + own)}, []
-    masked = all(pair.moving_mask is not None and pair.fixed_mask is not None for pair in pairs.values())
-    for i, pair in pairs.items():
-        both = pair.moving, pair.fixed
-        if masked:  # a second channel, which is turned and bent with the image
-            both = torch.cat([pair.moving, pair.moving_mask]), torch.cat([pair.fixed, pair.fixed_mask])
-        images.append(augment(*both, torch.Generator().manual_seed(i)) if run.augment else both)
+    numbers = range(first, first + own)
+    images = with_masks([dataset.training_pair(i) for i in numbers])
+    if run.augment:
+        generators = (torch.Generator().manual_seed(i) for i in numbers)
+        images = [augment(*both, generator) for both, generator in zip(images, generators, strict=True)]
     points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(number))
     moving, fixed = (torch.stack(part).split(own // run.accumulate) for part in zip(*images, strict=True))
-    return [_batch(m, f, points) for m, f in zip(moving, fixed, strict=True)]
-
-
-def _batch(moving: Tensor, fixed: Tensor, points: Tensor) -> Batch:
-    """Of images `(N, 1, *S)`, or `(N, 2, *S)` with their masks, which count if all still hold something."""
-    masks = [images[:, 1:] > 0.5 for images in (moving, fixed) if images.shape[1] > 1]
-    held = all(mask.flatten(1).any(1).all() for mask in masks)
-    return Batch(moving[:, :1], fixed[:, :1], points, *(masks if held else []))
+    return [batch_of(m, f, points) for m, f in zip(moving, fixed, strict=True)]
 
 
 def ahead(make: Callable[[int], list[Batch]], steps: range) -> Generator[list[Batch], None, None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import from_grid, identity_map, look_up
 from fmsam_lib.model.transform import Transform
+from fmsam_lib.pair import Pair
 
 
 class Loss(NamedTuple):
@@ -40,6 +41,23 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         return Batch._make(None if tensor is None else tensor.to(device) for tensor in self)
+
+
+def with_masks(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
+    """Every pair's moving and fixed image, `(2, *S)` with its mask where all images have one, else `(1, *S)`."""
+    found = []
+    for pair in pairs:
+        if pair.moving_mask is None or pair.fixed_mask is None:
+            return [(p.moving, p.fixed) for p in pairs]
+        found.append((torch.cat([pair.moving, pair.moving_mask]), torch.cat([pair.fixed, pair.fixed_mask])))
+    return found
+
+
+def batch_of(moving: Tensor, fixed: Tensor, points: Tensor) -> Batch:
+    """Of images `(N, 1, *S)`, or `(N, 2, *S)` with masks, which count if all of them hold something."""
+    masks = [images[:, 1:] > 0.5 for images in (moving, fixed) if images.shape[1] > 1]
+    held = all(mask.flatten(1).any(1).all() for mask in masks)
+    return Batch(moving[:, :1], fixed[:, :1], points, *(masks if held else []))
 
 
 def objective(

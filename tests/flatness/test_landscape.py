@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import loss_landscapes
 import numpy as np
@@ -506,3 +508,15 @@ def test_a_written_landscape_has_all_columns(tmp_path):
     read = pd.read_csv(tmp_path / "landscape.csv")
     assert list(read.columns) == COLUMNS
     np.testing.assert_array_equal(read.value, table.value)
+
+
+def test_the_loss_is_looked_at_within_the_masks_that_training_had():
+    domain = open_domain("brain-mr", shape=(16, 16))
+    pair = domain.test_pair(0)
+    masked = replace(pair, moving_mask=pair.moving > 0.2, fixed_mask=pair.fixed > 0.2)
+    given = SimpleNamespace(name="masked", test_count=1, test_pair=lambda index: masked)
+    batch = fixed_batch(given, pairs=1)
+    assert torch.equal(batch.fixed_mask, masked.fixed_mask[None])
+    assert torch.equal(batch.moving_mask, masked.moving_mask[None])
+    assert torch.equal(batch.moving, fixed_batch(domain, pairs=1).moving)
+    assert fixed_batch(domain, pairs=1).moving_mask is None

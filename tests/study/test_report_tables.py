@@ -235,12 +235,15 @@ def test_the_reports_page_folds_code_away_and_shows_what_it_made():
     assert "made by this" not in folded
 
 
-def test_landmarks_alone_make_a_report(settings):
+def test_landmarks_alone_make_a_report(settings, tmp_path):
     """Sets with keypoints and no labels: TRE in the tables, and the figures are of it."""
     rows = made_up().assign(label="", metric="tre", unit="mm")
     rows = pd.concat([rows, rows.assign(metric="folding_percent", value=0.0, unit="%")], ignore_index=True)
     costs = rows[:0].assign(metric="seconds")
     done = run("summary", "comparison", "methods", results=rows, costs=costs, settings=settings, about="all")
+    summary, told = done.tables["summary"].iloc[0], (tmp_path / "summary.txt").read_text()
+    assert summary["sam"] - summary["adam"] == pytest.approx(0.1)
+    assert told.startswith("all No labels: these are landmark errors (TRE).\n\n")
     (line,) = done.differences[(done.differences.metric == "tre") & (done.differences.test_domain == "T")].itertuples()
     assert (line.unit, line.mean) == ("mm", pytest.approx(0.1))
     assert set(done.methods.metric) == {"tre", "folding_percent"}
