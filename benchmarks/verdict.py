@@ -64,7 +64,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        net, _ = fm.train(fm.open_domain(TRAINED_ON, shape=SHAPE), steps=steps, batch=4, out=folder)
+        net, _ = fm.train(fm.open_domain(TRAINED_ON, shape=SHAPE), optimizer="adam", steps=steps, batch=4, out=folder, progress=False)
     fresh = [fm.open_domain(name, shape=SHAPE, seed=1) for name in TRAINED_ON.split("+")]
     usual = pd.DataFrame([row(net, d.training_pair(i), d.name, "") for d in fresh for i in range(60)])
     print("usual: median and 95th percentile of pairs of the training domains; put these into LIMITS")

@@ -1,0 +1,161 @@
+"""The verdict's signs against hand-made maps, what the weights remember of their training, and --check."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import fmsam_lib as fm
+from fmsam_lib.metrics import ndv_percent
+from fmsam_lib.model import weights
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import identity_map
+from fmsam_lib.registration.command import main
+from fmsam_lib.registration.verdict import LIMITS, judge, worst
+from fmsam_lib.training.seen import statistics, unlike
+
+ALIKE = {"before": 0.5, "after": 0.9}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    domain = fm.open_domain("brain-mr+knee-mr", shape=(48, 40))
+    net, _ = fm.train(
+        domain, steps=3, optimizer="adam", down=(4, 8), levels=2, last_step=False, batch=2, out=str(folder), progress=False
+    )
+    return net, folder / "weights.pt"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return fm.open_domain("brain-mr", shape=(48, 40), seed=7).training_pair(0)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (4, 5, 6)])
+def test_ndv_of_the_identity_and_of_a_mirror(shape):
+    x = identity_map(shape).clone()
+    assert ndv_percent(x) == 0
+    x[:, 0] = 1 - x[:, 0]
+    assert ndv_percent(x) == pytest.approx(100)  # every cell inside out, at its full volume
+    x[:, 0] = 0.5
+    assert ndv_percent(x) == pytest.approx(0, abs=1e-6)  # flat, but nothing negative
+
+
+def test_ndv_of_one_corner_that_is_pulled_through():
+    """A 2 x 2 grid, its corner (0, 0) pulled to (1, 1) and on to (2, 2): by hand, with both diagonals."""
+    square = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])[None]
+    square[0, :, 0, 0] = 2.0
+    # Triangles at (0, 0): edges (-1, -2), (-2, -1), area -3/2; at (1, 0) and (0, 1): area +-1 each; at (1, 1): 1/2.
+    areas = []
+    points = {(i, j): square[0, :, i, j].numpy() for i in (0, 1) for j in (0, 1)}
+    for (i, j), here in points.items():
+        edges = np.array([points[1 - i, j] - here, points[i, 1 - j] - here])
+        areas.append(np.linalg.det(edges) * (-1) ** (i + j) / 2)
+    assert ndv_percent(square) == pytest.approx(50 * -sum(min(a, 0) for a in areas))
+    assert min(areas) == pytest.approx(-1.5)
+
+
+def test_ndv_fills_the_cell_in_both_ways():
+    """Five tetrahedra twice: the volumes of any map that folds nowhere add up to its cells' volume."""
+    x = identity_map((4, 4, 4)).clone()
+    mirrored = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    mirrored[:, 0] = 1 - mirrored[:, 0]
+    edge = [0, -1]
+    volume = torch.linalg.det(
+        torch.stack([mirrored[0, :, -1, 0, 0] - mirrored[0, :, 0, 0, 0]] * 3)
+    )  # of a degenerate box
+    assert float(volume) == pytest.approx(0, abs=1e-6)
+    assert ndv_percent(mirrored[:, :, edge][:, :, :, edge][..., edge]) == pytest.approx(100, rel=0.2)
+
+
+def test_a_translation_that_comes_back_is_fine_and_one_that_does_not_is_not(trained, pair):
+    net, _ = trained
+    x = identity_map((48, 40))
+    shift = torch.tensor([2 / 47, 0.0]).view(1, 2, 1, 1)
+    said, error = judge(net, pair, x + shift, x - shift, ALIKE)
+    assert (said["verdict"], said["reason"]) == ("fine", "")
+    assert said["signs"]["inverse_error"] == pytest.approx(0, abs=1e-5)
+    said, error = judge(net, pair, x + shift, x + shift, ALIKE)
+    assert said["verdict"] == "look at it"
+    assert said["reason"].startswith("there and back misses by 4 samples")
+    assert said["signs"]["inverse_error"] == pytest.approx(4, abs=1e-3)
+    np.testing.assert_allclose(error, 4 * pair.spacing[0], rtol=1e-4)
+    json.dumps(said)
+
+
+def test_other_signs(trained, pair):
+    net, _ = trained
+    x = identity_map((48, 40))
+    folded = x.clone()
+    folded[:, 0, 10:20] = folded[:, 0, 10:20].flip(1)
+    assert "fold" in judge(net, pair, folded, folded, ALIKE)[0]["reason"]
+    assert "LNCC falls" in judge(net, pair, x, x, {"before": 0.9, "after": 0.5})[0]["reason"]
+    assert "still unlike each other" in judge(net, pair, x, x, {"before": -0.9, "after": -0.5})[0]["reason"]
+
+
+def test_images_unlike_the_training_are_seen(trained, pair):
+    net, _ = trained
+    assert set(net.about["seen"]) == {"brain-mr", "knee-mr"}
+    apart, nearest = unlike([pair.fixed, pair.moving], net.about["seen"])
+    assert apart < 1.2
+    assert nearest == "brain-mr"
+    noise = torch.rand(1, 48, 40, generator=torch.Generator().manual_seed(0))
+    assert unlike([noise, pair.fixed], net.about["seen"])[0] > 2
+    still = identity_map((48, 40))
+    said, _ = judge(net, fm.Pair(**vars(pair) | {"moving": noise}), still, still, ALIKE)
+    assert "unlike those of the training" in said["reason"]
+    assert np.isfinite(statistics(torch.zeros(1, 16, 16))).all()
+
+
+def test_weights_that_do_not_say_what_they_saw_leave_it_unknown(pair):
+    still = identity_map((48, 40))
+    said, _ = judge(GradICON(2, down=(4,), levels=1), pair, still, still, ALIKE)
+    assert said["verdict"] == "unknown"
+    assert "do not say" in said["reason"]
+    assert judge(GradICON(2, down=(4,), levels=1), pair, still, still + 0.5, ALIKE)[0]["verdict"] == "look at it"
+
+
+def test_the_worst_sign_counts():
+    usual = {name: low for name, (low, _) in LIMITS.items()}
+    assert worst(usual) == 0
+    for name, (_, limit) in LIMITS.items():
+        assert worst(usual | {name: limit}) == pytest.approx(1)
+
+
+def test_weights_give_what_they_were_saved_with(trained, capsys):
+    _, path = trained
+    found = weights.check(path)
+    assert found["fine"] is True
+    assert found["deviation"] < 1e-6
+    assert main(["--check", "--weights", str(path)]) == 0
+    assert f"SHA-256 {found['sha256']}" in capsys.readouterr().out
+    again = weights.load(path)
+    assert again.about == trained[0].about == copy.deepcopy(again).about
+
+
+@pytest.mark.parametrize("step", range(2))
+def test_a_changed_weight_is_found(trained, tmp_path, capsys, step):
+    """The one value that is changed lies in any step of the network."""
+    net = weights.load(trained[1])
+    net.steps[step].last.weight.data.flatten()[0] += 0.5
+    net.save(tmp_path / "damaged.pt")
+    assert weights.check(tmp_path / "damaged.pt")["fine"] is False
+    assert main(["--check", "--weights", str(tmp_path / "damaged.pt")]) == 1
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_weights_without_a_map_are_unknown_unless_the_download_was_changed(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "weights" / "unigradicon.trch"
+    path.parent.mkdir()
+    net = GradICON(2, down=(4, 8), levels=2)
+    torch.save(weights.to_icon(net), path)
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path))
+    path.with_suffix(".sha256").write_text(weights.sha256(path) + "\n")
+    assert main(["--check"]) == 0
+    assert "unknown" in capsys.readouterr().out
+    path.with_suffix(".sha256").write_text("0" * 64 + "\n")
+    assert main(["--check"]) == 1
+    assert "not the file that was downloaded" in capsys.readouterr().out
