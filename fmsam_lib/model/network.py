@@ -109,7 +109,8 @@ class UNet(nn.Module):
 def keep_layout(x: Tensor) -> Tensor:
     """`x` itself, whose gradient will arrive in channels-last layout."""
     if x.requires_grad:
-        x.register_hook(lambda gradient: gradient.contiguous(memory_format=CHANNELS_LAST[x.dim() - 2]))
+        layout = CHANNELS_LAST[x.dim() - 2]  # not `x` in the hook, which would hold `x`, and `x` the hook, for ever
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=layout))
     return x
 
 

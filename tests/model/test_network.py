@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -18,6 +20,17 @@ def small(dim, **settings):
 def images(*shape, n=2):
     generator = torch.Generator().manual_seed(1)
     return torch.rand(n, 1, *shape, generator=generator), torch.rand(n, 1, *shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 18, 16)])
+def test_a_training_step_leaves_no_tensor_behind(monkeypatch, shape):
+    """A hook that holds its own tensor is never freed: 24 MB a step at 40x48x40."""
+    kept, original = [], network.keep_layout
+    monkeypatch.setattr(network, "keep_layout", lambda x: kept.append(weakref.ref(x)) or original(x))
+    net = small(len(shape)).train()
+    net(*images(*shape)).map.sum().backward()
+    assert kept
+    assert not [ref for ref in kept if ref() is not None]
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (17, 24), (16, 18, 21)])
