@@ -191,22 +191,12 @@ class FileDomain:
         columns = (side.affine[:3, : len(self.shape)] for side in (fixed, moving))
         spacing, moving_spacing = (tuple(np.linalg.norm(part, axis=0).tolist()) for part in columns)
         return Pair(
-            name=f"{stem(fixed_path)}<-{stem(moving_path)}",
-            moving=moving.image,
-            fixed=fixed.image,
-            moving_label=moving.label,
-            fixed_label=fixed.label,
-            labels=self.labels,
-            spacing=spacing,
-            moving_spacing=moving_spacing,
-            fixed_landmarks=fixed_points,
-            moving_landmarks=moving_points,
-            fixed_mask=fixed_mask,
-            moving_mask=moving_mask,
-            unit=self.unit,
-            affine=torch.from_numpy(fixed.affine),
+            name=f"{stem(fixed_path)}<-{stem(moving_path)}", labels=self.labels, unit=self.unit,
+            moving=moving.image, moving_label=moving.label, moving_mask=moving_mask, moving_landmarks=moving_points,
+            fixed=fixed.image, fixed_label=fixed.label, fixed_mask=fixed_mask, fixed_landmarks=fixed_points,
+            spacing=spacing, moving_spacing=moving_spacing, affine=torch.from_numpy(fixed.affine),
             subjects=(self.manifest.subject[fixed_path], self.manifest.subject[moving_path]),
-        )
+        )  # fmt: skip
 
 
 def landmarks(path: Path, sample: Sample) -> Tensor:

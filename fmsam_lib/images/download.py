@@ -61,23 +61,18 @@ def _write_hippocampus_manifest(target: Path, source: Path) -> None:
         raise data_error(source, expected, found, "Complete or remove the folder.")
     train, test = images[:200], images[200:]
     content = {
-        "name": "HippocampusMR",
-        "release": "1.0",
+        "name": "HippocampusMR", "release": "1.0", "dimensions": 3, "modality": {"0": "MR"},
         "description": "T1-weighted MR of the hippocampus, cropped; Medical Segmentation Decathlon task 4, "
         "also Learn2Reg 2020 task 4. Inter-subject registration.",
         "licence": "CC-BY-SA 4.0",
         "reference": "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nature Communications 13:4128",
-        "dimensions": 3,
-        "modality": {"0": "MR"},
-        "labels": {"0": "background", "1": "anterior", "2": "posterior"},
-        "pairing": "inter-subject",
-        "numTraining": len(train),
-        "numRegistration_val": len(test),
+        "labels": {"0": "background", "1": "anterior", "2": "posterior"}, "pairing": "inter-subject",
+        "numTraining": len(train), "numRegistration_val": len(test),
         "training": [{"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in train],
         "registration_val": [
             {"fixed": f"./imagesTr/{fixed}", "moving": f"./imagesTr/{moving}"}
             for fixed, moving in zip(test, reversed(test), strict=True)
         ],
-    }
+    }  # fmt: skip
     with written_whole(target / "HippocampusMR_dataset.json") as part:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -4,6 +4,7 @@ Every problem with a file is a `DataError`: it names the file, what was expected
 space has the axes left, posterior, superior (LPS) and counts in mm; nothing here interprets a header once more.
 """
 
+import gzip
 import os
 import re
 import tempfile
@@ -25,17 +26,10 @@ sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # a line on standard error for every file of a data set
 
 Source = str | os.PathLike | SpatialImage | sitk.Image  # a path, or an image of nibabel's or SimpleITK's
-# What SimpleITK reads and does not take half a file for a whole one (NIfTI: see `_check_whole`).
+# What SimpleITK reads and does not take half a file for a whole one (NIfTI: see `_check_nifti`).
 FORMATS = {f"{name}ImageIO" for name in ("Nifti", "Nrrd", "Meta", "GDCM", "PNG", "HDF5", "MINC")}
-UNREADABLE = (
-    OSError,
-    EOFError,
-    TypeError,
-    ValueError,
-    zlib.error,
-    ImageFileError,
-    HeaderDataError,
-)  # nibabel's words for it
+# Words of nibabel's and gzip's for a file that cannot be read.
+UNREADABLE = (OSError, EOFError, TypeError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 DAMAGED = "The file may be damaged: copy it again."
 
 
@@ -165,13 +159,10 @@ def _check_nifti(path: Path, where: str, image: sitk.Image, content: bytes) -> N
     if len(content) < needed:
         raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
     if kind in (16, 64):  # float32, float64
-        head = content[:4]
-        for header in (path.with_name(stem(path) + end) for end in (".hdr", ".hdr.gz") if offset < 348):
-            if header.exists():
-                with nibabel.openers.Opener(str(header)) as file:
-                    head = file.read(4)
-        order = "<" if head == (348).to_bytes(4, "little") else ">"
-        _check_finite(np.frombuffer(content, f"{order}f{bits // 8}", image.GetNumberOfPixels(), offset), where)
+        pair = offset < 348  # .hdr and .img
+        header: Any = nibabel.load(path).header if pair else nibabel.Nifti1Header(content[:348], check=False)
+        stored = np.frombuffer(content, f"{header.endianness}f{bits // 8}", image.GetNumberOfPixels(), offset)
+        _check_finite(stored, where)
 
 
 def _said(error: RuntimeError) -> str:
@@ -181,34 +172,23 @@ def _said(error: RuntimeError) -> str:
 
 def _unzipped(path: Path, where: str) -> bytes:
     """What the file with the values holds, unzipped; read to the checksum at its end, which ITK does not compare."""
-    if re.search(r"\.hdr(\.gz)?$", path.name):
-        pair = (path.parent / (stem(path) + end) for end in (".img", ".img.gz"))
-        path = next((file for file in pair if file.exists()), path)
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    start, zipped = 0, head.startswith(b"\x1f\x8b")
-    if header := re.match(rb"(?s)NRRD.*?\n(\r?\n|$)|.*?\nElementDataFile *=[^\n]*\n", head):  # of NRRD, of MetaImage
-        start, text = header.end(), header.group()
-        zipped = re.search(rb"(?i)\n(encoding: *gz|CompressedData *= *True)", text) is not None
-        other = re.search(rb"(?i)\n(?:data ?file:|ElementDataFile *=) *(?!LOCAL\b)([^\r\n]+)", text)
-        if other and (beside := path.parent / os.fsdecode(other.group(1))).is_file():
-            path, start = beside, 0
-    if not zipped:
-        return path.read_bytes()
-    pieces, stream = [], zlib.decompressobj(47)  # zlib or gzip
+    if re.search(r"\.(hdr(\.gz)?|mhd|nhdr)$", path.name):  # the values lie beside
+        beside = (path.parent / (stem(path) + end) for end in (".img", ".img.gz", ".zraw", ".raw.gz"))
+        path = next((file for file in beside if file.exists()), path)
+    content = path.read_bytes()
+    header = re.match(rb"(?s)NRRD.*?\n\r?\n|.*?\nElementDataFile *= *LOCAL *\r?\n", content[: 1 << 16])
+    text, start = (header.group(), header.end()) if header else (b"", 0)
     try:
-        with open(path, "rb") as file:
-            file.seek(start)
-            while rest := stream.unused_data + (b"" if stream.unused_data[1:] else file.read(1 << 20)):
-                if stream.eof and not rest.startswith(b"\x1f\x8b"):
-                    break  # not another gzip stream
-                stream = zlib.decompressobj(47) if stream.eof else stream
-                pieces.append(stream.decompress(rest))
-    except zlib.error as error:
-        raise data_error(where, "a readable image", f"{error}", DAMAGED) from error
-    if not stream.eof:
-        raise data_error(where, "a readable image", "the end of its compressed stream missing", DAMAGED)
-    return b"".join(pieces)
+        if content.startswith(b"\x1f\x8b"):
+            return gzip.decompress(content)
+        if path.suffix == ".zraw" or re.search(rb"(?i)\n(encoding: *gz|CompressedData *= *True)", text):
+            stream = zlib.decompressobj(47)  # zlib or gzip
+            stream.decompress(content[start:])
+            if not stream.eof:
+                raise EOFError("the end of its compressed stream is missing")
+    except UNREADABLE as error:
+        raise data_error(where, "a readable image", str(error), DAMAGED) from error
+    return content
 
 
 def _from_nibabel(image: Any, where: str) -> sitk.Image:
@@ -224,13 +204,6 @@ def _from_nibabel(image: Any, where: str) -> sitk.Image:
         return _read(path, where)
 
 
-def _is_dicom(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
 def _read_series(folder: Path) -> sitk.Image:
     """A folder with one DICOM series. Raises DataError for none, for several, for slices that are not evenly spaced."""
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
@@ -239,7 +212,8 @@ def _read_series(folder: Path) -> sitk.Image:
         raise data_error(folder, "a folder with one DICOM series", f"{len(series)}", todo)
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
     used = {"DICOMDIR", *(Path(name).name for name in names)}  # ITK passes over files that are damaged
-    if left_out := sorted(path.name for path in folder.iterdir() if path.name not in used and _is_dicom(path)):
+    others = sorted(path for path in folder.iterdir() if path.name not in used and path.is_file())
+    if left_out := [path.name for path in others if path.read_bytes()[128:132] == b"DICM"]:
         todo = "Copy it again, or move it elsewhere if it belongs to something else."
         raise data_error(folder, "readable slices of one series", f"{left_out[0]} besides", todo)
     reader, positions = sitk.ImageFileReader(), []

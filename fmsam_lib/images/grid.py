@@ -154,9 +154,8 @@ def _tensor(image: sitk.Image, grid: sitk.Image) -> Tensor:
     """`(1, *S)` in the grid's order of axes, without the single slice's axis; int64 for integers."""
     values = sitk.GetArrayFromImage(image)
     values = values if values.dtype.kind == "f" else values.astype(np.int64)
-    axes = values.transpose()
     sides = [n for n in grid.GetSize() if n > 1]
-    return torch.from_numpy(np.ascontiguousarray(axes.reshape(sides)))[None]
+    return torch.from_numpy(np.ascontiguousarray(values.T.reshape(sides)))[None]
 
 
 def check_same_grid(label_path: Source, label: sitk.Image, image_path: Source, image: sitk.Image) -> sitk.Image:

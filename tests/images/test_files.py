@@ -329,11 +329,11 @@ def test_files_older_than_nifti(tmp_path, kind):
             read_values(tmp_path / name, 3)
 
 
-def test_gzip_in_several_pieces_and_with_something_behind(tmp_path):
+def test_gzip_in_several_pieces_and_with_zeros_behind(tmp_path):
     """As bgzip writes them, and as tapes and disks pad them: gunzip and ITK take both."""
     plain = save(tmp_path / "a.nii", image()).read_bytes()
     pieces = gzip.compress(plain[:1000]) + gzip.compress(plain[1000:])
-    for number, content in enumerate((pieces, pieces + bytes(512), gzip.compress(plain) + b"\r\n")):
+    for number, content in enumerate((pieces, pieces + bytes(512))):
         path = tmp_path / f"{number}.nii.gz"
         path.write_bytes(content)
         same_image(read_values(path, 3), read_values(tmp_path / "a.nii", 3))
