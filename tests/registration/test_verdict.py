@@ -24,7 +24,15 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     domain = fm.open_domain("brain-mr+knee-mr", shape=(48, 40))
     net, _ = fm.train(
-        domain, steps=3, optimizer="adam", down=(4, 8), levels=2, last_step=False, batch=2, out=str(folder), progress=False
+        domain,
+        steps=3,
+        optimizer="adam",
+        down=(4, 8),
+        levels=2,
+        last_step=False,
+        batch=2,
+        out=str(folder),
+        progress=False,
     )
     return net, folder / "weights.pt"
 
