@@ -5,8 +5,6 @@ go to where they lie in the moving one, as everywhere in ITK. The inverse does b
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import pandas as pd
 import SimpleITK as sitk  # noqa: N813
 
 from fmsam_lib.images.files import read_labels, read_values, stem
-from fmsam_lib.images.grid import background, nearest
-from fmsam_lib.records import DataError, data_error, write_csv
-from fmsam_lib.registration.folder import SUMMARY
-from fmsam_lib.registration.result import write
+from fmsam_lib.images.grid import nearest
+from fmsam_lib.records import data_error, write_csv
+from fmsam_lib.registration.folder import summary_of
+from fmsam_lib.registration.result import linearly, write
 
 AXES = ["x", "y", "z"]
 
@@ -30,11 +28,11 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
     """
     way = ["warped", "inverse_displacement"]
     try:
-        summary = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
+        summary = summary_of(folder)
         transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
         places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in way]
         sizes = [summary["size"][role] for role in ("fixed", "moving")]
-        modality = summary["modality"]["fixed" if inverse else "moving"].upper()
+        modality = summary["modality"]["fixed" if inverse else "moving"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         expected = f"a folder of fmsam-register with its {'inverse ' * inverse}transform"
         raise data_error(folder, expected, str(error).strip().split("\n")[-1], "Register the pair anew.") from error
@@ -96,13 +94,8 @@ def apply(
     for path in [*images, *labels]:
         image = read_labels(path, 2) if path in labels else read_values(path, 2)
         image = sitk.JoinSeries([image]) if image.GetDimension() < dim else image
-        outside = background(sitk.GetArrayViewFromImage(image), modality)
-        like = (target, transform)
-        made[f"{stem(path)}.nii.gz"] = (
-            nearest(image, *like)
-            if path in labels
-            else sitk.Resample(image, *like, sitk.sitkLinear, outside, sitk.sitkFloat32)
-        )
+        through = (image, target, transform)
+        made[f"{stem(path)}.nii.gz"] = nearest(*through) if path in labels else linearly(*through, modality)
     found, table = {}, None
     if points:
         here = read_points(points, space, target)
@@ -136,7 +129,7 @@ def apply(
 
 
 def main(argv: list[str]) -> int:
-    """`fmsam-register apply`: 0 when the results are in the folder, 1 when something was wrong."""
+    """`fmsam-register apply`: 0 when the results are in the folder. Raises DataError."""
     parser = argparse.ArgumentParser(prog="fmsam-register apply", description=__doc__.split("\n\n")[1])
     parser.add_argument("folder", help="of results of fmsam-register")
     parser.add_argument("--out", required=True, help="folder for what is moved")
@@ -149,11 +142,6 @@ def main(argv: list[str]) -> int:
     options = vars(parser.parse_args(argv))
     if not (options["images"] or options["labels"] or options["points"]):
         parser.error("expected --images, --labels or --points: there is nothing to move")
-    try:
-        found = apply(**options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if found:
+    if found := apply(**options):
         print(f"TRE {found['tre_before']:.3f} -> {found['tre']:.3f} mm")
     return 0

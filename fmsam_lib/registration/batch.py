@@ -1,8 +1,6 @@
 """A list of pairs, each registered as one alone is, and one table of all."""
 
-import contextlib
 import csv
-import json
 import os
 import re
 from collections.abc import Callable
@@ -13,7 +11,7 @@ import pandas as pd
 
 from fmsam_lib.checking import nearest, plain
 from fmsam_lib.records import DataError, data_error, write_csv, write_json
-from fmsam_lib.registration.folder import ROLES, SUMMARY, fitting
+from fmsam_lib.registration.folder import ROLES, SUMMARY, fitting, summary_of
 
 TABLE = "pairs.csv"
 COLUMNS = [
@@ -39,27 +37,21 @@ def register_all(
         try:
             stamps = {role: [row[role], os.stat(f).st_size, os.stat(f).st_mtime_ns] for role, f in files.items()}
             made_of = plain({"files": stamps, "options": options})
-            if _summary(folder).get("made_of") != made_of:
+            if summary_of(folder).get("made_of") != made_of:
                 register_one({role: str(file) for role, file in files.items()}, folder)
-                write_json(folder / SUMMARY, _summary(folder) | {"made_of": made_of})
-            summary = _summary(folder)
+                write_json(folder / SUMMARY, summary_of(folder) | {"made_of": made_of})
+            summary = summary_of(folder)
             dice = pd.DataFrame(summary.get("dice", {}), dtype=float).mean(axis=1).add_prefix("dice_")
             lines.append({**summary, **dice, "name": name, "status": "done"})
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            failed.append(f"{name}: {str(error) or repr(error)}")
-            lines.append({"name": name, "status": "failed", "verdict": {"reason": str(error) or repr(error)}})
+            reason = str(error) or repr(error)
+            failed.append(f"{name}: {reason}")
+            lines.append({"name": name, "status": "failed", "verdict": {"reason": reason}})
         print(f"{name}: {lines[-1]['status']}", flush=True)
     table = pd.json_normalize(lines, sep="_").rename(columns=lambda column: column.removeprefix("verdict_"))
     write_csv(table, out / TABLE, COLUMNS)
     print("\n- ".join([f"{len(failed)} of {len(lines)} pairs failed; {out / TABLE}", *failed]))
     return 1 if failed else 0
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    """{} where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return {}
 
 
 def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:

@@ -7,8 +7,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fmsam_lib.records import data_error
 
@@ -43,9 +44,9 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
     try:
         yield staging
         new = sorted(os.listdir(staging), key=lambda name: name == SUMMARY)
-        old = _old_files(folder)
+        old = {name for name in summary_of(folder).get("files", []) if RESULT.fullmatch(str(name))}
         (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
-        for name in old.difference(new):
+        for name in old.difference(new):  # another pair's should not stay beside the new ones
             (folder / name).unlink(missing_ok=True)
         for name in new:
             os.replace(staging / name, folder / name)
@@ -83,10 +84,9 @@ def fitting(fixed: str, moving: str) -> tuple[str, str]:
     return cut(fixed), cut(moving)
 
 
-def _old_files(folder: Path) -> set[str]:
-    """The results that an earlier summary in `folder` names: another pair's should not stay beside the new ones."""
-    try:
-        files = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    return {name for name in files if isinstance(name, str) and RESULT.fullmatch(name)}
+def summary_of(folder: str | Path) -> dict[str, Any]:
+    """What `summary.json` in a folder says; {} where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        if isinstance(found := json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8")), dict):
+            return found
+    return {}
