@@ -14,8 +14,8 @@ import SimpleITK as sitk  # noqa: N813
 
 from fmsam_lib.images.files import read_labels, read_values, stem
 from fmsam_lib.images.grid import nearest
-from fmsam_lib.records import data_error, write_csv
-from fmsam_lib.registration.folder import summary_of
+from fmsam_lib.records import data_error, read_json, write_csv
+from fmsam_lib.registration.folder import SUMMARY
 from fmsam_lib.registration.result import linearly, write
 
 AXES = ["x", "y", "z"]
@@ -26,25 +26,18 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
 
     Raises DataError where the folder does not hold it.
     """
-    way = ["warped", "inverse_displacement"]
     try:
-        summary = summary_of(folder)
+        summary = read_json(Path(folder) / SUMMARY, {})
         transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
-        places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in way]
+        places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in ("warped", "inverse_displacement")]
         sizes = [summary["size"][role] for role in ("fixed", "moving")]
         modality = summary["modality"]["fixed" if inverse else "moving"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         expected = f"a folder of fmsam-register with its {'inverse ' * inverse}transform"
-        raise data_error(folder, expected, str(error).strip().split("\n")[-1], "Register the pair anew.") from error
-    fixed, moving = (  # a displacement of one slice has it twice
-        image[tuple(slice(n) for n in size)] for image, size in zip(places, sizes, strict=True)
-    )
+        raise data_error(folder, expected, error, "Register the pair anew.") from error
+    # a displacement of one slice has it twice
+    fixed, moving = (image[tuple(map(slice, size))] for image, size in zip(places, sizes, strict=True))
     return transform, *((moving, fixed) if inverse else (fixed, moving)), modality
-
-
-def moved_points(points: np.ndarray, transform: sitk.Transform) -> np.ndarray:
-    """Points `(L, D)`, mm in ITK's space (LPS), through a transform."""
-    return np.array([transform.TransformPoint(point) for point in points.tolist()]).reshape(points.shape)
 
 
 def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
@@ -61,8 +54,8 @@ def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
         if not len(points) or not np.isfinite(points).all():
             raise ValueError(f"{len(points)} points, or some that are no numbers")
     except (OSError, ValueError, KeyError) as error:
-        found, todo = str(error).split("\n")[0], "Write a header x,y,z and a line a point."
-        raise data_error(path, f"a CSV of points, columns {', '.join(AXES[:dim])}", found, todo) from error
+        expected, todo = f"a CSV of points, columns {', '.join(AXES[:dim])}", "Write a header x,y,z and a line a point."
+        raise data_error(path, expected, error, todo) from error
     return _in_space(points, space, image.TransformContinuousIndexToPhysicalPoint)
 
 
@@ -99,7 +92,7 @@ def apply(
     found, table = {}, None
     if points:
         here = read_points(points, space, target)
-        there = moved_points(here, transform)
+        there = np.array([transform.TransformPoint(point) for point in here.tolist()])
         written = _in_space(there, space, source.TransformPhysicalPointToContinuousIndex)
         table = pd.DataFrame(written, columns=AXES[:dim])
         if paired_points:
@@ -123,8 +116,7 @@ def apply(
         if table is not None:
             write_csv(table, out / names[-1])
     except (OSError, RuntimeError) as error:
-        found_instead = str(error).strip().split("\n")[-1]
-        raise data_error(out, "a folder to write the results into", found_instead, "Choose another one.") from error
+        raise data_error(out, "a folder to write the results into", error, "Choose another one.") from error
     return found
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from fmsam_lib.checking import nearest, plain
-from fmsam_lib.records import DataError, data_error, write_csv, write_json
-from fmsam_lib.registration.folder import ROLES, SUMMARY, fitting, summary_of
+from fmsam_lib.records import DataError, data_error, read_json, write_csv, write_json
+from fmsam_lib.registration.folder import ROLES, SUMMARY, fitting
 
 TABLE = "pairs.csv"
 COLUMNS = [
@@ -37,10 +37,10 @@ def register_all(
         try:
             stamps = {role: [row[role], os.stat(f).st_size, os.stat(f).st_mtime_ns] for role, f in files.items()}
             made_of = plain({"files": stamps, "options": options})
-            if summary_of(folder).get("made_of") != made_of:
+            if read_json(folder / SUMMARY, {}).get("made_of") != made_of:
                 register_one({role: str(file) for role, file in files.items()}, folder)
-                write_json(folder / SUMMARY, summary_of(folder) | {"made_of": made_of})
-            summary = summary_of(folder)
+                write_json(folder / SUMMARY, read_json(folder / SUMMARY, {}) | {"made_of": made_of})
+            summary = read_json(folder / SUMMARY, {})
             dice = pd.DataFrame(summary.get("dice", {}), dtype=float).mean(axis=1).add_prefix("dice_")
             lines.append({**summary, **dice, "name": name, "status": "done"})
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -65,7 +65,7 @@ def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
             columns = table.fieldnames = [column.strip() for column in table.fieldnames or []]
             rows = [(table.line_num, {c: "".join(cell).strip() for c, cell in row.items()}) for row in table]
     except (OSError, UnicodeError, csv.Error) as error:
-        raise data_error(path, "a CSV file in UTF-8", str(error), "Save it as such.") from error
+        raise data_error(path, "a CSV file in UTF-8", error, "Save it as such.") from error
     if "fixed" not in columns and re.search("[;\t]", "".join(columns)):
         raise data_error(path, "commas between columns", "semicolons or tabs", "Save it again, with commas.")
     known, found, pairs = [*ROLES, "name"], [f"column {c}: missing" for c in ROLES[:2] if c not in columns], {}

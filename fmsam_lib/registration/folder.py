@@ -1,7 +1,6 @@
 """The folder that a registration's results go to: all of them or none, and never over an input."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -9,9 +8,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from fmsam_lib.records import data_error
+from fmsam_lib.records import data_error, read_json
 
 ROLES = ("fixed", "moving", "labels", "fixed_labels", "fixed_mask", "moving_mask")  # of the input files
 SUMMARY = "summary.json"
@@ -39,12 +37,11 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
     except OSError as error:
-        found = error.strerror or str(error)
-        raise data_error(folder, "a folder to write the results into", found, "Choose another one.") from error
+        raise data_error(folder, "a folder to write the results into", error, "Choose another one.") from error
     try:
         yield staging
         new = sorted(os.listdir(staging), key=lambda name: name == SUMMARY)
-        old = {name for name in summary_of(folder).get("files", []) if RESULT.fullmatch(str(name))}
+        old = {name for name in read_json(folder / SUMMARY, {}).get("files", []) if RESULT.fullmatch(str(name))}
         (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
         for name in old.difference(new):  # another pair's should not stay beside the new ones
             (folder / name).unlink(missing_ok=True)
@@ -52,10 +49,9 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
             os.replace(staging / name, folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+        with suppress(OSError):  # what is not empty stays
+            for path in made:
+                path.rmdir()
 
 
 def check_room(folder: str | Path, size: int) -> None:
@@ -82,11 +78,3 @@ def fitting(fixed: str, moving: str) -> tuple[str, str]:
         return os.fsencode(name)[: half - 13].decode(errors="ignore") + "~" + end
 
     return cut(fixed), cut(moving)
-
-
-def summary_of(folder: str | Path) -> dict[str, Any]:
-    """What `summary.json` in a folder says; {} where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        if isinstance(found := json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8")), dict):
-            return found
-    return {}

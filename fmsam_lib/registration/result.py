@@ -137,8 +137,7 @@ class Registration:
             write_json(staging / SUMMARY, self.summary)
         except (OSError, RuntimeError) as error:
             todo = "None were written. Make room, or choose another folder."
-            found = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
-            raise data_error(staging.parent, "room for the results", found, todo) from error
+            raise data_error(staging.parent, "room for the results", error, todo) from error
 
     def _files(self) -> Iterator[tuple[str, Any]]:
         """By name; the displacement twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""

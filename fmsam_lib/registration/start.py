@@ -41,7 +41,7 @@ def starting(
         transform = sitk.ReadTransform(start)
     except RuntimeError as error:
         expected = "overlay, headers, rigid, affine or a file with a transform"
-        found = str(error).strip().split("\n")[-1] if Path(start).is_file() else "no such file"
+        found = error if Path(start).is_file() else "no such file"
         raise data_error(start, expected, found, "Check --start.") from error
     if transform.GetDimension() != dim:
         found = f"one of {transform.GetDimension()} dimensions"
