@@ -114,7 +114,8 @@ def _arguments(argv: list[str]) -> tuple[Register, dict[str, Any]]:
     values = vars(parser.parse_args(argv))
     more = {name: values.pop(name) for name in ("device", "pairs", "check", "quiet")}
     files = {role for role in ROLES if values[role]}
-    if not more["check"] and not (values["out"] and (not files if more["pairs"] else {"fixed", "moving"} <= files)):
+    complete = not files if more["pairs"] else {"fixed", "moving"} <= files
+    if not more["check"] and not (values["out"] and complete):
         parser.error("expected --out, and --fixed and --moving, or --pairs with all files in it")
     try:
         return read(Register, values), more
