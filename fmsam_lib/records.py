@@ -29,8 +29,10 @@ class DataError(ValueError):
     """Something is wrong with a file, a manifest or a data set's name."""
 
 
-def data_error(where, expected: str, found: str, todo: str) -> DataError:
-    """The message in the one form that all have."""
+def data_error(where, expected: str, found: str | Exception, todo: str) -> DataError:
+    """The message in the one form that all have; of an exception it takes the last line, or the system's words."""
+    if isinstance(found, Exception):
+        found = getattr(found, "strerror", None) or str(found).strip().split("\n")[-1]
     return DataError(f"{where}: expected {expected}, found {found}. {todo}")
 
 
@@ -98,6 +100,15 @@ def written_whole(path: Path | str) -> Iterator[Path]:
 def write_json(path: Path | str, value: Any) -> None:
     with written_whole(path) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str, otherwise: Any = None) -> Any:
+    """What a JSON file says; `otherwise` where there is none, a damaged one, or something of another type."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return otherwise
+    return found if otherwise is None or isinstance(found, type(otherwise)) else otherwise
 
 
 def write_csv(table: pd.DataFrame, path: Path | str, columns: list[str] | None = None, **how: Any) -> None:

@@ -122,14 +122,12 @@ def _spoilt(image: Tensor, kind: str, severity: float, random: np.random.RandomS
     """The kinds that move nothing, not yet cut to [0, 1]; a tensor of MONAI's where MONAI makes it."""
     from monai import transforms as monai  # here: it takes seconds to import
 
-    if kind == "noise":
+    if kind in ("noise", "bias_field"):
         noise = monai.RandGaussianNoise(prob=1, std=severity, sample_std=False)
-        noise.set_random_state(state=random)
-        return noise(image)
-    if kind == "bias_field":
         field = monai.RandBiasField(prob=1, degree=3, coeff_range=(-severity, severity))
-        field.set_random_state(state=random)
-        return field(image)
+        drawn = noise if kind == "noise" else field
+        drawn.set_random_state(state=random)
+        return drawn(image)
     if kind == "gamma":
         return monai.AdjustContrast(gamma=2**severity)(image)
     if kind == "inversion":

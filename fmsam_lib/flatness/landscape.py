@@ -23,7 +23,7 @@ from fmsam_lib.images.domains import open_domain, readable_test_pairs
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Landscape, Train
-from fmsam_lib.records import write_json
+from fmsam_lib.records import read_json, write_json
 from fmsam_lib.training.losses import Batch, batch_of, jittered_points, objective, with_masks
 from fmsam_lib.training.sam import dot, norm
 
@@ -146,7 +146,8 @@ def plane(
     the start.)
     """
     grid = places(radius, points)
-    rows = [] if keep is None else _kept(keep, key)
+    kept = {} if keep is None else read_json(keep, {})
+    rows = kept["rows"] if kept.get("key") == key else []
     space, first, second = WeightSpace(net), vector(along), vector(across)
     for beta in tqdm(grid.tolist()[len(rows) :], desc="plane", unit="row", leave=False):
         origin, row = space.w + beta * second, []
@@ -158,15 +159,6 @@ def plane(
             write_json(keep, {"key": key, "rows": rows})
     alphas, betas = (np.repeat(axis.ravel(), len(TERMS)) for axis in np.meshgrid(grid, grid))
     return _rows(alpha=alphas, beta=betas, values=np.array(rows))
-
-
-def _kept(path: Path, key: str) -> list[list[list[float]]]:
-    """The finished rows of a plane with this key."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # what a full disk may leave
-        return []
-    return kept["rows"] if kept["key"] == key else []
 
 
 def _rows(*, values: np.ndarray, **columns: np.ndarray) -> pd.DataFrame:

@@ -99,9 +99,7 @@ class Solutions:
         self.along = to_baseline / lengths[0]
         aside = to_treatment - (to_treatment @ self.along) * self.along
         if not (min(lengths) > 0 and aside.norm() > 1e-6 * lengths[1]):
-            raise ValueError(
-                "expected a start and two other solutions, got three networks on one line: is a run given twice?"
-            )
+            raise ValueError("expected start and two solutions, got three networks on one line: is a run given twice?")
         self.across = aside / aside.norm()
         self.places = [self.place(net)[:2] for net in self.corners]
 

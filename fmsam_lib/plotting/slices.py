@@ -41,9 +41,8 @@ class Picture(Figure):
 def png(figure: Figure, *, compression: int = 6) -> bytes:
     """The figure as a PNG's bytes, 100 dpi; compression 1 is quick, 9 small."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", dpi=100, metadata={"Software": None}, pil_kwargs={"compress_level": compression}
-    )
+    how: dict[str, Any] = {"metadata": {"Software": None}, "pil_kwargs": {"compress_level": compression}}
+    figure.savefig(buffer, format="png", dpi=100, **how)
     return buffer.getvalue()
 
 
@@ -82,10 +81,8 @@ def check_map(pair: Pair, phi_map: Tensor) -> Tensor:
     """`phi_map` on the CPU; ValueError unless it is `(1, D, *S)` on the pair's grid."""
     phi_map, shape = torch.as_tensor(phi_map), tuple(pair.fixed.shape[1:])
     if tuple(phi_map.shape) != (1, len(shape), *shape):
-        raise ValueError(
-            f"expected a map {(1, len(shape), *shape)} on the grid of pair {pair.name!r}, got {tuple(phi_map.shape)}; "
-            f"give one pair's phi.map, made from these images"
-        )
+        expected = f"a map {(1, len(shape), *shape)} on the grid of pair {pair.name!r}"
+        raise ValueError(f"expected {expected}, got {tuple(phi_map.shape)}; give the phi.map made from these images")
     return phi_map.detach().to("cpu", torch.float32)
 
 
@@ -227,9 +224,8 @@ def registration(
     plane = cut(pair, phi_map, axis=axis, index=index)
     columns, rows = (2, 1) if phi_map is None else (3, 2)
     tall = (plane.size[1] + plane.step[1]) / (plane.size[0] + plane.step[0])
-    figure = Picture(
-        figsize=(WIDTH, rows * ((WIDTH - 0.5) / columns * min(tall, 1.4) + 0.3) + 0.5), layout="constrained"
-    )
+    high = rows * ((WIDTH - 0.5) / columns * min(tall, 1.4) + 0.3) + 0.5
+    figure = Picture(figsize=(WIDTH, high), layout="constrained")
     figure.suptitle(plane.name, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     titles = ["fixed", "moving", "warped", "checkerboard of fixed and warped", "deformation grid"]

@@ -58,9 +58,7 @@ def select(table: pd.DataFrame, columns: str | list[str], **where) -> pd.DataFra
         left = rows[rows[column] == value]
         if left.empty:
             there = ", ".join(map(str, rows[column].dropna().unique())) or "no rows at all"
-            raise ValueError(
-                f"expected rows with {column} {value!r}, got {there}; choose one of these or add such rows"
-            )
+            raise ValueError(f"expected rows with {column} {value!r}, got {there}; choose one or add such rows")
         rows = left
     if rows.empty:
         raise ValueError(f"expected rows of {', '.join(names)}, got an empty table; run the study first")

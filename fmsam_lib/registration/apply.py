@@ -5,8 +5,6 @@ go to where they lie in the moving one, as everywhere in ITK. The inverse does b
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import pandas as pd
 import SimpleITK as sitk  # noqa: N813
 
 from fmsam_lib.images.files import read_labels, read_values, stem
-from fmsam_lib.images.grid import background, nearest
-from fmsam_lib.records import DataError, data_error, write_csv
+from fmsam_lib.images.grid import nearest
+from fmsam_lib.records import data_error, read_json, write_csv
 from fmsam_lib.registration.folder import SUMMARY
-from fmsam_lib.registration.result import write
+from fmsam_lib.registration.result import linearly, write
 
 AXES = ["x", "y", "z"]
 
@@ -28,25 +26,18 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
 
     Raises DataError where the folder does not hold it.
     """
-    way = ["warped", "inverse_displacement"]
     try:
-        summary = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))
+        summary = read_json(Path(folder) / SUMMARY, {})
         transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
-        places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in way]
+        places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in ("warped", "inverse_displacement")]
         sizes = [summary["size"][role] for role in ("fixed", "moving")]
-        modality = summary["modality"]["fixed" if inverse else "moving"].upper()
+        modality = summary["modality"]["fixed" if inverse else "moving"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         expected = f"a folder of fmsam-register with its {'inverse ' * inverse}transform"
-        raise data_error(folder, expected, str(error).strip().split("\n")[-1], "Register the pair anew.") from error
-    fixed, moving = (  # a displacement of one slice has it twice
-        image[tuple(slice(n) for n in size)] for image, size in zip(places, sizes, strict=True)
-    )
+        raise data_error(folder, expected, error, "Register the pair anew.") from error
+    # a displacement of one slice has it twice
+    fixed, moving = (image[tuple(map(slice, size))] for image, size in zip(places, sizes, strict=True))
     return transform, *((moving, fixed) if inverse else (fixed, moving)), modality
-
-
-def moved_points(points: np.ndarray, transform: sitk.Transform) -> np.ndarray:
-    """Points `(L, D)`, mm in ITK's space (LPS), through a transform."""
-    return np.array([transform.TransformPoint(point) for point in points.tolist()]).reshape(points.shape)
 
 
 def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
@@ -63,8 +54,8 @@ def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
         if not len(points) or not np.isfinite(points).all():
             raise ValueError(f"{len(points)} points, or some that are no numbers")
     except (OSError, ValueError, KeyError) as error:
-        found, todo = str(error).split("\n")[0], "Write a header x,y,z and a line a point."
-        raise data_error(path, f"a CSV of points, columns {', '.join(AXES[:dim])}", found, todo) from error
+        expected, todo = f"a CSV of points, columns {', '.join(AXES[:dim])}", "Write a header x,y,z and a line a point."
+        raise data_error(path, expected, error, todo) from error
     return _in_space(points, space, image.TransformContinuousIndexToPhysicalPoint)
 
 
@@ -96,17 +87,12 @@ def apply(
     for path in [*images, *labels]:
         image = read_labels(path, 2) if path in labels else read_values(path, 2)
         image = sitk.JoinSeries([image]) if image.GetDimension() < dim else image
-        outside = background(sitk.GetArrayViewFromImage(image), modality)
-        like = (target, transform)
-        made[f"{stem(path)}.nii.gz"] = (
-            nearest(image, *like)
-            if path in labels
-            else sitk.Resample(image, *like, sitk.sitkLinear, outside, sitk.sitkFloat32)
-        )
+        through = (image, target, transform)
+        made[f"{stem(path)}.nii.gz"] = nearest(*through) if path in labels else linearly(*through, modality)
     found, table = {}, None
     if points:
         here = read_points(points, space, target)
-        there = moved_points(here, transform)
+        there = np.array([transform.TransformPoint(point) for point in here.tolist()])
         written = _in_space(there, space, source.TransformPhysicalPointToContinuousIndex)
         table = pd.DataFrame(written, columns=AXES[:dim])
         if paired_points:
@@ -130,13 +116,12 @@ def apply(
         if table is not None:
             write_csv(table, out / names[-1])
     except (OSError, RuntimeError) as error:
-        found_instead = str(error).strip().split("\n")[-1]
-        raise data_error(out, "a folder to write the results into", found_instead, "Choose another one.") from error
+        raise data_error(out, "a folder to write the results into", error, "Choose another one.") from error
     return found
 
 
 def main(argv: list[str]) -> int:
-    """`fmsam-register apply`: 0 when the results are in the folder, 1 when something was wrong."""
+    """`fmsam-register apply`: 0 when the results are in the folder. Raises DataError."""
     parser = argparse.ArgumentParser(prog="fmsam-register apply", description=__doc__.split("\n\n")[1])
     parser.add_argument("folder", help="of results of fmsam-register")
     parser.add_argument("--out", required=True, help="folder for what is moved")
@@ -149,11 +134,6 @@ def main(argv: list[str]) -> int:
     options = vars(parser.parse_args(argv))
     if not (options["images"] or options["labels"] or options["points"]):
         parser.error("expected --images, --labels or --points: there is nothing to move")
-    try:
-        found = apply(**options)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if found:
+    if found := apply(**options):
         print(f"TRE {found['tre_before']:.3f} -> {found['tre']:.3f} mm")
     return 0

@@ -1,8 +1,6 @@
 """A list of pairs, each registered as one alone is, and one table of all."""
 
-import contextlib
 import csv
-import json
 import os
 import re
 from collections.abc import Callable
@@ -12,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from fmsam_lib.checking import nearest, plain
-from fmsam_lib.records import DataError, data_error, write_csv, write_json
+from fmsam_lib.records import DataError, data_error, read_json, write_csv, write_json
 from fmsam_lib.registration.folder import ROLES, SUMMARY, fitting
 
 TABLE = "pairs.csv"
@@ -39,27 +37,21 @@ def register_all(
         try:
             stamps = {role: [row[role], os.stat(f).st_size, os.stat(f).st_mtime_ns] for role, f in files.items()}
             made_of = plain({"files": stamps, "options": options})
-            if _summary(folder).get("made_of") != made_of:
+            if read_json(folder / SUMMARY, {}).get("made_of") != made_of:
                 register_one({role: str(file) for role, file in files.items()}, folder)
-                write_json(folder / SUMMARY, _summary(folder) | {"made_of": made_of})
-            summary = _summary(folder)
+                write_json(folder / SUMMARY, read_json(folder / SUMMARY, {}) | {"made_of": made_of})
+            summary = read_json(folder / SUMMARY, {})
             dice = pd.DataFrame(summary.get("dice", {}), dtype=float).mean(axis=1).add_prefix("dice_")
             lines.append({**summary, **dice, "name": name, "status": "done"})
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            failed.append(f"{name}: {str(error) or repr(error)}")
-            lines.append({"name": name, "status": "failed", "verdict": {"reason": str(error) or repr(error)}})
+            reason = str(error) or repr(error)
+            failed.append(f"{name}: {reason}")
+            lines.append({"name": name, "status": "failed", "verdict": {"reason": reason}})
         print(f"{name}: {lines[-1]['status']}", flush=True)
     table = pd.json_normalize(lines, sep="_").rename(columns=lambda column: column.removeprefix("verdict_"))
     write_csv(table, out / TABLE, COLUMNS)
     print("\n- ".join([f"{len(failed)} of {len(lines)} pairs failed; {out / TABLE}", *failed]))
     return 1 if failed else 0
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    """{} where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return {}
 
 
 def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
@@ -73,7 +65,7 @@ def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
             columns = table.fieldnames = [column.strip() for column in table.fieldnames or []]
             rows = [(table.line_num, {c: "".join(cell).strip() for c, cell in row.items()}) for row in table]
     except (OSError, UnicodeError, csv.Error) as error:
-        raise data_error(path, "a CSV file in UTF-8", str(error), "Save it as such.") from error
+        raise data_error(path, "a CSV file in UTF-8", error, "Save it as such.") from error
     if "fixed" not in columns and re.search("[;\t]", "".join(columns)):
         raise data_error(path, "commas between columns", "semicolons or tabs", "Save it again, with commas.")
     known, found, pairs = [*ROLES, "name"], [f"column {c}: missing" for c in ROLES[:2] if c not in columns], {}

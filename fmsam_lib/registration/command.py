@@ -31,54 +31,47 @@ FIRST = ("fixed", "moving", "out")
 def main(argv: list[str] | None = None) -> int:
     """`fmsam-register`: 0 when the results are in the folder, 1 when something was wrong, 2 for wrong arguments."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["apply"]:
-        return apply.main(argv[1:])
-    if "--check" in argv:
-        return _check(argv)
-    run, pairs, device, quiet = _arguments(argv)
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    network = functools.cache(lambda: load(run.weights).to(device))  # asked for when the files were found to be there
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cluster's time limit: leave as after Ctrl-C
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         try:
-            if pairs:
-                options = run.model_dump(include={*Registering.model_fields, "weights"})
-                if os.path.isfile(run.weights):  # another file of the same name gives other results
-                    options["weights"] = [run.weights, os.path.getsize(run.weights), os.path.getmtime(run.weights)]
-                return register_all(pairs, run.out, lambda files, out: _register(run, network, files, out), options)
-            files = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
-            summary = _register(run, network, files, run.out, progress=not quiet)
+            return apply.main(argv[1:]) if argv[:1] == ["apply"] else _main(argv)
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
         except (MemoryError, RuntimeError) as error:
             if not re.search("[mM]emory|alloc", repr(error)):
                 raise
             print("error: not enough memory: a smaller --shape needs less, and so does --io 0", file=sys.stderr)
-            return 1
         finally:
             signal.signal(signal.SIGTERM, before)
-    if not quiet:
+    return 1
+
+
+def _main(argv: list[str]) -> int:
+    run, more = _arguments(argv)
+    if more["check"]:
+        return _check(run.weights)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    network = functools.cache(lambda: load(run.weights).to(more["device"]))  # asked for when all files are there
+    if more["pairs"]:
+        options = run.model_dump(include={*Registering.model_fields, "weights"})
+        if os.path.isfile(run.weights):  # another file of the same name gives other results
+            options["weights"] = [run.weights, os.path.getsize(run.weights), os.path.getmtime(run.weights)]
+        return register_all(more["pairs"], run.out, lambda files, out: _register(run, network, files, out), options)
+    files = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
+    summary = _register(run, network, files, run.out, progress=not more["quiet"])
+    if not more["quiet"]:
         print(report(summary, run.out))
     return 0
 
 
-def _check(argv: list[str]) -> int:
+def _check(weights: str) -> int:
     """`fmsam-register --check`: 0 where the weights give what they should or nobody knows what that is, else 1."""
-    parser = argparse.ArgumentParser(prog="fmsam-register --check")
-    parser.add_argument("--check", action="store_true", help="compare what the weights give here with what they should")
-    parser.add_argument("--weights", default=Register.model_fields["weights"].default)
-    weights = parser.parse_args(argv).weights
-    try:
-        found = check(weights)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = check(weights)
     print(f"{weights}: SHA-256 {found['sha256']}")
     if not found.get("as downloaded", True):
         print("not the file that was downloaded: fetch it anew")
@@ -102,8 +95,8 @@ def _register(
     return result.summary
 
 
-def _arguments(argv: list[str]) -> tuple[Register, str, str, bool]:
-    """What to register, the list of pairs, the device, and whether quietly; help and limits are the parameters'."""
+def _arguments(argv: list[str]) -> tuple[Register, dict[str, Any]]:
+    """What to register, and the other options by their names; help and limits are the parameters'."""
     parser = argparse.ArgumentParser(
         prog="fmsam-register",
         description="Register two images; the warped image and the transform come out in the fixed image's space.",
@@ -111,21 +104,21 @@ def _arguments(argv: list[str]) -> tuple[Register, str, str, bool]:
     )
     for name, field in sorted(Register.model_fields.items(), key=lambda item: item[0] not in FIRST):
         default = "" if field.default in ("", []) else " (default: %(default)s)"
-        how = {"default": field.default, "required": name == "out", "help": f"{field.description}{default}"}
-        parser.add_argument(_flag(name), **how, **_kind(field.annotation))
+        help_text = f"{field.description}{default}"
+        parser.add_argument(_flag(name), default=field.default, help=help_text, **_kind(field.annotation))
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help="where to run (default: %(default)s)")
-    parser.add_argument(
-        "--pairs", default="", help="CSV of pairs instead: columns fixed, moving, and name, labels, ..."
-    )
+    parser.add_argument("--pairs", help="CSV of pairs instead: columns fixed, moving, and name, labels, ...")
     parser.add_argument("--check", action="store_true", help="only say whether the weights give here what they should")
     parser.add_argument("--quiet", action="store_true", help="print nothing but problems")
     values = vars(parser.parse_args(argv))
-    device, quiet, pairs, _ = (values.pop(name) for name in ("device", "quiet", "pairs", "check"))
-    if bool(pairs) == bool(values["fixed"] and values["moving"]) or (pairs and any(values[role] for role in ROLES)):
-        parser.error("expected --fixed and --moving, or --pairs with all files in it")
+    more = {name: values.pop(name) for name in ("device", "pairs", "check", "quiet")}
+    files = {role for role in ROLES if values[role]}
+    complete = not files if more["pairs"] else {"fixed", "moving"} <= files
+    if not more["check"] and not (values["out"] and complete):
+        parser.error("expected --out, and --fixed and --moving, or --pairs with all files in it")
     try:
-        return read(Register, values), pairs, device, quiet
+        return read(Register, values), more
     except ConfigError as error:
         problems = str(error).split("\n- ")[1:]
         parser.error("\n".join(re.sub(r"^\w+", lambda name: _flag(name[0]), problem) for problem in problems))

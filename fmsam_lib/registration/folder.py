@@ -1,16 +1,15 @@
 """The folder that a registration's results go to: all of them or none, and never over an input."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fmsam_lib.records import data_error
+from fmsam_lib.records import data_error, read_json
 
 ROLES = ("fixed", "moving", "labels", "fixed_labels", "fixed_mask", "moving_mask")  # of the input files
 SUMMARY = "summary.json"
@@ -38,23 +37,22 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
     except OSError as error:
-        found = error.strerror or str(error)
-        raise data_error(folder, "a folder to write the results into", found, "Choose another one.") from error
+        raise data_error(folder, "a folder to write the results into", error, "Choose another one.") from error
     try:
         yield staging
         new = sorted(os.listdir(staging), key=lambda name: name == SUMMARY)
-        old = _old_files(folder)
+        named = read_json(folder / SUMMARY, {}).get("files")
+        old = {name for name in map(str, named if isinstance(named, list) else []) if RESULT.fullmatch(name)}
         (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
-        for name in old.difference(new):
+        for name in old.difference(new):  # another pair's should not stay beside the new ones
             (folder / name).unlink(missing_ok=True)
         for name in new:
             os.replace(staging / name, folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for path in made:
-            if any(path.iterdir()):
-                break
-            path.rmdir()
+        with suppress(OSError):  # what is not empty stays
+            for path in made:
+                path.rmdir()
 
 
 def check_room(folder: str | Path, size: int) -> None:
@@ -81,12 +79,3 @@ def fitting(fixed: str, moving: str) -> tuple[str, str]:
         return os.fsencode(name)[: half - 13].decode(errors="ignore") + "~" + end
 
     return cut(fixed), cut(moving)
-
-
-def _old_files(folder: Path) -> set[str]:
-    """The results that an earlier summary in `folder` names: another pair's should not stay beside the new ones."""
-    try:
-        files = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    return {name for name in files if isinstance(name, str) and RESULT.fullmatch(name)}

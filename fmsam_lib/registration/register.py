@@ -4,7 +4,6 @@ Both images' whole fields of view are laid over each other, as uniGradICON does:
 in the world has no influence on phi, only on the millimetres of the result.
 """
 
-import dataclasses
 import importlib.metadata
 import re
 import time
@@ -83,24 +82,30 @@ def register(
     fixed_on_grid = on_grid(here, grid, modality["fixed"].upper(), where[0])
     moving_alone = on_grid(there, own, modality["moving"].upper(), where[1]) if how.start in FOUND else fixed_on_grid
     start = starting(how.start, (grid, own), (fixed_on_grid, moving_alone), where)
-    moving_label = None if labels is None else labels_of(there, labels, where[1])
-    fixed_label = None if fixed_labels is None else labels_of(here, fixed_labels, where[0])
+    files = dict(zip(ROLES, (fixed, moving, labels, fixed_labels, fixed_mask, moving_mask), strict=True))
+    marks, marks_on_grid = {}, {}  # labels and masks: as they are, and on the grid
+    for role, file in files.items():
+        if role not in ("fixed", "moving") and file is not None:
+            image, name, way = (here, where[0], None) if role.startswith("fixed") else (there, where[1], start)
+            marks[role] = labels_of(image, file, name)
+            marks_on_grid[role] = labels_on_grid(marks[role], grid, way)
+    masks = {}
+    if {"fixed_mask", "moving_mask"} & marks.keys():  # where only one image has a mask, all of the other counts
+        everywhere = torch.ones_like(fixed_on_grid)
+        masks = {role: marks_on_grid.get(role, everywhere) > 0 for role in ("fixed_mask", "moving_mask")}
     names = fitting(short(where[0]), short(where[1]))
     pair = Pair(
         name=f"{names[1]} to {names[0]}",
         fixed=fixed_on_grid,
         moving=on_grid(there, grid, modality["moving"].upper(), where[1], start),
-        fixed_label=None if fixed_label is None else labels_on_grid(fixed_label, grid),
-        moving_label=None if moving_label is None else labels_on_grid(moving_label, grid, start),
-        labels={n: str(n) for n in ([] if fixed_label is None else ids(fixed_label)) if n},
+        fixed_label=marks_on_grid.get("fixed_labels"),
+        moving_label=marks_on_grid.get("labels"),
+        labels={n: str(n) for n in (ids(marks["fixed_labels"]) if "fixed_labels" in marks else []) if n},
         spacing=grid.GetSpacing()[:dim],
         affine=torch.from_numpy(affine(grid)) if _oriented(here) else None,
+        fixed_mask=masks.get("fixed_mask"),
+        moving_mask=masks.get("moving_mask"),
     )
-    both = ((fixed_mask, here, where[0], None), (moving_mask, there, where[1], start))
-    masks = [None if mask is None else labels_on_grid(labels_of(i, mask, w), grid, s) > 0 for mask, i, w, s in both]
-    if any(mask is not None for mask in masks):
-        masks = [torch.ones_like(pair.fixed, dtype=torch.bool) if mask is None else mask for mask in masks]
-        pair = dataclasses.replace(pair, fixed_mask=masks[0], moving_mask=masks[1])
     if not pair.moving.any():
         found = f"nothing of it there, from the start {how.start}"
         todo = "Choose another --start, or images of the same place."
@@ -116,10 +121,8 @@ def register(
         notes.append(f"instance optimisation: the loss was not finite at step {len(losses)}; the best before counts")
         warnings.warn(notes[-1], stacklevel=2)
 
-    files = dict(zip(ROLES, (fixed, moving, labels, fixed_labels, fixed_mask, moving_mask), strict=True))
-    before, after = (
-        lncc(image, b, sigma=how.sigma, mask=counts[-1] if counts else None).item() for image in (a, warp(a, phi.map))
-    )
+    where_fixed = counts[-1] if counts else None
+    before, after = (lncc(image, b, sigma=how.sigma, mask=where_fixed).item() for image in (a, warp(a, phi.map)))
     determinant = determinants(pair, phi.map)
     summary: dict[str, Any] = {role: str(file) for role, file in files.items() if isinstance(file, str | Path)} | {
         "network": {"weights": weights, **network.settings, "shape": list(shape)},
@@ -144,8 +147,8 @@ def register(
     summary["verdict"], error = judge(network, pair, phi.map, psi.map, summary["similarity"])
     error_map = sitk.GetImageFromArray(error.reshape(grid.GetSize()).numpy().transpose())
     error_map.CopyInformation(grid)
-    parts = (phi, psi, start, transform, inverse, pair, summary, losses, error_map, names, moving_label, fixed_label)
-    result = Registration(here, there, *parts)
+    parts = (phi, psi, start, transform, inverse, pair, summary, losses, error_map, names)
+    result = Registration(here, there, *parts, marks.get("labels"), marks.get("fixed_labels"))
     if overlap := result.dice():
         summary["dice"] = overlap
     summary["seconds"] = round(time.perf_counter() - begun, 2)
@@ -169,9 +172,8 @@ def _read(source: Source, dim: int, what: str) -> sitk.Image:
 
 def _oriented(image: sitk.Image) -> bool:
     """Whether the header says where the axes point: of NIfTI, unless the codes of qform and sform are 0."""
-    return not {"qform_code", "sform_code"} <= {*image.GetMetaDataKeys()} or any(
-        image.GetMetaData(key) != "0" for key in ("qform_code", "sform_code")
-    )
+    codes = {"qform_code", "sform_code"}
+    return not codes <= {*image.GetMetaDataKeys()} or any(image.GetMetaData(key) != "0" for key in codes)
 
 
 def _headers(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> list[str]:
@@ -179,13 +181,9 @@ def _headers(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> l
     silent = [name for name, image in zip(where, images, strict=True) if not _oriented(image)]
     if len(silent) == 1:
         (other,) = {*where} - {*silent} or {*silent}
-        expected, todo = (
-            f"a header that states the orientation, as {other}'s does",
-            "guessed, it could mirror the result.",
-        )
-        raise data_error(
-            silent[0], expected, "qform and sform codes 0", f"Set it (nibabel: image.set_sform(affine, 1)): {todo}"
-        )
+        expected = f"a header that states the orientation, as {other}'s does"
+        todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
+        raise data_error(silent[0], expected, "qform and sform codes 0", todo)
     said = "the header states no orientation (qform and sform codes are 0): the axes are taken as for ITK, LPS"
     notes = [f"{name}: {said}" for name in silent]
     for name, image in zip(where, images, strict=True):

@@ -5,7 +5,6 @@
 SimpleITK applies it, composes it and writes it, so whoever else uses ITK gets the same images.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 from fmsam_lib.plotting.slices import overview
-from fmsam_lib.records import data_error
+from fmsam_lib.records import data_error, write_json
 from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
+from fmsam_lib.registration.start import index_to_lps
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class Registration:
     @cached_property
     def warped(self) -> sitk.Image:
         """The moving image seen from the fixed image's voxels, linearly; float32; outside its `background`."""
-        modality = self.summary["modality"]["moving"].upper()
-        outside = background(sitk.GetArrayViewFromImage(self.moving), modality)
-        return sitk.Resample(self.moving, self.fixed, self.transform, sitk.sitkLinear, outside, sitk.sitkFloat32)
+        return linearly(self.moving, self.fixed, self.transform, self.summary["modality"]["moving"])
 
     def warp_labels(self, labels: Source) -> sitk.Image:
         """A label image of the moving image (a file, say) on the fixed image's voxels, nearest neighbour, ids kept.
@@ -92,8 +90,7 @@ class Registration:
         moving and identity: as the two files store them, whatever their orientations and shapes.
         """
         dim = self.fixed.GetDimension()
-        lps = np.diag([-1.0, -1.0, 1.0, 1.0])
-        to_mm, to_index = lps @ affine(self.fixed), np.linalg.inv(lps @ affine(self.moving))
+        to_mm, to_index = index_to_lps(self.fixed), np.linalg.inv(index_to_lps(self.moving))
         mm = sitk.GetArrayFromImage(self.displacement())  # ([Z,] Y, X, D)
         for plane, field in enumerate(mm if dim == 3 else mm[None]):
             index = np.stack(np.meshgrid(*map(np.arange, field.shape[1::-1]), [plane], [1.0]), -1)[:, :, 0, 0]
@@ -111,14 +108,13 @@ class Registration:
         """Of each of the fixed image's labels, on its voxels, before and after; nothing unless both have labels."""
         if self.labels is None or self.fixed_labels is None:
             return {}
-        here = nearest(self.fixed_labels, self.fixed, sitk.Transform(self.fixed.GetDimension(), sitk.sitkIdentity))
-        there = {"before": self.start, "after": self.transform}
-        warped = {when: nearest(self.labels, self.fixed, transform) for when, transform in there.items()}
-        fixed, *both = (sitk.GetArrayViewFromImage(image) for image in (here, *warped.values()))
+        identity = sitk.Transform(self.fixed.GetDimension(), sitk.sitkIdentity)
+        moved = [(self.fixed_labels, identity), (self.labels, self.start), (self.labels, self.transform)]
+        images = [sitk.GetArrayFromImage(nearest(labels, self.fixed, transform)) for labels, transform in moved]
         found: dict[str, dict[str, float]] = {}
         for n, name in self.pair.labels.items():
-            masks = [torch.from_numpy(values == n) for values in (fixed, *both)]
-            found[name] = {when: dice(mask, masks[0]) for when, mask in zip(warped, masks[1:], strict=True)}
+            fixed, before, after = (torch.from_numpy(values == n) for values in images)
+            found[name] = {"before": dice(before, fixed), "after": dice(after, fixed)}
         return found
 
     def save(self, folder: str | Path) -> list[Path]:
@@ -128,22 +124,20 @@ class Registration:
         return [Path(folder) / name for name in self.summary["files"]]
 
     def write(self, staging: Path) -> None:
-        """Write all of `_images`, `overview.png` and `summary.json` into a `staged` folder."""
+        """Write all of `_files`, `overview.png` and `summary.json` into a `staged` folder."""
         self.summary["files"] = []
         try:
             for name, what in self._files():
                 write(what, staging / name)
                 self.summary["files"].append(name)
             said = "{verdict}: {reason}".format(**self.summary["verdict"]).removesuffix(": ")
-            overview(self.pair, self.phi.map, said).savefig(
-                staging / "overview.png", dpi=150, metadata={"Software": None}
-            )
+            figure = overview(self.pair, self.phi.map, said)
+            figure.savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
             self.summary["files"] += ["overview.png", SUMMARY]
-            (staging / SUMMARY).write_text(json.dumps(self.summary, indent=2) + "\n", encoding="utf-8")
+            write_json(staging / SUMMARY, self.summary)
         except (OSError, RuntimeError) as error:
             todo = "None were written. Make room, or choose another folder."
-            found = getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
-            raise data_error(staging.parent, "room for the results", found, todo) from error
+            raise data_error(staging.parent, "room for the results", error, todo) from error
 
     def _files(self) -> Iterator[tuple[str, Any]]:
         """By name; the displacement twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""
@@ -163,6 +157,12 @@ class Registration:
 def labels_of(image: sitk.Image, labels: Source, where: str) -> sitk.Image:
     """The labels of an image, of the image's dimension. Raises DataError where they don't belong to it."""
     return check_same_grid(labels, read_labels(labels, 2), where, image)
+
+
+def linearly(image: sitk.Image, onto: sitk.Image, transform: sitk.Transform, modality: str) -> sitk.Image:
+    """An image through a transform from the points of `onto`; float32; outside its `background`."""
+    outside = background(sitk.GetArrayViewFromImage(image), modality.upper())
+    return sitk.Resample(image, onto, transform, sitk.sitkLinear, outside, sitk.sitkFloat32)
 
 
 def displacing(phi: Transform, grid: sitk.Image) -> sitk.DisplacementFieldTransform:
@@ -189,11 +189,7 @@ def write(what: sitk.Image | sitk.Transform | nibabel.Nifti1Image, path: str | o
     elif isinstance(what, nibabel.Nifti1Image):
         nibabel.save(what, path)
     else:
-        if what.GetNumberOfComponentsPerPixel() > 1 and what.GetSize()[2:] == (1,):
-            # ITK reads a vector image of one slice as 2-D, beside the 3-D image it belongs to: hence the slice twice.
-            twice = sitk.GetImageFromArray(np.repeat(sitk.GetArrayViewFromImage(what), 2, axis=0), isVector=True)
-            twice.SetDirection(what.GetDirection())
-            twice.SetSpacing(what.GetSpacing())
-            twice.SetOrigin(what.GetOrigin())
-            what = twice
-        sitk.WriteImage(what, str(path), useCompression=True)
+        # ITK reads a vector image of one slice as 2-D, beside the 3-D image it belongs to: hence the slice twice.
+        alone = what.GetNumberOfComponentsPerPixel() > 1 and what.GetSize()[2:] == (1,)
+        image = sitk.ZeroFluxNeumannPad(what, [0, 0, 0], [0, 0, 1]) if alone else what
+        sitk.WriteImage(image, str(path), useCompression=True)

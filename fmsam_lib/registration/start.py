@@ -16,7 +16,6 @@ from torch import Tensor
 from fmsam_lib.images.grid import affine
 from fmsam_lib.records import data_error
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 FOUND = ("rigid", "affine")
 
 
@@ -31,16 +30,18 @@ def starting(
     dim = fixed.GetDimension()
     if start == "headers":
         return sitk.Transform(dim, sitk.sitkIdentity)
-    if start == "overlay":
-        _check_alike(grids, names)
-        return _linear(_lps(moving) @ np.linalg.inv(_lps(fixed)), dim)
-    if start in FOUND:
-        return _linear(_mm(moving) @ _found(start, grids, images) @ np.linalg.inv(_mm(fixed)), dim)
+    if start in ("overlay", *FOUND):
+        if start == "overlay":
+            _check_alike(grids, names)
+            matrix = index_to_lps(moving) @ np.linalg.inv(index_to_lps(fixed))
+        else:
+            matrix = _mm_to_lps(moving) @ _found(start, grids, images) @ np.linalg.inv(_mm_to_lps(fixed))
+        return sitk.AffineTransform(matrix[:dim, :dim].ravel(), matrix[:dim, 3])
     try:
         transform = sitk.ReadTransform(start)
     except RuntimeError as error:
         expected = "overlay, headers, rigid, affine or a file with a transform"
-        found = str(error).strip().split("\n")[-1] if Path(start).is_file() else "no such file"
+        found = error if Path(start).is_file() else "no such file"
         raise data_error(start, expected, found, "Check --start.") from error
     if transform.GetDimension() != dim:
         found = f"one of {transform.GetDimension()} dimensions"
@@ -58,14 +59,11 @@ def _found(kind: str, grids: tuple[sitk.Image, sitk.Image], images: tuple[Tensor
     centred = sitk.CenteredTransformInitializer(*flat, rigid, sitk.CenteredTransformInitializerFilter.GEOMETRY)
     transform = _optimised(flat, centred)
     if kind == "affine":
-        start = sitk.AffineTransform(dim)
-        start.SetCenter(transform.GetCenter())
-        start.SetMatrix(transform.GetMatrix())
-        start.SetTranslation(transform.GetTranslation())
-        transform = _optimised(flat, start)
-    matrix, origin = np.eye(4), np.array(transform.TransformPoint([0.0] * dim))
-    matrix[:dim, :dim] = np.transpose([np.array(transform.TransformPoint(axis)) - origin for axis in np.eye(dim)])
-    matrix[:dim, 3] = origin
+        parts = (transform.GetMatrix(), transform.GetTranslation(), transform.GetCenter())
+        transform = _optimised(flat, sitk.AffineTransform(*parts))
+    matrix = np.eye(4)
+    matrix[:dim, :dim] = np.reshape(transform.GetMatrix(), (dim, dim))
+    matrix[:dim, 3] = transform.TransformPoint([0.0] * dim)
     return matrix
 
 
@@ -85,20 +83,14 @@ def _optimised(images: list[sitk.Image], start: sitk.Transform):
     return start
 
 
-def _lps(grid: sitk.Image) -> np.ndarray:
-    return LPS @ affine(grid)
+def index_to_lps(image: sitk.Image) -> np.ndarray:
+    """From an index to mm in ITK's space, `(4, 4)`."""
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine(image)
 
 
-def _mm(grid: sitk.Image) -> np.ndarray:
+def _mm_to_lps(grid: sitk.Image) -> np.ndarray:
     """From mm along the grid's axes, counted from its first sample, to ITK's space, `(4, 4)`."""
-    return _lps(grid) / [*grid.GetSpacing(), *[1.0] * (4 - grid.GetDimension())]
-
-
-def _linear(matrix: np.ndarray, dim: int) -> sitk.AffineTransform:
-    transform = sitk.AffineTransform(dim)
-    transform.SetMatrix(matrix[:dim, :dim].ravel())
-    transform.SetTranslation(matrix[:dim, 3])
-    return transform
+    return index_to_lps(grid) / [*grid.GetSpacing(), *[1.0] * (4 - grid.GetDimension())]
 
 
 def _check_alike(grids: tuple[sitk.Image, sitk.Image], names: tuple[str, str]) -> None:

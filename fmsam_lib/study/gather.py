@@ -16,7 +16,7 @@ from fmsam_lib.flatness.landscape import RUN, TRAINING
 from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
 from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
 from fmsam_lib.parameters import Train, trained_with
-from fmsam_lib.records import DataError, sources
+from fmsam_lib.records import DataError, read_json, sources
 from fmsam_lib.study.grid import Study, grid
 from fmsam_lib.study.notebooks import NOTEBOOKS, Job, jobs
 from fmsam_lib.training.checkpoint import MAY_DIFFER
@@ -56,8 +56,7 @@ def gather(study: Study, folder: Path | str) -> Found:
     configs: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     runs = {run.folder: asdict(run) for run in grid(study)}
-    log, by = folder / "sources.json", {}
-    made_by: dict[str, str] = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
+    made_by, by = read_json(folder / "sources.json", {}), {}
     _json(folder, "left_out.json", problems)
     for job in jobs(study, folder, "", Path())[:-1]:  # without the report
         if job.notebook == "10_train":

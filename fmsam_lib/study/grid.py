@@ -57,10 +57,8 @@ class Study(Parameters):
     def _named(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, variant in variants.items():
             if not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN:
-                raise ValueError(
-                    f"{name!r}: expected a name of letters, digits, '.', '_' and '-' that is no optimizer's or "
-                    f"method's, none of {', '.join(TAKEN)}"
-                )
+                taken = f"that is no optimizer's or method's, none of {', '.join(TAKEN)}"
+                raise ValueError(f"{name!r}: expected a name of letters, digits, '.', '_' and '-' {taken}")
             if "optimizer" not in variant:
                 raise ValueError(f"{name}: expected an optimizer")
         return variants

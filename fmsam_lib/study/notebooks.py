@@ -1,6 +1,5 @@
 """Which notebooks a study runs, what each one takes and makes, and what they left."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 
 from fmsam_lib.checking import ConfigError, Parameters
 from fmsam_lib.parameters import Between, Compare, Evaluate, Landscape, Train
-from fmsam_lib.records import written_whole
+from fmsam_lib.records import read_json, written_whole
 from fmsam_lib.study.grid import Run, Study, compared, grid, twins
 
 
@@ -127,9 +126,8 @@ def executed(work: list[Job], root: Path) -> Iterator[tuple[Job, float, list[str
     """The jobs that were run, the seconds that each took (0: it was killed), and its errors."""
     for job in work:
         path = root / f"{job.name}.ipynb"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # papermill could not start, or was killed while it wrote
+        content = read_json(path)
+        if content is None:  # papermill could not start, or was killed while it wrote
             continue
         outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
         errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import pandas as pd
 import yaml
@@ -25,7 +26,7 @@ from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
 from fmsam_lib.parameters import Train, trained_with
-from fmsam_lib.records import PROJECT, DataError, sources
+from fmsam_lib.records import PROJECT, DataError, read_json, sources
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
@@ -45,31 +46,16 @@ def main() -> int:
     study_file = PROJECT / "studies" / f"{given.study}.yaml"
     try:
         study, left_out = preflight(read_study(study_file), data)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = open(root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until this process and Snakemake end
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"error: another process is computing this study in {root}; wait for it or end it", file=sys.stderr)
-        return 2
-    except OSError as error:
-        todo = "name a folder that you may write to with --runs (make study RUNS=folder)"
-        print(f"error: the results cannot go to {root} ({error.strerror}); {todo}", file=sys.stderr)
-        return 2
-    work = jobs(study, root, data, study_file)
-    try:
+        lock = locked(root)
+        work = jobs(study, root, data, study_file)
         refuse_another(work, root)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_if_new(root / "left_out.json", json.dumps(left_out))
     log = root / "sources.json"  # the version of the library that last ran each notebook; trainings record their own
-    made_by = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
-    made_by |= {job.name: sources() for job in plan(work, root) if job.notebook != "10_train"}
-    write_if_new(log, json.dumps(made_by))
+    made_by = {job.name: sources() for job in plan(work, root) if job.notebook != "10_train"}
+    write_if_new(log, json.dumps(read_json(log, {}) | made_by))
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
         *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(given.cores)),
@@ -99,6 +85,20 @@ def main() -> int:
         print("What was computed is kept: mend the cause and run the same command again.", file=sys.stderr)
     print(f"report: {report}")
     return 0 if done and set(problems) <= set(left_out) else 1
+
+
+def locked(root: Path) -> TextIO:
+    """The lock on a study's folder, which is made. Raises ConfigError where another process holds it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until this process and Snakemake end
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another process is computing this study in {root}; wait for it or end it") from None
+    except OSError as error:
+        todo = "name a folder that you may write to with --runs (make study RUNS=folder)"
+        raise ConfigError(f"the results cannot go to {root} ({error.strerror}); {todo}") from None
+    return lock
 
 
 def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
@@ -139,12 +139,9 @@ def refuse_another(work: list[Job], root: Path) -> None:
             if told := differing(there, now):
                 found.append(f"- {root / job.folder}: {told}")
     if found:
-        todo = "copy it to another name in studies/ and compute that; or delete these folders to train them anew"
-        told = "\n".join(found)
-        raise ConfigError(
-            f"the study was changed after it ran; these trainings are done:\n{told}\n"
-            f"Nothing was touched. To keep them, give the changed study another name: {todo}."
-        )
+        todo = "copy it to another name in studies/ and compute that; or delete these folders to train them anew."
+        told = "Nothing was touched. To keep them, give the changed study another name: " + todo
+        raise ConfigError("\n".join(["the study was changed after it ran; these trainings are done:", *found, told]))
 
 
 def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: str = "snakemake.log") -> bool:

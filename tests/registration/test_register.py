@@ -839,6 +839,14 @@ def test_results_of_another_pair_do_not_stay_beside_the_new_ones(tmp_path, pair)
     assert visible(tmp_path / "out") == sorted([*new, "mine.nii.gz", "mine.txt"])
 
 
+@pytest.mark.parametrize("there", ["[]", "3", '{"files": 3}', '{"files": null}', "{", ""])
+def test_a_summary_of_somebody_else_does_not_stop_the_results(tmp_path, there):
+    (tmp_path / "summary.json").write_text(there)
+    with staged(tmp_path) as staging:
+        (staging / "summary.json").write_text("new")
+    assert (tmp_path / "summary.json").read_text() == "new"
+
+
 def test_no_result_replaces_an_input(tmp_path, pair, capsys):
     values = pair["labels"].read_bytes()  # it has the name that the warped labels will have
     assert run(pair, tmp_path, "--labels", pair["labels"]) == 1
