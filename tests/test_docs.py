@@ -240,7 +240,7 @@ def test_command(command, where, capsys):
         run(sys.executable, given[0], "--check")
     elif program.endswith("fmsam-register"):
         with pytest.raises(SystemExit):
-            register(["--help"])
+            register([*["apply"][: given[:1] == ["apply"]], "--help"])
         accepted(capsys.readouterr().out, given)
     else:
         assert command in ("conda env create -f environment.yml", "conda activate fmsam"), "how is this to be tested?"
