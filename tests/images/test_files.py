@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import locale
 import os
 import re
 import struct
@@ -478,7 +479,7 @@ def test_colours_vectors_series_and_complex_numbers_are_refused(tmp_path, dim):
 def series(folder, values, *, uid="1.2.826.0.1.3680043.2.1125.1", spacing=(0.8, 1.2, 2.5), tilt=0.0, left_out=()):
     """A DICOM series of `values` `(Z, Y, X)` in HU, stored with an intercept, in files that are not in order."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = sitk.ImageFileWriter()
+    writer, before = sitk.ImageFileWriter(), locale.setlocale(locale.LC_ALL)
     writer.KeepOriginalImageUIDOn()
     turn = TURNED * np.linalg.det(TURNED)
     for number, plane in enumerate(values):
@@ -503,6 +504,7 @@ def series(folder, values, *, uid="1.2.826.0.1.3680043.2.1125.1", spacing=(0.8, 
             made.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{uid[-1]}_{len(values) - number:03d}.dcm"))
         writer.Execute(made)
+    locale.setlocale(locale.LC_ALL, before)  # GDCM's writer leaves that of C, in which Python reads text as ASCII
     return folder
 
 
