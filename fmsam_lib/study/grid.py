@@ -18,13 +18,15 @@ TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no
 class Study(Parameters):
     """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults.
 
-    leave_one_out: domains of which all but one are trained on together, each left out in turn: so many training domains
-    more. baselines: registrations without training, for the same tables: ANTs' SyN, instance optimisation alone.
+    leave_one_out: domains, or names of `groups` of domains, of which all but one are trained on together, each left out
+    in turn: so many training domains more. always: domains that train along whichever is left out. baselines: registrations without training, for the same tables: ANTs' SyN, instance optimisation alone.
     variants: further optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the
-    training's parameters differs.
+    training's parameters differs. landscape: null leaves out notebooks 30 and 35.
     """
 
     description: str
+    groups: dict[str, Names] = Field({})
+    always: Distinct[Name] = Field([])
     leave_one_out: Distinct[Name] = Field([])
     train_domains: Distinct[Name] = Field([])
     test_domains: Names
@@ -35,7 +37,7 @@ class Study(Parameters):
     baselines: Distinct[Literal["ants-syn", "io"]] = Field([])
     train: dict[str, Any]
     evaluate: dict[str, Any]
-    landscape: dict[str, Any]
+    landscape: dict[str, Any] | None
     between: dict[str, Any] = Field({})
 
     @field_validator("train_domains")
@@ -47,7 +49,9 @@ class Study(Parameters):
         left_out = info.data["leave_one_out"]
         if len(left_out) == 1:
             raise ValueError(f"expected two domains or more in leave_one_out, not {left_out[0]} alone")
-        others = ["+".join(other for other in left_out if other != domain) for domain in left_out]
+        groups, always = info.data.get("groups", {}), info.data.get("always", [])
+        kept = [[name for other in left_out if other != one for name in groups.get(other, [other])] for one in left_out]
+        others = ["+".join([*names, *always]) for names in kept]
         if not (given or others):
             raise ValueError("expected train_domains or leave_one_out: name what to train on")
         return list(dict.fromkeys([*given, *others]))

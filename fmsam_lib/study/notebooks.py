@@ -90,8 +90,9 @@ def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
         add("10_train", run.folder, values, shape | cell)
         methods = ["network", *(["network+io"] if study.evaluate.get("io") else [])]
         add("20_evaluate", run.folder, study.evaluate, tests | shape | {"methods": methods}, run=run)
-        add("30_loss_landscape", run.folder, study.landscape, tests, run=run)
-    for a, b in twins(study):
+        if study.landscape is not None:
+            add("30_loss_landscape", run.folder, study.landscape, tests, run=run)
+    for a, b in twins(study) if study.landscape is not None else []:
         between = Run(a.train_domain, "between", a.seed).folder
         add("35_between_minima", between, study.between, tests, baseline=a, treatment=b)
     asked = dict(zip(("baseline", "treatment"), compared(study), strict=True))

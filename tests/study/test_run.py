@@ -90,6 +90,21 @@ def test_each_domain_is_left_out_in_turn(tmp_path, left_out, given, expected):
     assert len(grid(study)) == 2 * len(expected)
 
 
+def test_a_group_of_domains_is_left_out_as_a_whole(tmp_path):
+    groups = {"head": ["brain-mr"], "chest": ["lung-ct", "heart-mr"]}
+    study = study_of(tmp_path, groups=groups, always=["knee-mr"], leave_one_out=["head", "chest"], train_domains=None)
+    assert study.train_domains == ["lung-ct+heart-mr+knee-mr", "brain-mr+knee-mr"]
+
+
+def test_a_study_without_landscape_runs_no_notebook_of_it(tmp_path):
+    study_of(tmp_path)
+    text = (tmp_path / "s.yaml").read_text()
+    values = yaml.safe_load(text) | {"landscape": None, "optimizers": ["adam", "sam"]}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(values))
+    notebooks = {job.notebook for job in jobs(read_study(tmp_path / "s.yaml"), tmp_path, "D", tmp_path / "s.yaml")}
+    assert notebooks == {"10_train", "20_evaluate", "40_compare"}
+
+
 def test_a_variant_is_an_optimizer_with_parameters_of_its_own(tmp_path):
     variants = {"sam-1": {"optimizer": "sam", "rho": 1.0}}
     study = study_of(tmp_path, optimizers=["adam", "sam-1"], variants=variants)
