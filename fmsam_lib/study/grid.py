@@ -19,9 +19,10 @@ class Study(Parameters):
     """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults.
 
     leave_one_out: domains, or names of `groups` of domains, of which all but one are trained on together, each left out
-    in turn: so many training domains more. always: domains that train along whichever is left out. baselines: registrations without training, for the same tables: ANTs' SyN, instance optimisation alone.
-    variants: further optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the
-    training's parameters differs. landscape: null leaves out notebooks 30 and 35.
+    in turn: so many training domains more. always: domains that train along whichever is left out. baselines:
+    registrations without training, for the same tables: ANTs' SyN, instance optimisation alone. variants: further
+    optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the training's
+    parameters differs. landscape: null leaves out notebooks 30 and 35.
     """
 
     description: str
