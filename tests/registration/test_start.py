@@ -173,6 +173,14 @@ def test_the_jacobian_is_the_change_of_volume():
     np.testing.assert_allclose(xyz(result.jacobian())[3:-3, 3:-3, 3:-3], expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("size", [(40, 44, 36), (40, 44)])
+def test_the_jacobian_is_right_up_to_the_border(size):
+    """A network that moves nothing leaves the overlay alone, which is affine: one value everywhere."""
+    moving = scan(size, seed=1, spacing=(1.5, 1.8, 1.5))
+    result = register(scan(size), moving, Analytic(lambda x: 0 * x, dim=len(size)), shape=GRID[: len(size)])
+    np.testing.assert_allclose(xyz(result.jacobian()), 1.5 * 1.5, rtol=1e-4)
+
+
 @pytest.fixture
 def registered(tmp_path):
     """A folder of results, its images' files, and the result."""
