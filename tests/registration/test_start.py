@@ -173,6 +173,28 @@ def test_the_jacobian_is_the_change_of_volume():
     np.testing.assert_allclose(xyz(result.jacobian())[3:-3, 3:-3, 3:-3], expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("mm", [1e-3, 1.0, 1e3])
+def test_an_affine_start_is_found_whatever_the_unit_on_a_coarse_grid(mm):
+    fixed, truth = scan((35, 51, 35), spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0)), sitk.AffineTransform(3)
+    fixed.SetDirection(np.eye(3).ravel())
+    truth.SetCenter((17, 25, 17))
+    truth.Scale((1.05, 0.95, 1.0))
+    truth.SetTranslation((2, -1, 1.5))
+    moving = sitk.Resample(fixed, fixed, truth.GetInverse())
+    for image in (fixed, moving):
+        image.SetSpacing([mm] * 3)
+    result = register(fixed, moving, STILL, shape=(16, 16, 16), start="affine")
+    for point in ((10, 15, 10), (25, 30, 20), (17, 25, 17)):
+        found = np.array(result.transform.TransformPoint((np.array(point) * mm).tolist())) / mm
+        assert np.abs(found - truth.TransformPoint(point)).max() < 0.5
+
+
+def test_a_start_that_mirrors_the_image_is_refused(monkeypatch):
+    monkeypatch.setattr("fmsam_lib.registration.start._found", lambda *_: np.diag([-1.0, 1.0, 1.0, 1.0]))
+    with pytest.raises(DataError, match="loses or mirrors it"):
+        register(scan(), scan(seed=1), STILL, shape=GRID, start="affine")
+
+
 @pytest.mark.parametrize("size", [(40, 44, 36), (40, 44)])
 def test_the_jacobian_is_right_up_to_the_border(size):
     """A network that moves nothing leaves the overlay alone, which is affine: one value everywhere."""
