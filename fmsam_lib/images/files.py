@@ -30,6 +30,7 @@ Source = str | os.PathLike | SpatialImage | sitk.Image  # a path, or an image of
 FORMATS = {f"{name}ImageIO" for name in ("Nifti", "Nrrd", "Meta", "GDCM", "PNG", "HDF5", "MINC")}
 # Words of nibabel's and gzip's for a file that cannot be read.
 UNREADABLE = (OSError, EOFError, TypeError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+UNSHEAR = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
 DAMAGED = "The file may be damaged: copy it again."
 
 
@@ -108,8 +109,11 @@ def _open(source: Source, dim: int, what: str) -> sitk.Image:
         todo = "Save one of its volumes" if len(size) > 3 else f"Choose a {dim}-D file or another grid"
         raise data_error(where, expected, f"shape {size}", f"{todo}.")
     direction = np.array(image.GetDirection()).reshape(len(size), -1)
-    if len(size) == 2 and abs(np.linalg.det(direction)) < 1e-3:  # (X, Y) upright in space: ITK has but its x and y
-        image, direction = sitk.Image(image), np.eye(2)
+    if np.abs(direction.T @ direction - np.eye(len(size))).max() > 1e-3:
+        if len(size) == 3:  # an NRRD or MetaImage: NIfTI, in which we write, cannot say it
+            raise data_error(where, "axes perpendicular to each other", "sheared ones", UNSHEAR)
+        turn, _, back = np.linalg.svd(direction)  # (X, Y) oblique or upright in space: ITK has but its x and y
+        image, direction = sitk.Image(image), turn @ back if abs(np.linalg.det(direction)) > 1e-3 else np.eye(2)
         image.SetDirection(direction.ravel())
     _check_scale(direction * image.GetSpacing(), where)
     return image
@@ -144,8 +148,7 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         if "orthonormal" in str(error):
             loaded = nibabel.load(path)
             _check_scale(loaded.affine[:3, :3], where)
-            todo = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
-            raise data_error(where, "axes perpendicular to each other", "a sheared sform", todo) from error
+            raise data_error(where, "axes perpendicular to each other", "a sheared sform", UNSHEAR) from error
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
     if kind == "NiftiImageIO":
         _check_nifti(path, where, image, content)

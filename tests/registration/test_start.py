@@ -203,6 +203,27 @@ def test_the_jacobian_is_right_up_to_the_border(size):
     np.testing.assert_allclose(xyz(result.jacobian()), 1.5 * 1.5, rtol=1e-4)
 
 
+def test_a_sheared_image_of_another_format_is_refused(tmp_path):
+    image = scan()
+    image.SetDirection((1, 0, 0, 0.05, (1 - 0.05**2) ** 0.5, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    with pytest.raises(DataError, match=r"a.nrrd: expected axes perpendicular to each other"):
+        register(tmp_path / "a.nrrd", scan(seed=1), STILL, shape=GRID)
+
+
+def test_an_oblique_plane_keeps_its_millimetres_and_its_results_one_place(tmp_path):
+    image = scan((40, 44))
+    oblique = sitk.Image(image)  # what ITK makes of a plane that leaves x and y, as (X, Y) in NIfTI
+    oblique.SetDirection((-0.8, 0.1, 0.0, 0.9))
+    result = register(oblique, image, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2])
+    result.save(tmp_path)
+    warped = sitk.ReadImage(str(tmp_path / "warped.nii.gz"))
+    assert warped.GetSpacing() == pytest.approx(image.GetSpacing())
+    field = sitk.ReadImage(str(tmp_path / "displacement.nii.gz"), sitk.sitkVectorFloat64)
+    again = sitk.Resample(image, warped, sitk.DisplacementFieldTransform(field), sitk.sitkLinear, 0.0)
+    np.testing.assert_allclose(xyz(again), xyz(warped), atol=0.01)
+
+
 @pytest.fixture
 def registered(tmp_path):
     """A folder of results, its images' files, and the result."""
