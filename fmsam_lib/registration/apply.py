@@ -21,22 +21,25 @@ from fmsam_lib.registration.result import linearly, write
 AXES = ["x", "y", "z"]
 
 
-def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform, sitk.Image, sitk.Image, str]:
+def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform, sitk.Image, sitk.Image | None, str]:
     """Of a folder of results: the transform, images that lie as the target and the source, the source's modality.
 
+    The source is None where the transform has no inverse: then no file lies as the moving image.
     Raises DataError where the folder does not hold it.
     """
     try:
         summary = read_json(Path(folder) / SUMMARY, {})
         transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
-        places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in ("warped", "inverse_displacement")]
+        files = [Path(folder) / f"{name}.nii.gz" for name in ("warped", "inverse_displacement")]
+        known = inverse or files[1].exists()
+        places = [sitk.ReadImage(str(file)) for file in files[: 1 + known]]
         sizes = [summary["size"][role] for role in ("fixed", "moving")]
         modality = summary["modality"]["fixed" if inverse else "moving"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         expected = f"a folder of fmsam-register with its {'inverse ' * inverse}transform"
         raise data_error(folder, expected, error, "Register the pair anew.") from error
     # a displacement of one slice has it twice
-    fixed, moving = (image[tuple(map(slice, size))] for image, size in zip(places, sizes, strict=True))
+    fixed, moving = [*(image[tuple(map(slice, size))] for image, size in zip(places, sizes, strict=False)), None][:2]
     return transform, *((moving, fixed) if inverse else (fixed, moving)), modality
 
 
@@ -84,6 +87,9 @@ def apply(
     """
     transform, target, source, modality = saved(folder, inverse=inverse)
     dim, out, made = target.GetDimension(), Path(out), {}
+    if source is None and points and space == "voxels":
+        todo = "Give the points in lps or ras mm."
+        raise data_error(folder, "the moving image's voxels", "a transform without an inverse, and none", todo)
     for path in [*images, *labels]:
         image = read_labels(path, 2) if path in labels else read_values(path, 2)
         image = sitk.JoinSeries([image]) if image.GetDimension() < dim else image
@@ -93,6 +99,7 @@ def apply(
     if points:
         here = read_points(points, space, target)
         there = np.array([transform.TransformPoint(point) for point in here.tolist()])
+        source = source or target  # no voxels then: the points are in mm
         written = _in_space(there, space, source.TransformPhysicalPointToContinuousIndex)
         table = pd.DataFrame(written, columns=AXES[:dim])
         if paired_points:

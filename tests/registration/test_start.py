@@ -155,6 +155,16 @@ def test_without_an_inverse_of_the_start_none_is_written(tmp_path):
     assert "transform.h5" in names
     assert not [name for name in names if "inverse_displacement" in name or "inverse_transform" in name]
     assert "has no inverse" in result.summary["notes"][0]
+    sitk.WriteImage(result.moving, str(tmp_path / "moving.nrrd"))
+    (tmp_path / "p.csv").write_text("x,y,z\n1,2,3\n")
+    images = ("--images", tmp_path / "moving.nrrd", "--points", tmp_path / "p.csv")
+    assert command(tmp_path / "out", *images, "--out", tmp_path / "moved") == 0
+    moved = sitk.ReadImage(str(tmp_path / "moved/moving.nii.gz"))
+    np.testing.assert_allclose(xyz(moved), xyz(result.warped), atol=1e-3)
+    there = pd.read_csv(tmp_path / "moved/p.csv").to_numpy()[0]
+    assert there == pytest.approx(result.transform.TransformPoint((1.0, 2.0, 3.0)), abs=1e-4)
+    assert command(tmp_path / "out", *images, "--space", "voxels", "--out", tmp_path / "v") == 1
+    assert command(tmp_path / "out", *images, "--inverse", "--out", tmp_path / "v") == 1
 
 
 def test_the_inverse_goes_back():
