@@ -93,6 +93,9 @@ def apply(
     for path in [*images, *labels]:
         image = read_labels(path, 2) if path in labels else read_values(path, 2)
         image = sitk.JoinSeries([image]) if image.GetDimension() < dim else image
+        image = image[:, :, 0] if image.GetDimension() > dim and image.GetSize()[2] == 1 else image
+        if image.GetDimension() > dim:
+            raise data_error(path, "a 2-D image, as those of the folder", f"size {image.GetSize()}", "Save one slice.")
         through = (image, target, transform)
         made[f"{stem(path)}.nii.gz"] = nearest(*through) if path in labels else linearly(*through, modality)
     found, table = {}, None

@@ -297,6 +297,17 @@ def test_points_are_moved_and_their_error_measured(tmp_path, capsys, registered,
     assert "-> 5.000 mm" in capsys.readouterr().out
 
 
+def test_what_is_moved_in_a_plane(tmp_path, capsys):
+    plane = scan((40, 44))
+    register(plane, plane, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2]).save(tmp_path / "out")
+    sitk.WriteImage(sitk.JoinSeries([plane]), str(tmp_path / "slice.nii.gz"))
+    sitk.WriteImage(scan(), str(tmp_path / "volume.nii.gz"))
+    assert command(tmp_path / "out", "--images", tmp_path / "slice.nii.gz", "--out", tmp_path / "a") == 0
+    np.testing.assert_allclose(xyz(sitk.ReadImage(str(tmp_path / "a/slice.nii.gz"))), xyz(plane), atol=1e-3)
+    assert command(tmp_path / "out", "--images", tmp_path / "volume.nii.gz", "--out", tmp_path / "b") == 1
+    assert "volume.nii.gz: expected a 2-D image" in capsys.readouterr().err
+
+
 def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     folder, paths, _ = registered
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
