@@ -50,7 +50,9 @@ def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
     """
     dim = image.GetDimension()
     try:
-        table = pd.read_csv(path, encoding="utf-8-sig")
+        table = pd.read_csv(path, encoding="utf-8-sig").rename(columns=lambda name: name.strip().lower())
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of the lines
+            raise ValueError("lines of more cells than the first line has: decimal commas?")
         if not set(AXES[:dim]) <= set(table.columns):  # Learn2Reg's keypoints have no header
             table = pd.read_csv(path, header=None, encoding="utf-8-sig").set_axis(AXES[:dim], axis=1)
         points = table[AXES[:dim]].to_numpy(dtype=np.float64)

@@ -297,6 +297,14 @@ def test_points_are_moved_and_their_error_measured(tmp_path, capsys, registered,
     assert "-> 5.000 mm" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("header", ["X,Y,Z", "x, y, z"])
+def test_the_header_of_points_as_people_write_it(tmp_path, registered, header):
+    (tmp_path / "p.csv").write_text(f"{header}\n1, 2, 3\n")
+    assert command(registered[0], "--points", tmp_path / "p.csv", "--out", tmp_path / "o") == 0
+    found = pd.read_csv(tmp_path / "o" / "p.csv").to_numpy()[0]
+    assert found == pytest.approx(registered[2].transform.TransformPoint((1.0, 2.0, 3.0)), abs=1e-4)
+
+
 def test_what_is_moved_in_a_plane(tmp_path, capsys):
     plane = scan((40, 44))
     register(plane, plane, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2]).save(tmp_path / "out")
@@ -311,7 +319,9 @@ def test_what_is_moved_in_a_plane(tmp_path, capsys):
 def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     folder, paths, _ = registered
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "commas.csv").write_text("x,y,z\n1,5,2,3\n")
     cases = [
+        ((folder, "--points", tmp_path / "commas.csv"), "more cells than the first line has: decimal commas?"),
         ((tmp_path, "--images", paths["moving"]), "expected a folder of fmsam-register with its transform"),
         ((folder, "--points", tmp_path / "bad.csv"), "expected a CSV of points, columns x, y, z"),
         ((folder, "--images", tmp_path / "none.nii.gz"), "no such file"),
