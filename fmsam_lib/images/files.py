@@ -201,7 +201,9 @@ def _from_nibabel(image: Any, where: str) -> sitk.Image:
         try:
             if not isinstance(image, nibabel.Nifti1Image) or isinstance(image, nibabel.Nifti2Image):
                 image = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine, dtype=image.get_data_dtype())
-            nibabel.save(image, path)
+            files, taken = image.file_map, image.to_bytes()  # nibabel would call the image by the file it writes
+            image.file_map = files
+            path.write_bytes(taken)
         except UNREADABLE as error:
             raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", DAMAGED) from error
         return _read(path, where)

@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -232,6 +233,13 @@ def test_an_oblique_plane_keeps_its_millimetres_and_its_results_one_place(tmp_pa
     field = sitk.ReadImage(str(tmp_path / "displacement.nii.gz"), sitk.sitkVectorFloat64)
     again = sitk.Resample(image, warped, sitk.DisplacementFieldTransform(field), sitk.sitkLinear, 0.0)
     np.testing.assert_allclose(xyz(again), xyz(warped), atol=0.01)
+
+
+def test_a_nibabel_image_keeps_its_name():
+    images = [nibabel.Nifti1Image(xyz(scan(seed=seed)), np.eye(4)) for seed in (0, 1)]
+    result = register(*images, STILL, shape=GRID)
+    assert [image.get_filename() for image in images] == [None, None]
+    assert result.names == ("fixed_image", "moving_image")
 
 
 @pytest.fixture
