@@ -89,6 +89,9 @@ def register(
             image, name, way = (here, where[0], None) if role.startswith("fixed") else (there, where[1], start)
             marks[role] = labels_of(image, file, name)
             marks_on_grid[role] = labels_on_grid(marks[role], grid, way)
+            if role.endswith("mask") and not (marks_on_grid[role] > 0).any():
+                found, todo = "none of it there", "Is it too small, or elsewhere? Choose another mask or --start."
+                raise data_error(name_of(file, role), "a mask that holds samples of the grid", found, todo)
     masks = {}
     if {"fixed_mask", "moving_mask"} & marks.keys():  # where only one image has a mask, all of the other counts
         everywhere = torch.ones_like(fixed_on_grid)

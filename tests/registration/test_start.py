@@ -200,6 +200,16 @@ def test_an_affine_start_is_found_whatever_the_unit_on_a_coarse_grid(mm):
         assert np.abs(found - truth.TransformPoint(point)).max() < 0.5
 
 
+@pytest.mark.parametrize("role", ["fixed_mask", "moving_mask"])
+def test_a_mask_between_the_samples_of_the_grid_is_named(role):
+    fixed, moving = scan(), scan(seed=1)
+    mask = sitk.Image(fixed.GetSize(), sitk.sitkUInt8)
+    mask.CopyInformation(fixed)
+    mask[2, 2, 2] = 1
+    with pytest.raises(DataError, match=f"{role}: expected a mask that holds samples of the grid"):
+        register(fixed, moving, STILL, shape=(16, 16, 16), **{role: mask})
+
+
 def test_a_start_that_mirrors_the_image_is_refused(monkeypatch):
     monkeypatch.setattr("fmsam_lib.registration.start._found", lambda *_: np.diag([-1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(DataError, match="loses or mirrors it"):
