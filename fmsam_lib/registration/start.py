@@ -48,7 +48,7 @@ def starting(
         transform = sitk.ReadTransform(start)
     except RuntimeError as error:
         expected = "overlay, headers, rigid, affine or a file with a transform"
-        found = error if Path(start).is_file() else "no such file"
+        found = "no transform that SimpleITK reads (.tfm, .txt, .mat, .h5)" if Path(start).is_file() else "no such file"
         raise data_error(start, expected, found, "Check --start.") from error
     if transform.GetDimension() != dim:
         found = f"one of {transform.GetDimension()} dimensions"

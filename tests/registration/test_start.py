@@ -135,7 +135,7 @@ def test_a_transform_of_a_file_is_composed_with_the_networks(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("hello", "affine or a file with a transform"), ("2-D", "expected a 3-D transform")],
+    [(None, "no such file"), ("hello", "no transform that SimpleITK reads"), ("2-D", "expected a 3-D transform")],
 )
 def test_a_start_that_is_none(tmp_path, content, message):
     path = tmp_path / "start.tfm"
