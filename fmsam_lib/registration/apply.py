@@ -15,7 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 from fmsam_lib.images.files import read_labels, read_values, stem
 from fmsam_lib.images.grid import nearest
 from fmsam_lib.records import data_error, read_json, write_csv
-from fmsam_lib.registration.folder import SUMMARY
+from fmsam_lib.registration.folder import RESULT, SUMMARY
 from fmsam_lib.registration.result import linearly, write
 
 AXES = ["x", "y", "z"]
@@ -123,6 +123,8 @@ def apply(
             raise data_error(given, "another folder for the results", "the folder of an input", "Choose another one.")
     try:
         out.mkdir(parents=True, exist_ok=True)
+    if Path(folder).resolve() == out.resolve() and (lost := [name for name in names if RESULT.fullmatch(name)]):
+        raise data_error(out, "another folder", f"that {lost[0]} there would be replaced", "Choose another one.")
         for name, image in made.items():
             write(image, out / name)
         if table is not None:

@@ -337,6 +337,10 @@ def test_what_is_moved_in_a_plane(tmp_path, capsys):
 def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     folder, paths, _ = registered
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "other").mkdir()
+    sitk.WriteImage(scan(), str(tmp_path / "other" / "warped.nii.gz"))
+    assert command(folder, "--out", folder, "--images", tmp_path / "other" / "warped.nii.gz") == 1
+    assert "warped.nii.gz there would be replaced" in capsys.readouterr().err
     (tmp_path / "commas.csv").write_text("x,y,z\n1,5,2,3\n")
     cases = [
         ((folder, "--points", tmp_path / "commas.csv"), "more cells than the first line has: decimal commas?"),
