@@ -29,6 +29,8 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
     """
     try:
         summary = read_json(Path(folder) / SUMMARY, {})
+        if not (Path(folder) / f"{'inverse_' * inverse}transform.h5").exists():
+            raise ValueError("no such file")
         transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
         files = [Path(folder) / f"{name}.nii.gz" for name in ("warped", "inverse_displacement")]
         known = inverse or files[1].exists()
@@ -121,10 +123,10 @@ def apply(
     for given in (*images, *labels, points):
         if given and Path(given).resolve().parent == out.resolve():
             raise data_error(given, "another folder for the results", "the folder of an input", "Choose another one.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
     if Path(folder).resolve() == out.resolve() and (lost := [name for name in names if RESULT.fullmatch(name)]):
         raise data_error(out, "another folder", f"that {lost[0]} there would be replaced", "Choose another one.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
         for name, image in made.items():
             write(image, out / name)
         if table is not None:

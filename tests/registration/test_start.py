@@ -344,7 +344,10 @@ def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     (tmp_path / "commas.csv").write_text("x,y,z\n1,5,2,3\n")
     cases = [
         ((folder, "--points", tmp_path / "commas.csv"), "more cells than the first line has: decimal commas?"),
-        ((tmp_path, "--images", paths["moving"]), "expected a folder of fmsam-register with its transform"),
+        (
+            (tmp_path, "--images", paths["moving"]),
+            "expected a folder of fmsam-register with its transform, found no such file",
+        ),
         ((folder, "--points", tmp_path / "bad.csv"), "expected a CSV of points, columns x, y, z"),
         ((folder, "--images", tmp_path / "none.nii.gz"), "no such file"),
         ((folder, "--images", paths["moving"], paths["moving"]), "files with names of their own"),
