@@ -51,7 +51,8 @@ def register(
     fixed, moving: a path or a nibabel image.
     net: a network, or its weights as `weights.load` takes them; it stays as it is, and the work is done on its device.
     labels: a label image of the moving image, to be warped; fixed_labels: one of the fixed image, for Dice.
-    fixed_mask, moving_mask: label images; where they are 0, instance optimisation and the measures do not look.
+    fixed_mask, moving_mask: label images; where they are 0, instance optimisation does not look, nor, of the fixed one,
+    the measures.
     options: the fields of `parameters.Registering`, which says what they are; None for the default. With io > 0 the
     best iterate of instance optimisation counts (see `instance.optimise`).
 
