@@ -30,6 +30,7 @@ Source = str | os.PathLike | SpatialImage | sitk.Image  # a path, or an image of
 FORMATS = {f"{name}ImageIO" for name in ("Nifti", "Nrrd", "Meta", "GDCM", "PNG", "HDF5", "MINC")}
 # Words of nibabel's and gzip's for a file that cannot be read.
 UNREADABLE = (OSError, EOFError, TypeError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+UNSHEAR = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
 DAMAGED = "The file may be damaged: copy it again."
 
 
@@ -104,12 +105,15 @@ def _open(source: Source, dim: int, what: str) -> sitk.Image:
     if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in kind:
         raise data_error(where, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
     if len(size) > 3 or sum(n > 1 for n in size) < dim:
-        expected = f"a {dim}-D image with several samples along each axis"
+        expected = f"a {'2-D or 3' if len(size) > 3 else dim}-D image with several samples along each axis"
         todo = "Save one of its volumes" if len(size) > 3 else f"Choose a {dim}-D file or another grid"
         raise data_error(where, expected, f"shape {size}", f"{todo}.")
     direction = np.array(image.GetDirection()).reshape(len(size), -1)
-    if len(size) == 2 and abs(np.linalg.det(direction)) < 1e-3:  # (X, Y) upright in space: ITK has but its x and y
-        image, direction = sitk.Image(image), np.eye(2)
+    if np.abs(direction.T @ direction - np.eye(len(size))).max() > 1e-3:
+        if len(size) == 3:  # an NRRD or MetaImage: NIfTI, in which we write, cannot say it
+            raise data_error(where, "axes perpendicular to each other", "sheared ones", UNSHEAR)
+        turn, _, back = np.linalg.svd(direction)  # (X, Y) oblique or upright in space: ITK has but its x and y
+        image, direction = sitk.Image(image), turn @ back if abs(np.linalg.det(direction)) > 1e-3 else np.eye(2)
         image.SetDirection(direction.ravel())
     _check_scale(direction * image.GetSpacing(), where)
     return image
@@ -144,8 +148,7 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         if "orthonormal" in str(error):
             loaded = nibabel.load(path)
             _check_scale(loaded.affine[:3, :3], where)
-            todo = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
-            raise data_error(where, "axes perpendicular to each other", "a sheared sform", todo) from error
+            raise data_error(where, "axes perpendicular to each other", "a sheared sform", UNSHEAR) from error
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
     if kind == "NiftiImageIO":
         _check_nifti(path, where, image, content)
@@ -198,7 +201,9 @@ def _from_nibabel(image: Any, where: str) -> sitk.Image:
         try:
             if not isinstance(image, nibabel.Nifti1Image) or isinstance(image, nibabel.Nifti2Image):
                 image = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine, dtype=image.get_data_dtype())
-            nibabel.save(image, path)
+            files, taken = image.file_map, image.to_bytes()  # nibabel would call the image by the file it writes
+            image.file_map = files
+            path.write_bytes(taken)
         except UNREADABLE as error:
             raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", DAMAGED) from error
         return _read(path, where)

@@ -15,28 +15,33 @@ import SimpleITK as sitk  # noqa: N813
 from fmsam_lib.images.files import read_labels, read_values, stem
 from fmsam_lib.images.grid import nearest
 from fmsam_lib.records import data_error, read_json, write_csv
-from fmsam_lib.registration.folder import SUMMARY
+from fmsam_lib.registration.folder import RESULT, SUMMARY
 from fmsam_lib.registration.result import linearly, write
 
 AXES = ["x", "y", "z"]
 
 
-def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform, sitk.Image, sitk.Image, str]:
+def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform, sitk.Image, sitk.Image | None, str]:
     """Of a folder of results: the transform, images that lie as the target and the source, the source's modality.
 
+    The source is None where the transform has no inverse: then no file lies as the moving image.
     Raises DataError where the folder does not hold it.
     """
     try:
         summary = read_json(Path(folder) / SUMMARY, {})
+        if not (Path(folder) / f"{'inverse_' * inverse}transform.h5").exists():
+            raise ValueError("no such file")
         transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
-        places = [sitk.ReadImage(str(Path(folder) / f"{name}.nii.gz")) for name in ("warped", "inverse_displacement")]
+        files = [Path(folder) / f"{name}.nii.gz" for name in ("warped", "inverse_displacement")]
+        known = inverse or files[1].exists()
+        places = [sitk.ReadImage(str(file)) for file in files[: 1 + known]]
         sizes = [summary["size"][role] for role in ("fixed", "moving")]
         modality = summary["modality"]["fixed" if inverse else "moving"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         expected = f"a folder of fmsam-register with its {'inverse ' * inverse}transform"
         raise data_error(folder, expected, error, "Register the pair anew.") from error
     # a displacement of one slice has it twice
-    fixed, moving = (image[tuple(map(slice, size))] for image, size in zip(places, sizes, strict=True))
+    fixed, moving = [*(image[tuple(map(slice, size))] for image, size in zip(places, sizes, strict=False)), None][:2]
     return transform, *((moving, fixed) if inverse else (fixed, moving)), modality
 
 
@@ -47,7 +52,9 @@ def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
     """
     dim = image.GetDimension()
     try:
-        table = pd.read_csv(path, encoding="utf-8-sig")
+        table = pd.read_csv(path, encoding="utf-8-sig").rename(columns=lambda name: name.strip().lower())
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of the lines
+            raise ValueError("lines of more cells than the first line has: decimal commas?")
         if not set(AXES[:dim]) <= set(table.columns):  # Learn2Reg's keypoints have no header
             table = pd.read_csv(path, header=None, encoding="utf-8-sig").set_axis(AXES[:dim], axis=1)
         points = table[AXES[:dim]].to_numpy(dtype=np.float64)
@@ -84,15 +91,22 @@ def apply(
     """
     transform, target, source, modality = saved(folder, inverse=inverse)
     dim, out, made = target.GetDimension(), Path(out), {}
+    if source is None and points and space == "voxels":
+        todo = "Give the points in lps or ras mm."
+        raise data_error(folder, "the moving image's voxels", "a transform without an inverse, and none", todo)
     for path in [*images, *labels]:
         image = read_labels(path, 2) if path in labels else read_values(path, 2)
         image = sitk.JoinSeries([image]) if image.GetDimension() < dim else image
+        image = image[:, :, 0] if image.GetDimension() > dim and image.GetSize()[2] == 1 else image
+        if image.GetDimension() > dim:
+            raise data_error(path, "a 2-D image, as those of the folder", f"size {image.GetSize()}", "Save one slice.")
         through = (image, target, transform)
         made[f"{stem(path)}.nii.gz"] = nearest(*through) if path in labels else linearly(*through, modality)
     found, table = {}, None
     if points:
         here = read_points(points, space, target)
         there = np.array([transform.TransformPoint(point) for point in here.tolist()])
+        source = source or target  # no voxels then: the points are in mm
         written = _in_space(there, space, source.TransformPhysicalPointToContinuousIndex)
         table = pd.DataFrame(written, columns=AXES[:dim])
         if paired_points:
@@ -109,6 +123,8 @@ def apply(
     for given in (*images, *labels, points):
         if given and Path(given).resolve().parent == out.resolve():
             raise data_error(given, "another folder for the results", "the folder of an input", "Choose another one.")
+    if Path(folder).resolve() == out.resolve() and (lost := [name for name in names if RESULT.fullmatch(name)]):
+        raise data_error(out, "another folder", f"that {lost[0]} there would be replaced", "Choose another one.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, image in made.items():

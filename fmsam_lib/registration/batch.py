@@ -37,7 +37,8 @@ def register_all(
         try:
             stamps = {role: [row[role], os.stat(f).st_size, os.stat(f).st_mtime_ns] for role, f in files.items()}
             made_of = plain({"files": stamps, "options": options})
-            if read_json(folder / SUMMARY, {}).get("made_of") != made_of:
+            made = read_json(folder / SUMMARY, {})
+            if made.get("made_of") != made_of or not all((folder / name).exists() for name in made["files"]):
                 register_one({role: str(file) for role, file in files.items()}, folder)
                 write_json(folder / SUMMARY, read_json(folder / SUMMARY, {}) | {"made_of": made_of})
             summary = read_json(folder / SUMMARY, {})

@@ -51,7 +51,8 @@ def register(
     fixed, moving: a path or a nibabel image.
     net: a network, or its weights as `weights.load` takes them; it stays as it is, and the work is done on its device.
     labels: a label image of the moving image, to be warped; fixed_labels: one of the fixed image, for Dice.
-    fixed_mask, moving_mask: label images; where they are 0, instance optimisation and the measures do not look.
+    fixed_mask, moving_mask: label images; where they are 0, instance optimisation does not look, nor, of the fixed one,
+    the measures.
     options: the fields of `parameters.Registering`, which says what they are; None for the default. With io > 0 the
     best iterate of instance optimisation counts (see `instance.optimise`).
 
@@ -89,6 +90,9 @@ def register(
             image, name, way = (here, where[0], None) if role.startswith("fixed") else (there, where[1], start)
             marks[role] = labels_of(image, file, name)
             marks_on_grid[role] = labels_on_grid(marks[role], grid, way)
+            if role.endswith("mask") and not (marks_on_grid[role] > 0).any():
+                found, todo = "none of it there", "Is it too small, or elsewhere? Choose another mask or --start."
+                raise data_error(name_of(file, role), "a mask that holds samples of the grid", found, todo)
     masks = {}
     if {"fixed_mask", "moving_mask"} & marks.keys():  # where only one image has a mask, all of the other counts
         everywhere = torch.ones_like(fixed_on_grid)

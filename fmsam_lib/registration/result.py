@@ -78,9 +78,11 @@ class Registration:
         dim = field.GetDimension()
         # ITK's filter takes the vectors as along the image's axes, so they are turned there.
         along = sitk.GetArrayViewFromImage(field) @ np.float32(field.GetDirection()).reshape(dim, dim)
-        turned = sitk.GetImageFromArray(along, isVector=True)
+        # It halves the derivative at the border, unless the field goes on there in a straight line.
+        wider = np.pad(along, [(1, 1)] * dim + [(0, 0)], mode="reflect", reflect_type="odd")
+        turned = sitk.GetImageFromArray(wider, isVector=True)
         turned.SetSpacing(field.GetSpacing())
-        determinant = sitk.DisplacementFieldJacobianDeterminant(turned)
+        determinant = sitk.Crop(sitk.DisplacementFieldJacobianDeterminant(turned), [1] * dim, [1] * dim)
         determinant.CopyInformation(field)
         return determinant
 

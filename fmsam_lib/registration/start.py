@@ -35,13 +35,20 @@ def starting(
             _check_alike(grids, names)
             matrix = index_to_lps(moving) @ np.linalg.inv(index_to_lps(fixed))
         else:
-            matrix = _mm_to_lps(moving) @ _found(start, grids, images) @ np.linalg.inv(_mm_to_lps(fixed))
+            try:
+                laid = _found(start, grids, images)
+            except RuntimeError:  # no sample is left in the moving image
+                laid = np.zeros((4, 4))
+            if np.linalg.det(laid) <= 0:
+                expected, todo = f"an image that {start} brings onto {names[0]}", "Choose another --start."
+                raise data_error(names[1], expected, "that it loses or mirrors it", todo)
+            matrix = _mm_to_lps(moving) @ laid @ np.linalg.inv(_mm_to_lps(fixed))
         return sitk.AffineTransform(matrix[:dim, :dim].ravel(), matrix[:dim, 3])
     try:
         transform = sitk.ReadTransform(start)
     except RuntimeError as error:
         expected = "overlay, headers, rigid, affine or a file with a transform"
-        found = error if Path(start).is_file() else "no such file"
+        found = "no transform that SimpleITK reads (.tfm, .txt, .mat, .h5)" if Path(start).is_file() else "no such file"
         raise data_error(start, expected, found, "Check --start.") from error
     if transform.GetDimension() != dim:
         found = f"one of {transform.GetDimension()} dimensions"
@@ -52,9 +59,10 @@ def starting(
 def _found(kind: str, grids: tuple[sitk.Image, sitk.Image], images: tuple[Tensor, Tensor]) -> np.ndarray:
     """The rigid or affine map between the grids, in mm along their own axes, `(4, 4)`; one slice stays in its plane."""
     dim = images[0].dim() - 1
+    unit = max(grids[0].GetSpacing()[:dim])  # the optimiser's steps and scales are made for numbers near 1
     flat = [sitk.GetImageFromArray(image[0].numpy().transpose()) for image in images]
     for image, grid in zip(flat, grids, strict=True):
-        image.SetSpacing(grid.GetSpacing()[:dim])
+        image.SetSpacing(np.array(grid.GetSpacing()[:dim]) / unit)
     rigid = sitk.Euler2DTransform() if dim == 2 else sitk.Euler3DTransform()
     centred = sitk.CenteredTransformInitializer(*flat, rigid, sitk.CenteredTransformInitializerFilter.GEOMETRY)
     transform = _optimised(flat, centred)
@@ -63,15 +71,15 @@ def _found(kind: str, grids: tuple[sitk.Image, sitk.Image], images: tuple[Tensor
         transform = _optimised(flat, sitk.AffineTransform(*parts))
     matrix = np.eye(4)
     matrix[:dim, :dim] = np.reshape(transform.GetMatrix(), (dim, dim))
-    matrix[:dim, 3] = transform.TransformPoint([0.0] * dim)
+    matrix[:dim, 3] = np.multiply(transform.TransformPoint([0.0] * dim), unit)
     return matrix
 
 
 def _optimised(images: list[sitk.Image], start: sitk.Transform):
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
-    method.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=2.0, minStep=1e-3, numberOfIterations=200, relaxationFactor=0.6
+    method.SetOptimizerAsRegularStepGradientDescent(  # larger steps turn small images inside out
+        learningRate=0.2, minStep=5e-4, numberOfIterations=200, relaxationFactor=0.6
     )
     method.SetOptimizerScalesFromPhysicalShift()
     levels = [factor for factor in (4, 2, 1) if min(images[0].GetSize()) // factor >= 12] or [1]

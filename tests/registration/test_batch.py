@@ -122,6 +122,17 @@ def test_what_was_made_of_other_files_or_options_is_done_again(tmp_path, table, 
     assert names(one) == (["a_b", "b_é"] if change == "an option" else ["a_b"])
 
 
+def test_a_pair_of_which_a_file_is_gone_is_done_again(tmp_path, table):
+    one = Registering()
+    assert register_all(table(PAIRS), tmp_path / "out", one, OPTIONS) == 0
+    summary = tmp_path / "out" / "a_b" / "summary.json"
+    made = json.loads(summary.read_text()) | {"files": ["warped.nii.gz", "summary.json"]}
+    summary.write_text(json.dumps(made))
+    again = Registering()
+    assert register_all(table(PAIRS), tmp_path / "out", again, OPTIONS) == 0
+    assert names(again) == ["a_b"]
+
+
 def test_a_pair_that_fails_is_named_and_the_others_done(tmp_path, table, capsys):
     out, path = tmp_path / "out", table(PAIRS)
     one = Registering({"a_b": ValueError("a.nii.gz: expected an image,\nfound none")})

@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,7 +135,7 @@ def test_a_transform_of_a_file_is_composed_with_the_networks(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), ("hello", "affine or a file with a transform"), ("2-D", "expected a 3-D transform")],
+    [(None, "no such file"), ("hello", "no transform that SimpleITK reads"), ("2-D", "expected a 3-D transform")],
 )
 def test_a_start_that_is_none(tmp_path, content, message):
     path = tmp_path / "start.tfm"
@@ -155,6 +156,16 @@ def test_without_an_inverse_of_the_start_none_is_written(tmp_path):
     assert "transform.h5" in names
     assert not [name for name in names if "inverse_displacement" in name or "inverse_transform" in name]
     assert "has no inverse" in result.summary["notes"][0]
+    sitk.WriteImage(result.moving, str(tmp_path / "moving.nrrd"))
+    (tmp_path / "p.csv").write_text("x,y,z\n1,2,3\n")
+    images = ("--images", tmp_path / "moving.nrrd", "--points", tmp_path / "p.csv")
+    assert command(tmp_path / "out", *images, "--out", tmp_path / "moved") == 0
+    moved = sitk.ReadImage(str(tmp_path / "moved/moving.nii.gz"))
+    np.testing.assert_allclose(xyz(moved), xyz(result.warped), atol=1e-3)
+    there = pd.read_csv(tmp_path / "moved/p.csv").to_numpy()[0]
+    assert there == pytest.approx(result.transform.TransformPoint((1.0, 2.0, 3.0)), abs=1e-4)
+    assert command(tmp_path / "out", *images, "--space", "voxels", "--out", tmp_path / "v") == 1
+    assert command(tmp_path / "out", *images, "--inverse", "--out", tmp_path / "v") == 1
 
 
 def test_the_inverse_goes_back():
@@ -171,6 +182,86 @@ def test_the_jacobian_is_the_change_of_volume():
     result = register(fixed, moving, Analytic(lambda x: -0.1 * x), shape=GRID)
     expected = 0.9**3 * (1.2 * 1.1 * 1.3) / (1.0 * 1.2 * 1.5)
     np.testing.assert_allclose(xyz(result.jacobian())[3:-3, 3:-3, 3:-3], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mm", [1e-3, 1.0, 1e3])
+def test_an_affine_start_is_found_whatever_the_unit_on_a_coarse_grid(mm):
+    fixed, truth = scan((35, 51, 35), spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0)), sitk.AffineTransform(3)
+    fixed.SetDirection(np.eye(3).ravel())
+    truth.SetCenter((17, 25, 17))
+    truth.Scale((1.05, 0.95, 1.0))
+    truth.SetTranslation((2, -1, 1.5))
+    moving = sitk.Resample(fixed, fixed, truth.GetInverse())
+    for image in (fixed, moving):
+        image.SetSpacing([mm] * 3)
+    result = register(fixed, moving, STILL, shape=(16, 16, 16), start="affine")
+    for point in ((10, 15, 10), (25, 30, 20), (17, 25, 17)):
+        found = np.array(result.transform.TransformPoint((np.array(point) * mm).tolist())) / mm
+        assert np.abs(found - truth.TransformPoint(point)).max() < 0.5
+
+
+@pytest.mark.parametrize("role", ["fixed_mask", "moving_mask"])
+def test_a_mask_between_the_samples_of_the_grid_is_named(role):
+    fixed, moving = scan(), scan(seed=1)
+    mask = sitk.Image(fixed.GetSize(), sitk.sitkUInt8)
+    mask.CopyInformation(fixed)
+    mask[2, 2, 2] = 1
+    with pytest.raises(DataError, match=f"{role}: expected a mask that holds samples of the grid"):
+        register(fixed, moving, STILL, shape=(16, 16, 16), **{role: mask})
+
+
+def test_a_start_that_mirrors_the_image_is_refused(monkeypatch):
+    monkeypatch.setattr("fmsam_lib.registration.start._found", lambda *_: np.diag([-1.0, 1.0, 1.0, 1.0]))
+    with pytest.raises(DataError, match="loses or mirrors it"):
+        register(scan(), scan(seed=1), STILL, shape=GRID, start="affine")
+
+
+@pytest.mark.parametrize("size", [(40, 44, 36), (40, 44)])
+def test_the_jacobian_is_right_up_to_the_border(size):
+    """A network that moves nothing leaves the overlay alone, which is affine: one value everywhere."""
+    moving = scan(size, seed=1, spacing=(1.5, 1.8, 1.5))
+    result = register(scan(size), moving, Analytic(lambda x: 0 * x, dim=len(size)), shape=GRID[: len(size)])
+    np.testing.assert_allclose(xyz(result.jacobian()), 1.5 * 1.5, rtol=1e-4)
+
+
+def test_a_sheared_image_of_another_format_is_refused(tmp_path):
+    image = scan()
+    image.SetDirection((1, 0, 0, 0.05, (1 - 0.05**2) ** 0.5, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    with pytest.raises(DataError, match=r"a.nrrd: expected axes perpendicular to each other"):
+        register(tmp_path / "a.nrrd", scan(seed=1), STILL, shape=GRID)
+
+
+def test_an_oblique_plane_keeps_its_millimetres_and_its_results_one_place(tmp_path):
+    image = scan((40, 44))
+    oblique = sitk.Image(image)  # what ITK makes of a plane that leaves x and y, as (X, Y) in NIfTI
+    oblique.SetDirection((-0.8, 0.1, 0.0, 0.9))
+    result = register(oblique, image, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2])
+    result.save(tmp_path)
+    warped = sitk.ReadImage(str(tmp_path / "warped.nii.gz"))
+    assert warped.GetSpacing() == pytest.approx(image.GetSpacing())
+    field = sitk.ReadImage(str(tmp_path / "displacement.nii.gz"), sitk.sitkVectorFloat64)
+    again = sitk.Resample(image, warped, sitk.DisplacementFieldTransform(field), sitk.sitkLinear, 0.0)
+    np.testing.assert_allclose(xyz(again), xyz(warped), atol=0.01)
+
+
+def test_a_network_that_moves_nothing_loses_no_similarity(tmp_path):
+    sitk.WriteTransform(sitk.Euler3DTransform((0, 0, 0), 0.1, 0.05, -0.1, (3, 4, 5)), str(tmp_path / "e.tfm"))
+    for seed in range(4):
+        result = register(scan(seed=seed), scan(seed=seed + 9), STILL, shape=GRID, start=str(tmp_path / "e.tfm"))
+        assert result.summary["verdict"]["signs"]["similarity_lost"] == 0
+
+
+def test_several_volumes_in_one_file_are_refused_as_such():
+    with pytest.raises(DataError, match=r"expected a 2-D or 3-D image .* Save one of its volumes"):
+        register(sitk.JoinSeries([scan(), scan()]), scan(), STILL, shape=GRID)
+
+
+def test_a_nibabel_image_keeps_its_name():
+    images = [nibabel.Nifti1Image(xyz(scan(seed=seed)), np.eye(4)) for seed in (0, 1)]
+    result = register(*images, STILL, shape=GRID)
+    assert [image.get_filename() for image in images] == [None, None]
+    assert result.names == ("fixed_image", "moving_image")
 
 
 @pytest.fixture
@@ -236,11 +327,39 @@ def test_points_are_moved_and_their_error_measured(tmp_path, capsys, registered,
     assert "-> 5.000 mm" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("header", ["X,Y,Z", "x, y, z"])
+def test_the_header_of_points_as_people_write_it(tmp_path, registered, header):
+    (tmp_path / "p.csv").write_text(f"{header}\n1, 2, 3\n")
+    assert command(registered[0], "--points", tmp_path / "p.csv", "--out", tmp_path / "o") == 0
+    found = pd.read_csv(tmp_path / "o" / "p.csv").to_numpy()[0]
+    assert found == pytest.approx(registered[2].transform.TransformPoint((1.0, 2.0, 3.0)), abs=1e-4)
+
+
+def test_what_is_moved_in_a_plane(tmp_path, capsys):
+    plane = scan((40, 44))
+    register(plane, plane, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2]).save(tmp_path / "out")
+    sitk.WriteImage(sitk.JoinSeries([plane]), str(tmp_path / "slice.nii.gz"))
+    sitk.WriteImage(scan(), str(tmp_path / "volume.nii.gz"))
+    assert command(tmp_path / "out", "--images", tmp_path / "slice.nii.gz", "--out", tmp_path / "a") == 0
+    np.testing.assert_allclose(xyz(sitk.ReadImage(str(tmp_path / "a/slice.nii.gz"))), xyz(plane), atol=1e-3)
+    assert command(tmp_path / "out", "--images", tmp_path / "volume.nii.gz", "--out", tmp_path / "b") == 1
+    assert "volume.nii.gz: expected a 2-D image" in capsys.readouterr().err
+
+
 def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     folder, paths, _ = registered
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "other").mkdir()
+    sitk.WriteImage(scan(), str(tmp_path / "other" / "warped.nii.gz"))
+    assert command(folder, "--out", folder, "--images", tmp_path / "other" / "warped.nii.gz") == 1
+    assert "warped.nii.gz there would be replaced" in capsys.readouterr().err
+    (tmp_path / "commas.csv").write_text("x,y,z\n1,5,2,3\n")
     cases = [
-        ((tmp_path, "--images", paths["moving"]), "expected a folder of fmsam-register with its transform"),
+        ((folder, "--points", tmp_path / "commas.csv"), "more cells than the first line has: decimal commas?"),
+        (
+            (tmp_path, "--images", paths["moving"]),
+            "expected a folder of fmsam-register with its transform, found no such file",
+        ),
         ((folder, "--points", tmp_path / "bad.csv"), "expected a CSV of points, columns x, y, z"),
         ((folder, "--images", tmp_path / "none.nii.gz"), "no such file"),
         ((folder, "--images", paths["moving"], paths["moving"]), "files with names of their own"),
