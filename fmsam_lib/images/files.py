@@ -105,7 +105,7 @@ def _open(source: Source, dim: int, what: str) -> sitk.Image:
     if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in kind:
         raise data_error(where, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
     if len(size) > 3 or sum(n > 1 for n in size) < dim:
-        expected = f"a {dim}-D image with several samples along each axis"
+        expected = f"a {'2-D or 3' if len(size) > 3 else dim}-D image with several samples along each axis"
         todo = "Save one of its volumes" if len(size) > 3 else f"Choose a {dim}-D file or another grid"
         raise data_error(where, expected, f"shape {size}", f"{todo}.")
     direction = np.array(image.GetDirection()).reshape(len(size), -1)

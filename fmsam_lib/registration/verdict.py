@@ -53,7 +53,7 @@ def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[
         "inverse_error": float(samples.square().sum(dim=0).sqrt().flatten().kthvalue(int(0.95 * error.numel())).values),
         "folding": folding_percent(jacobian_determinant(phi)),
         "ndv": ndv_percent(phi),
-        "similarity_lost": similarity["before"] - similarity["after"],
+        "similarity_lost": round(similarity["before"] - similarity["after"], 5),  # not float32's last bit
         "dissimilarity": 1 - similarity["after"],
     }
     if domains := net.about.get("seen"):

@@ -245,6 +245,18 @@ def test_an_oblique_plane_keeps_its_millimetres_and_its_results_one_place(tmp_pa
     np.testing.assert_allclose(xyz(again), xyz(warped), atol=0.01)
 
 
+def test_a_network_that_moves_nothing_loses_no_similarity(tmp_path):
+    sitk.WriteTransform(sitk.Euler3DTransform((0, 0, 0), 0.1, 0.05, -0.1, (3, 4, 5)), str(tmp_path / "e.tfm"))
+    for seed in range(4):
+        result = register(scan(seed=seed), scan(seed=seed + 9), STILL, shape=GRID, start=str(tmp_path / "e.tfm"))
+        assert result.summary["verdict"]["signs"]["similarity_lost"] == 0
+
+
+def test_several_volumes_in_one_file_are_refused_as_such():
+    with pytest.raises(DataError, match=r"expected a 2-D or 3-D image .* Save one of its volumes"):
+        register(sitk.JoinSeries([scan(), scan()]), scan(), STILL, shape=GRID)
+
+
 def test_a_nibabel_image_keeps_its_name():
     images = [nibabel.Nifti1Image(xyz(scan(seed=seed)), np.eye(4)) for seed in (0, 1)]
     result = register(*images, STILL, shape=GRID)
