@@ -546,7 +546,7 @@ def cut_short(path):
 
 RGB = np.zeros(MOVING, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD = {
-    "4-D": (bad(texture((*MOVING, 2))), "a 3-D image", r"\(24, 22, 20, 2\)\. Save one of its volumes"),
+    "4-D": (bad(texture((*MOVING, 2))), "a 2-D or 3-D image", r"\(24, 22, 20, 2\)\. Save one of its volumes"),
     "2-D": (bad(texture((24, 22))), "a 3-D image", r"\(24, 22\)"),
     "RGB": (bad(RGB), "one real number a voxel", "vector of 8-bit"),
     "singular": (singular, "an invertible affine", "Set its spacing"),
