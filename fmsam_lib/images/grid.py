@@ -243,11 +243,8 @@ def _check_hounsfield(where: Source, image: np.ndarray) -> None:
     below, around = (np.percentile(deep, (25, 50, 75)) if deep.size > 0.01 * image.size else np.zeros(3)), 0.0
     if dense.size > 0.03 * image.size:  # soft tissue stored as about 1064, in much air
         around = ((dense > high - 150) & (dense < high + 200)).mean() * (dark > -50)
-    # Air that scatters around -2024, or is all of one such value and leaves hardly anything denser than tissue at -984.
-    air = abs(below[1] - (low - 1024)) < 300 and (
-        0 < below[2] - below[0] < 300
-        or (deep.size > image.size / 4 and (image > -850).sum() < (image.size - deep.size) / 4)
-    )
+    # Air that scatters around -2024; all of one value, it is a scanner's padding.
+    air = abs(below[1] - (low - 1024)) < 300 and 0 < below[2] - below[0] < 300
     if air or (image > low + 100).mean() < 0.01:
         remedy = "They look like HU - 1024: add 1024"
     elif (

@@ -593,6 +593,16 @@ def broken(values, where, what):
     return values
 
 
+@pytest.mark.parametrize("fill", [-2000, -2048, -3024])
+def test_a_thin_arm_in_a_scanners_padding_is_ct_in_hu(fill):
+    """The corners outside the scanner's circle hold one value below air; the arm is a few percent of the image."""
+    x, y = np.indices((64, 64)) - 31.5
+    values = np.random.default_rng(0).normal(-1000, 15, (64, 64, 12))
+    values[x**2 + y**2 < 64] = np.random.default_rng(1).normal(50, 20, values[x**2 + y**2 < 64].shape)
+    values[x**2 + y**2 > 27**2] = fill
+    assert window("arm", values.astype(np.float32), "CT") == (-1000, 1000)
+
+
 RGB = np.zeros(GRID, [("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
@@ -603,7 +613,7 @@ RGB = np.zeros(GRID, [("R", "u1"), ("G", "u1"), ("B", "u1")])
         (broken(image(), (slice(2), 0, 0), np.inf), np.float32, ["finite values", "2 NaN or infinite"]),
         (np.full(GRID, 7), np.uint8, ["varies", "7 throughout"]),
         (broken(np.zeros(GRID), (0, 0, 0), 9), np.uint8, ["varies", "0 throughout"]),
-        (image(shape=(6, 7, 8, 2)), np.float32, ["a 3-D image", "(6, 7, 8, 2)"]),
+        (image(shape=(6, 7, 8, 2)), np.float32, ["a 2-D or 3-D image", "(6, 7, 8, 2)"]),
         (image(shape=(6, 7)), np.float32, ["a 3-D image", "(6, 7)"]),
         (image(shape=(6, 7, 1)), np.float32, ["a 3-D image", "(6, 7, 1)"]),
         (RGB, RGB.dtype, ["one real number", "data type", "vector"]),
