@@ -469,7 +469,7 @@ def test_colours_vectors_series_and_complex_numbers_are_refused(tmp_path, dim):
         with pytest.raises(DataError, match=says("image: expected one real number a voxel", "data type")):
             read_values(made, dim)
     path = save(tmp_path / "series.nii.gz", image(shape=(6, 7, 8, 2)))
-    with pytest.raises(DataError, match=says(path, f"a {dim}-D image", "(6, 7, 8, 2)", "Save one of its volumes")):
+    with pytest.raises(DataError, match=says(path, "a 2-D or 3-D image", "(6, 7, 8, 2)", "Save one of its volumes")):
         read_values(path, dim)
 
 
