@@ -6,9 +6,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many workers a
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813, as everywhere
 import torch
 from filelock import FileLock
 from matplotlib import image
+
+from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import identity_map
+from fmsam_lib.model.transform import Transform
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -62,3 +67,22 @@ def real_data() -> Path:
     if not (folder / "HippocampusMR").is_dir():
         pytest.skip(f"no real images: expected HippocampusMR in {folder}; set FMSAM_DATA to its parent folder")
     return folder
+
+
+class Analytic(GradICON):
+    """A network whose transform is known: `phi(x) = x + displacement(x)`, whatever it sees."""
+
+    def __init__(self, displacement, dim=3):
+        super().__init__(dim, down=(4,), levels=1)
+        self.displacement = displacement
+
+    def forward(self, moving, fixed):
+        shape = tuple(fixed.shape[2:])
+        return Transform(shape, (self.displacement(identity_map(shape)).repeat(len(fixed), *[1] * (self.dim + 1)),))
+
+
+def xyz(image):
+    """A SimpleITK image's values, `(X, Y, Z)`, or `(X, Y, Z, 3)` of vectors."""
+    values = sitk.GetArrayFromImage(image)
+    dim = image.GetDimension()
+    return values.transpose(*range(dim)[::-1], *range(dim, values.ndim))

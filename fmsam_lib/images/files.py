@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ sitk.ProcessObject.SetGlobalWarningDisplay(False)  # a line on standard error fo
 Source = str | os.PathLike | SpatialImage | sitk.Image  # a path, or an image of nibabel's or SimpleITK's
 # What SimpleITK reads and does not take half a file for a whole one (NIfTI: see `_check_nifti`).
 FORMATS = {f"{name}ImageIO" for name in ("Nifti", "Nrrd", "Meta", "GDCM", "PNG", "HDF5", "MINC")}
-# Words of nibabel's and gzip's for a file that cannot be read.
 UNREADABLE = (OSError, EOFError, TypeError, ValueError, zlib.error, ImageFileError, HeaderDataError)
 UNSHEAR = "Resample it without shear: nibabel.processing.conform, or 3D Slicer's Resample Image."
 DAMAGED = "The file may be damaged: copy it again."
@@ -61,7 +60,7 @@ def read_values(source: Source, dim: int, what: str = "image") -> sitk.Image:
     return image
 
 
-def read_labels(source: Source, dim: int, allowed: Iterable[int] | None = None, what: str = "labels") -> sitk.Image:
+def read_labels(source: Source, dim: int, allowed: Collection[int] | None = None, what: str = "labels") -> sitk.Image:
     """A label image of whole numbers, not all 0; integer types are kept, so an id of any size is exact.
 
     allowed: the ids that may occur beside the background, None for any. Raises DataError.
@@ -76,12 +75,11 @@ def read_labels(source: Source, dim: int, allowed: Iterable[int] | None = None, 
             raise data_error(where, "whole numbers", found, "Give a label image, not probabilities.")
         image = sitk.Cast(sitk.Round(image), sitk.sitkInt64)
     there = set(ids(image)) - {0}
-    named = None if allowed is None else set(allowed)
+    expected = "labels" if allowed is None else f"labels {sorted(allowed)}"
     if not there:
-        raise data_error(where, f"labels {sorted(named or [])}".removesuffix(" []"), "only background", "Leave it out.")
-    if named is not None and not there <= named:
-        more = f"also {sorted(there - named)[:10]}"
-        raise data_error(where, f"labels {sorted(named)}", more, "Name them in the manifest or remove them.")
+        raise data_error(where, expected, "only background", "Leave it out.")
+    if allowed is not None and (more := sorted(there.difference(allowed))):
+        raise data_error(where, expected, f"also {more[:10]}", "Name them in the manifest or remove them.")
     return image
 
 
@@ -138,8 +136,8 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         try:  # NIfTI-2, FreeSurfer's .mgz, .nii.bz2
             loaded: Any = nibabel.load(path)
         except (*UNREADABLE, ImportError) as error:
-            todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do."
-            todo = todo if stem(path) == path.name else DAMAGED
+            other = stem(path) == path.name
+            todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do." if other else DAMAGED
             raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
         return _from_nibabel(loaded, where)
     try:

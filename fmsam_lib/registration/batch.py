@@ -10,13 +10,14 @@ from typing import Any
 import pandas as pd
 
 from fmsam_lib.checking import nearest, plain
+from fmsam_lib.images.files import stem
 from fmsam_lib.records import DataError, data_error, read_json, write_csv, write_json
-from fmsam_lib.registration.folder import ROLES, SUMMARY, fitting
+from fmsam_lib.registration.folder import LONGEST, ROLES, SUMMARY, fitting
 
 TABLE = "pairs.csv"
 COLUMNS = [
     *("name", "status", "similarity_before", "similarity_after", "folding_percent", "sdlogj", "dice_before"),
-    *("dice_after", "tre_before", "tre", "seconds", "verdict", "reason"),
+    *("dice_after", "seconds", "verdict", "reason"),
 ]
 
 
@@ -75,11 +76,10 @@ def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
             found.append(f"column {column!r}: expected each once of {', '.join(known)}{nearest(column, known)}")
     for line, cells in rows if not found else []:
         row = {column: cell for column, cell in cells.items() if cell and column}
-        bare = [re.sub(r"(\.nii)?\.\w+$", "", Path(row.get(role, "")).name) for role in ROLES[:2]]
-        name = row.pop("name", "_".join(fitting(*bare)))
+        name = row.pop("name", "_".join(fitting(*(stem(row.get(role, "")) for role in ROLES[:2]))))
         wrong = ["a cell without a column"] * bool(cells.get("")) + [f"no {r}" for r in ROLES[:2] if r not in row]
         wrong += [f"no file {path.parent / cell}" for cell in row.values() if not (path.parent / cell).exists()]
-        long = len(os.fsencode(name)) > 143  # as much as encrypted shares allow
+        long = len(os.fsencode(name)) > LONGEST
         if name in pairs or name.startswith(".") or "/" in name or name == TABLE or long:
             wrong.append(f"expected a name for a folder of its own, in a column `name`, found {name!r}")
         if any(cells.values()):

@@ -87,9 +87,11 @@ def _register(
     """Register a pair's files into the folder `out`; the summary. What can be checked before the work is checked."""
     with staged(out, files.values()) as staging:
         voxels = {role: math.prod(read_values(path, 2).GetSize()) for role, path in files.items()}
-        check_room(out, 28 * voxels["fixed"] + 12 * voxels["moving"])  # bytes of what `Registration.write` leaves
-        options = run.model_dump(include=set(Registering.model_fields))
-        result = register(**files, net=network(), progress=progress, **options)
+        net, options = network(), run.model_dump(include=set(Registering.model_fields))
+        # What `Registration.write` leaves: float32 on the images' voxels, two transforms in float64 on the grid.
+        grid = math.prod(run.shape or net.shape or ())
+        check_room(out, 36 * voxels["fixed"] + 12 * voxels["moving"] + 2 * 8 * net.dim * grid)
+        result = register(**files, net=net, progress=progress, **options)
         result.summary["network"]["weights"] = run.weights
         result.write(staging)
     return result.summary

@@ -13,6 +13,7 @@ from fmsam_lib.records import data_error, read_json
 
 ROLES = ("fixed", "moving", "labels", "fixed_labels", "fixed_mask", "moving_mask")  # of the input files
 SUMMARY = "summary.json"
+LONGEST = 143  # bytes of a file's name that encrypted shares take; others take 255
 RESULT = re.compile(
     r"(warped|labels|(inverse_)?displacement|jacobian|inverse_error|disp_[^/]*)\.nii\.gz|(inverse_)?transform\.h5"
     r"|overview\.png|summary\.json"
@@ -66,11 +67,11 @@ def check_room(folder: str | Path, size: int) -> None:
 
 
 def fitting(fixed: str, moving: str) -> tuple[str, str]:
-    """Names of two images that fit into `disp_<fixed>_<moving>.nii.gz`, which may have 143 bytes on encrypted shares.
+    """Names of two images that fit into `disp_<fixed>_<moving>.nii.gz`, which may have `LONGEST` bytes.
 
     A longer one is cut between characters and ends in a hash of all of it, so that two pairs never become one.
     """
-    half = (143 - len("disp__.nii.gz")) // 2
+    half = (LONGEST - len("disp__.nii.gz")) // 2
 
     def cut(name: str) -> str:
         if len(os.fsencode(name)) <= half:

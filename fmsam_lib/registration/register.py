@@ -1,7 +1,6 @@
 """Register one pair of files: a warped image and a transform come out, in the fixed file's own space.
 
-Both images' whole fields of view are laid over each other, as uniGradICON does: where the headers place the images
-in the world has no influence on phi, only on the millimetres of the result.
+The network sees both images on one grid over the fixed one's field of view; `start` says how the moving one gets there.
 """
 
 import importlib.metadata
@@ -11,10 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
-from scipy.spatial.transform import Rotation
 
 from fmsam_lib.checking import read
 from fmsam_lib.images.files import Source, ids, name_of, read_values, stem
@@ -27,6 +24,7 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
 from fmsam_lib.records import data_error, provenance
 from fmsam_lib.registration.folder import ROLES, fitting
+from fmsam_lib.registration.headers import doubts, oriented
 from fmsam_lib.registration.result import Registration, displacing, labels_of
 from fmsam_lib.registration.start import FOUND, starting
 from fmsam_lib.registration.verdict import judge
@@ -48,7 +46,7 @@ def register(
 ) -> Registration:
     """Register the `moving` image to the `fixed` one: files of any shape, spacing and orientation.
 
-    fixed, moving: a path or a nibabel image.
+    fixed, moving: a path, or an image of nibabel's or SimpleITK's.
     net: a network, or its weights as `weights.load` takes them; it stays as it is, and the work is done on its device.
     labels: a label image of the moving image, to be warped; fixed_labels: one of the fixed image, for Dice.
     fixed_mask, moving_mask: label images; where they are 0, instance optimisation does not look, nor, of the fixed one,
@@ -76,7 +74,7 @@ def register(
     if here.GetDimension() != there.GetDimension():  # ITK reads a file (X, Y) as 2-D, one (X, Y, 1) as 3-D
         here, there = (sitk.JoinSeries([i]) if i.GetDimension() == 2 else i for i in (here, there))
     where = (name_of(fixed, "fixed image"), name_of(moving, "moving image"))
-    notes = _headers(where, (here, there))
+    notes = doubts(where, (here, there))
     for note in notes:
         warnings.warn(note, stacklevel=2)
     grid, own = reference(here, shape), reference(there, shape)
@@ -106,7 +104,7 @@ def register(
         moving_label=marks_on_grid.get("labels"),
         labels={n: str(n) for n in (ids(marks["fixed_labels"]) if "fixed_labels" in marks else []) if n},
         spacing=grid.GetSpacing()[:dim],
-        affine=torch.from_numpy(affine(grid)) if _oriented(here) else None,
+        affine=torch.from_numpy(affine(grid)) if oriented(here) else None,
         fixed_mask=masks.get("fixed_mask"),
         moving_mask=masks.get("moving_mask"),
     )
@@ -172,46 +170,3 @@ def _read(source: Source, dim: int, what: str) -> sitk.Image:
         found = f"a volume of shape {image.GetSize()}"
         raise data_error(name_of(source, what), "a single slice, for this 2-D network", found, todo)
     return image
-
-
-def _oriented(image: sitk.Image) -> bool:
-    """Whether the header says where the axes point: of NIfTI, unless the codes of qform and sform are 0."""
-    codes = {"qform_code", "sform_code"}
-    return not codes <= {*image.GetMetaDataKeys()} or any(image.GetMetaData(key) != "0" for key in codes)
-
-
-def _headers(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> list[str]:
-    """What is doubtful about the headers. Raises DataError where only one of them states an orientation."""
-    silent = [name for name, image in zip(where, images, strict=True) if not _oriented(image)]
-    if len(silent) == 1:
-        (other,) = {*where} - {*silent} or {*silent}
-        expected = f"a header that states the orientation, as {other}'s does"
-        todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
-        raise data_error(silent[0], expected, "qform and sform codes 0", todo)
-    said = "the header states no orientation (qform and sform codes are 0): the axes are taken as for ITK, LPS"
-    notes = [f"{name}: {said}" for name in silent]
-    for name, image in zip(where, images, strict=True):
-        if _forms_disagree(image):
-            spacing = " x ".join(f"{mm:.3g}" for mm in image.GetSpacing())
-            notes.append(f"{name}: qform, sform and pixdim disagree; as for ITK, the spacing is {spacing} mm")
-    return notes
-
-
-def _forms_disagree(image: sitk.Image) -> bool:
-    """Whether a NIfTI header says of a volume's place also something else than what SimpleITK made of it."""
-    if image.GetDimension() < 3 or not image.HasMetaDataKey("qform_code"):
-        return False
-
-    def numbers(*keys: str) -> list[float]:
-        return [float(word) for key in keys for word in image.GetMetaData(key).split()]
-
-    unit, places = {"1": 1000.0, "3": 0.001}.get(image.GetMetaData("xyzt_units"), 1.0), []
-    if image.GetMetaData("sform_code") != "0":
-        places.append(np.reshape(numbers("srow_x", "srow_y", "srow_z"), (3, 4)))
-    if image.GetMetaData("qform_code") != "0":
-        vector, last = numbers("quatern_b", "quatern_c", "quatern_d"), -1 if numbers("pixdim[0]")[0] < 0 else 1
-        rotation = Rotation.from_quat([*vector, np.sqrt(max(0, 1 - np.square(vector).sum()))]).as_matrix()
-        steps = np.multiply(numbers("pixdim[1]", "pixdim[2]", "pixdim[3]"), [1, 1, last])
-        places.append(np.column_stack([rotation * steps, numbers("qoffset_x", "qoffset_y", "qoffset_z")]))
-    atol = 1e-3 * min(image.GetSpacing())
-    return any(not np.allclose(unit * place, affine(image)[:3], rtol=1e-5, atol=atol) for place in places)

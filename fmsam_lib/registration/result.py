@@ -18,7 +18,8 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.images.files import Source, read_labels
-from fmsam_lib.images.grid import affine, background, check_same_grid, nearest
+from fmsam_lib.images.grid import affine, check_same_grid, nearest
+from fmsam_lib.images.intensities import background
 from fmsam_lib.metrics import dice
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmsam_lib.metrics import folding_percent, ndv_percent
+from fmsam_lib.metrics import determinants, folding_percent, ndv_percent
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import inverse_error, jacobian_determinant, voxels
+from fmsam_lib.model.spatial import inverse_error, voxels
 from fmsam_lib.pair import Pair
 from fmsam_lib.training.seen import unlike
 
@@ -51,7 +51,7 @@ def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[
     where = ""
     signs = {
         "inverse_error": float(samples.square().sum(dim=0).sqrt().flatten().kthvalue(int(0.95 * error.numel())).values),
-        "folding": folding_percent(jacobian_determinant(phi)),
+        "folding": folding_percent(determinants(pair, phi)),
         "ndv": ndv_percent(phi),
         "similarity_lost": round(similarity["before"] - similarity["after"], 5),  # not float32's last bit
         "dissimilarity": 1 - similarity["after"],

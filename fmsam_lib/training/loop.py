@@ -172,7 +172,8 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
     net.first_stage = False
     net.eval().to("cpu")
     if first:
-        net.about = {"seen": seen(dataset), "golden": golden(net)}
+        read = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)
+        net.about = {"seen": seen(dataset, read), "golden": golden(net)}
         net.save(folder / "weights.pt")  # last: it says that the training is done
     return state.history
 
@@ -202,12 +203,17 @@ def snapshot_steps(run: Train) -> set[int]:
     return {round(run.updates * (i + 1) / run.snapshots) for i in range(run.snapshots)}
 
 
+def numbered(run: Train, step: int) -> int:
+    """The number of a step among those of all seeds; its pairs follow from it."""
+    return run.seed * 1_000_003 + step
+
+
 def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     """This process's part of a step's batch, cut into micro-batches.
 
     Depends on the seed and the step alone, so that a resumed training sees the same.
     """
-    number = run.seed * 1_000_003 + step
+    number = numbered(run, step)
     own = run.batch // run.processes
     first = number * run.batch + parallel.rank() * own
     numbers = range(first, first + own)

@@ -19,11 +19,16 @@ def statistics(image: Tensor) -> np.ndarray:
     return torch.stack(numbers).double().numpy()
 
 
-def seen(dataset) -> dict[str, dict]:
-    """By domain of a training: mean and inverse covariance of its images' statistics, and how far the farthest is."""
-    found = {}
-    for domain in getattr(dataset, "domains", [dataset]):
-        pairs = (domain.training_pair(i) for i in range(PAIRS))
+def seen(dataset, numbers: range) -> dict[str, dict]:
+    """By domain of a training: mean and inverse covariance of its images' statistics, and how far the farthest is.
+
+    numbers: of the pairs that the training has read, so that no damaged file can stop it at its very end.
+    """
+    found, domains = {}, getattr(dataset, "domains", [dataset])  # a mixture takes its domains in turn
+    for turn, domain in enumerate(domains):
+        pairs = [dataset.training_pair(i) for i in numbers[: PAIRS * len(domains)] if i % len(domains) == turn]
+        if not pairs:  # fewer pairs than domains
+            continue
         table = np.array([statistics(image) for pair in pairs for image in (pair.moving, pair.fixed)])
         covariance = np.cov(table.T) + np.diag(0.05 * table.var(axis=0) + 1e-6)
         of = {"mean": table.mean(axis=0).tolist(), "inverse": np.linalg.inv(covariance).tolist()}

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import identity_map
-from fmsam_lib.model.transform import Transform
 from fmsam_lib.records import DataError
 from fmsam_lib.registration import result as result_module
 from fmsam_lib.registration.register import register
+from tests.conftest import Analytic
 
 EXAMPLES = int(os.environ.get("FMSAM_EXAMPLES", "150"))  # 5,000 take five minutes
 GRID = (16, 16, 16)
@@ -28,18 +26,7 @@ NOISE = {
 }
 
 
-class Wave(GradICON):
-    """Moves every point by a known displacement, whatever the images show."""
-
-    def __init__(self):
-        super().__init__(3, down=(4,), levels=1)
-
-    def forward(self, moving, fixed):
-        x = identity_map(tuple(fixed.shape[2:]))
-        return Transform(tuple(fixed.shape[2:]), (0.08 * torch.sin(3 * x.flip(1) + 1),))
-
-
-NET = Wave().eval()
+NET = Analytic(lambda x: 0.08 * torch.sin(3 * x.flip(1) + 1)).eval()
 SPACING = st.tuples(*[st.floats(0.6, 1.5)] * 3)
 ANGLES = st.one_of(
     st.just((0.0, 0.0, 0.0)), st.tuples(*[st.floats(-180, 180)] * 3), st.tuples(*[st.floats(-0.2, 0.2)] * 3)

@@ -23,8 +23,6 @@ import fmsam_lib
 from fmsam_lib.images import grid
 from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import identity_map
-from fmsam_lib.model.transform import Transform
 from fmsam_lib.parameters import Register, Registering
 from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import DataError
@@ -35,6 +33,7 @@ from fmsam_lib.registration.register import register, short
 from fmsam_lib.training import instance
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import Batch, jittered_points, objective
+from tests.conftest import Analytic, xyz
 
 GRID = (16, 20, 18)
 FIXED, MOVING = (21, 26, 19), (24, 22, 20)
@@ -86,18 +85,6 @@ def network(dim=3, seed=0, strength=0.1):
     return net.eval()
 
 
-class Analytic(GradICON):
-    """A network whose transform is known: `phi(x) = x + displacement(x)`, whatever it sees."""
-
-    def __init__(self, displacement, dim=3):
-        super().__init__(dim, down=(4,), levels=1)
-        self.displacement = displacement
-
-    def forward(self, moving, fixed):
-        shape = tuple(fixed.shape[2:])
-        return Transform(shape, (self.displacement(identity_map(shape)).repeat(len(fixed), *[1] * (self.dim + 1)),))
-
-
 def still(x):
     return 0 * x
 
@@ -134,13 +121,6 @@ def apply_as_learn2reg(moving, field, order=1):
 
 def overlap(a, b):
     return [2 * ((a == n) & (b == n)).sum() / ((a == n).sum() + (b == n).sum()) for n in (1, 2)]
-
-
-def xyz(image):
-    """A SimpleITK image's values, `(X, Y, Z)`, or `(X, Y, Z, 3)` of vectors."""
-    values = sitk.GetArrayFromImage(image)
-    dim = image.GetDimension()
-    return values.transpose(*range(dim)[::-1], *range(dim, values.ndim))
 
 
 def in_voxels(result):
@@ -845,6 +825,16 @@ def test_a_summary_of_somebody_else_does_not_stop_the_results(tmp_path, there):
     with staged(tmp_path) as staging:
         (staging / "summary.json").write_text("new")
     assert (tmp_path / "summary.json").read_text() == "new"
+
+
+def test_the_room_that_is_looked_for_is_what_the_results_take(tmp_path, pair, monkeypatch):
+    """Uncompressed, and without the picture; noise, the worst that gzip can meet, and a grid finer than the images."""
+    asked = []
+    monkeypatch.setattr(command, "check_room", lambda folder, size: asked.append(size))
+    assert run(pair, tmp_path / "out", "--quiet", grid=(40, 40, 40)) == 0
+    taken = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    taken = sum(size for name, size in taken.items() if name not in ("overview.png", "summary.json"))
+    assert 0.8 * taken < asked[0] + 20_000 < 1.3 * taken + 20_000
 
 
 def test_no_result_replaces_an_input(tmp_path, pair, capsys):

@@ -10,26 +10,12 @@ import SimpleITK as sitk  # noqa: N813, as everywhere
 import torch
 from scipy.ndimage import gaussian_filter
 
-from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import identity_map
-from fmsam_lib.model.transform import Transform
 from fmsam_lib.records import DataError
 from fmsam_lib.registration.command import main
 from fmsam_lib.registration.register import register
+from tests.conftest import Analytic, xyz
 
 GRID = (24, 24, 24)
-
-
-class Analytic(GradICON):
-    """A network whose transform is known: `phi(x) = x + displacement(x)`, whatever it sees."""
-
-    def __init__(self, displacement, dim=3):
-        super().__init__(dim, down=(4,), levels=1)
-        self.displacement = displacement
-
-    def forward(self, moving, fixed):
-        shape = tuple(fixed.shape[2:])
-        return Transform(shape, (self.displacement(identity_map(shape)).repeat(len(fixed), *[1] * (self.dim + 1)),))
 
 
 STILL = Analytic(lambda x: 0 * x)
@@ -46,11 +32,6 @@ def scan(size=(40, 44, 36), seed=0, sigma=3.0, spacing=(1.0, 1.2, 1.5), origin=(
     if len(size) == 3:
         image.SetDirection(sitk.Euler3DTransform((0, 0, 0), 0.1, 0.2, 0.05).GetMatrix())
     return image
-
-
-def xyz(image):
-    values = sitk.GetArrayFromImage(image)
-    return values.transpose(*range(image.GetDimension())[::-1], *range(image.GetDimension(), values.ndim))
 
 
 def test_a_crop_of_the_same_scan_does_not_move_under_headers():

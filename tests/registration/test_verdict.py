@@ -14,7 +14,7 @@ from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.registration.command import main
 from fmsam_lib.registration.verdict import LIMITS, judge, worst
-from fmsam_lib.training.seen import statistics, unlike
+from fmsam_lib.training.seen import seen, statistics, unlike
 
 ALIKE = {"before": 0.5, "after": 0.9}
 
@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     domain = fm.open_domain("brain-mr+knee-mr", shape=(48, 40))
     net, _ = fm.train(
         domain,
-        steps=3,
+        steps=32,
         optimizer="adam",
         down=(4, 8),
         levels=2,
@@ -169,3 +169,23 @@ def test_weights_without_a_map_are_unknown_unless_the_download_was_changed(tmp_p
     path.with_suffix(".sha256").write_text("0" * 64 + "\n")
     assert main(["--check"]) == 1
     assert "not the file that was downloaded" in capsys.readouterr().out
+
+
+def test_a_file_that_the_training_did_not_read_cannot_stop_it_at_its_end():
+    read = []
+
+    class Damaged:
+        name = "damaged"
+
+        def training_pair(self, index):
+            read.append(index)
+            if index >= 6:
+                raise fm.DataError("cut short")
+            return fm.open_domain("brain-mr", shape=(32, 32)).training_pair(index)
+
+    domains = type("Mixture", (), {"domains": [Damaged(), Damaged(), Damaged()], "training_pair": None})
+    domains.training_pair = lambda self, i: Damaged().training_pair(0)
+    assert len(seen(domains(), range(5, 6))) == 1  # fewer pairs than domains
+    read.clear()
+    assert seen(Damaged(), range(0, 6))["damaged"]["reach"] > 0
+    assert read == list(range(6))
