@@ -24,6 +24,7 @@ from fmsam_lib.registration import apply
 from fmsam_lib.registration.batch import register_all
 from fmsam_lib.registration.folder import ROLES, check_room, staged
 from fmsam_lib.registration.register import register
+from fmsam_lib.registration.verdict import in_words
 
 FIRST = ("fixed", "moving", "out")
 
@@ -142,7 +143,7 @@ def report(summary: dict[str, Any], folder: str | Path) -> str:
     similarity = "LNCC {before:.3f} -> {after:.3f}".format(**summary["similarity"])
     regularity = f"{percent(summary['folding_percent'])} folded, SDlogJ {summary['sdlogj']:.3f}"
     lines = [f"{similarity}, {regularity}, {summary['seconds']:.1f} s"]
-    lines.append("verdict: {verdict}, {reason}".format(**summary["verdict"]).removesuffix(", "))
+    lines.append(in_words(summary["verdict"]))
     if io := summary.get("instance_optimisation"):
         best = "best of {steps} steps was {best_step}, loss {loss_before:.4f} -> {loss_best:.4f}"
         lines.append("instance optimisation: " + best.format(**io))

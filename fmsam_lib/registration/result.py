@@ -28,6 +28,7 @@ from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import data_error, write_json
 from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
 from fmsam_lib.registration.start import index_to_lps
+from fmsam_lib.registration.verdict import in_words
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ class Registration:
             for name, what in self._files():
                 write(what, staging / name)
                 self.summary["files"].append(name)
-            said = "{verdict}: {reason}".format(**self.summary["verdict"]).removesuffix(": ")
-            figure = overview(self.pair, self.phi.map, said)
+            figure = overview(self.pair, self.phi.map, in_words(self.summary["verdict"]))
             figure.savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
             self.summary["files"] += ["overview.png", SUMMARY]
             write_json(staging / SUMMARY, self.summary)

@@ -65,3 +65,8 @@ def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[
         reasons.append("the weights do not say what the network was trained on")
     verdict: dict[str, Any] = {"verdict": known, "reason": "; ".join(reasons), "signs": signs, "nearest": where}
     return verdict | {"inverse_error_mm": {"mean": float(error.mean()), "max": float(error.max())}}, error
+
+
+def in_words(verdict: dict[str, Any]) -> str:
+    """A verdict as people read it."""
+    return "verdict: {verdict}, {reason}".format(**verdict).removesuffix(", ")

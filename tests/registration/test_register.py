@@ -198,7 +198,7 @@ def test_what_is_written_has_the_fixed_files_geometry_and_the_forms_that_others_
     field = nibabel.load(tmp_path / "out" / "disp_fixed_moving.nii.gz")
     assert field.shape == (*FIXED, 3)
     np.testing.assert_allclose(field.affine, nibabel.load(pair["fixed"]).affine, atol=1e-6)
-    said = "{verdict}: {reason}".format(**result.summary["verdict"])
+    said = "verdict: {verdict}, {reason}".format(**result.summary["verdict"])
     expected = overview(result.pair, result.phi.map, said)
     expected.savefig(tmp_path / "expected.png", dpi=150)
     np.testing.assert_array_equal(*(imread(tmp_path / name) for name in ("out/overview.png", "expected.png")))
