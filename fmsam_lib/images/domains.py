@@ -24,7 +24,7 @@ from fmsam_lib.records import DataError, data_error
 
 FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
 FIRST_VALIDATION_INDEX = 2_000_000
-HELD_OUT = 20  # of the training subjects of a data set, one in so many is kept for validation, two at least
+HELD_OUT = 5  # of the training subjects of a data set, one in so many is kept for validation, two at least
 
 
 def domain_names(data=None) -> list[str]:
@@ -223,7 +223,7 @@ def landmarks(path: Path, sample: Sample) -> Tensor:
 def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:
     """Training images, training pairs (None: all ordered ones) and validation pairs, which share no subject.
 
-    One subject in twenty is held out, two at least, the manifest's last, of ten training subjects or more; of fewer
+    One subject in five is held out, two at least, the manifest's last, of ten training subjects or more; of fewer
     none, nor where no listed pair would be left on either side. Without listed pairs, each held-out image is fixed
     once, the next one of another subject moving.
     """

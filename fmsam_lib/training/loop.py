@@ -121,7 +121,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
         give_back_memory()
     if run.processes > 1:
         parallel.share_batch_norm(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr=run.lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True)
     sam = perturbation(net, run)
     state = checkpoint.resume(folder, run, dataset, net, optimizer, sam)
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
