@@ -19,6 +19,7 @@ Points = Annotated[int, Field(ge=3)]
 OddPoints = Annotated[Points, AfterValidator(odd)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 T = TypeVar("T")
 Distinct = Annotated[list[T], AfterValidator(each_once)]
@@ -32,7 +33,8 @@ Folder = Annotated[str, AfterValidator(in_project)]
 EQUAL_COMPUTE = "adam-2x"  # Adam with twice the steps: the baseline at SAM's cost
 Optimizer = Literal["adam", "adam-2x", "sam", "asam", "sam-every", "looksam", "random"]
 Similarity = Literal["lncc", "lncc2", "mind"]
-Method = Literal["none", "ants-syn", "io", "network", "network+io"]
+Climb = Literal["batch", "part", "layer", "norms"]
+Method = Literal["none", "ants-syn", "io", "network", "network+io", "network+ema", "network+tail", "network+bn"]
 Corruption = Literal["noise", "bias_field", "gamma", "inversion", "blur", "slices", "misalignment"]
 Modality = Literal["mr", "ct"]
 
@@ -85,6 +87,8 @@ class Train(Parameters):
     clip: NotNegative = Field(0.0, description="longest gradient that may move the weights; 0: any")
     rho: NotNegative = Field(0.01, description="radius of SAM's ball (adam does not use it)")
     rho_schedule: Literal["constant", "lr"] = Field("constant", description="lr: rho falls with the learning rate")
+    climb: Climb = Field("batch", description="how sam climbs: batch; part, layer or norms: see docs/sam.md")
+    late: Share = Field(0.0, description="sam climbs after this share of the steps only")
     every: Count = Field(5, description="sam-every and looksam climb in one step of so many")
     alpha: NotNegative = Field(0.7, description="looksam: how much of the last climb's direction later steps add")
     similarity: Similarity = Field("lncc", description="lncc, lncc2 (inverted contrasts) or mind (two modalities)")
@@ -96,6 +100,7 @@ class Train(Parameters):
     processes: Count = Field(1, description="share each batch among so many processes")
     sync_climb: bool = Field(True, description="processes climb by the whole batch's gradient; False: each by its own")
     save_memory: bool = Field(False, description="compute activations twice rather than keep them: a sixth slower")
+    averages: bool = Field(False, description="keep two averages of the weights too, for network+ema and network+tail")
     snapshots: Natural = Field(0, description="keep the weights so many times on the way, evenly, for notebook 35")
     threads: Count = Field(1, description=THREADS)
 
@@ -107,6 +112,13 @@ class Train(Parameters):
         if self.first_stage and not (self.first_stage < self.steps and (self.last_step or self.weights)):
             got = f"got first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
             raise ValueError(f"expected first_stage to be below steps, and last_step, which is added after it; {got}")
+        if self.optimizer != "sam" and (self.climb != "batch" or self.late):
+            raise ValueError(f"expected the optimizer sam with climb or late, got {self.optimizer}")
+        if self.climb == "part" and (self.accumulate == 1 or self.processes > 1):
+            got = f"got accumulate {self.accumulate}, processes {self.processes}"
+            raise ValueError(f"expected accumulate of 2 or more and one process with climb part, {got}")
+        if self.averages and self.processes > 1:
+            raise ValueError("expected averages in one process, got several: leave it out")
         if self.optimizer == "looksam" and self.processes > 1 and not self.sync_climb:
             raise ValueError("expected sync_climb with looksam in several processes: all need one direction")
         return self
@@ -136,7 +148,9 @@ class Evaluate(Parameters):
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train; empty for none and ants-syn")
     out: Folder = Field(f"{MINE}/sam/seed0", description="folder for results.csv, costs.csv and robustness.csv")
-    methods: Some[Method] = Field(["network"], description="network, network+io, io (untrained), none or ants-syn")
+    methods: Some[Method] = Field(
+        ["network"], description="network, also +io, +ema, +tail, +bn; io (untrained), none, ants-syn"
+    )
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="synthetic domains or data sets")
     shape: Shape = Field([64, 64], description="samples along each axis")
     data: str = Field("", description=DATA)

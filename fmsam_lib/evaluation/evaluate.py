@@ -31,6 +31,7 @@ from fmsam_lib.model.weights import load
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Evaluate, trained_with
 from fmsam_lib.records import DataError, written_whole
+from fmsam_lib.training.averages import gather_statistics
 
 ROWS = ["test_domain", "pair", "label", "metric", "value", "unit"]
 COLUMNS = ["train_domain", "test_domain", "optimizer", "seed", *ROWS[1:]]
@@ -145,6 +146,8 @@ def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.
             except DataError as error:
                 problems.append(str(error))
                 continue
+            if name == "network+bn" and isinstance(method, GradICON):
+                method = _gathered(method, dataset, run.pairs)
             fields = Path(run.out) / "fields" / about["optimizer"] / domain if run.fields else None
             found = measured(method, dataset, pairs=run.pairs, progress=progress, fields=fields)
             problems += found.problems
@@ -182,12 +185,26 @@ def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[st
     if name == "io":
         net, steps, lr = baselines.untrained(trained), run.alone_io, run.alone_lr
     else:
-        net, about = load(Path(run.run) / "weights.pt"), trained.about()
-        if name == "network":
+        after = name.removeprefix("network")
+        average = f"_{after[1:]}" if after in ("+ema", "+tail") else ""
+        if average and not trained.averages:
+            raise ConfigError(f"expected a training with averages: true for {name}, got one without in {run.run}")
+        net, about = load(Path(run.run) / f"weights{average}.pt"), trained.about()
+        about["optimizer"] += after
+        if after != "+io":
             return net, about
         steps, lr = run.io, run.io_lr
-        about["optimizer"] += "+io"
     return lambda pair: baselines.instance_optimised(net, pair, trained, steps=steps, lr=lr), about
+
+
+def _gathered(net: GradICON, dataset, pairs: int) -> GradICON:
+    """The network with BatchNorm's statistics of the test images, which needs no labels: a first step of adaptation."""
+    there = [*readable(dataset, range(min(pairs, dataset.test_count)), [])]
+    parts = [there[i : i + 8] for i in range(0, len(there), 8)]
+    gather_statistics(
+        net, [(torch.stack([p.moving for p in part]), torch.stack([p.fixed for p in part])) for part in parts]
+    )
+    return net
 
 
 def read_results(path: Path | str) -> pd.DataFrame:

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
@@ -20,6 +19,7 @@ from fmsam_lib.flatness.landscape import TRAINING, LossOf, batches_of, loss_of
 from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Between, trained_with
+from fmsam_lib.training.averages import gather_statistics
 from fmsam_lib.training.loop import starting
 from fmsam_lib.training.losses import Batch
 
@@ -44,7 +44,7 @@ def path(start: nn.Module, end: nn.Module, loss: LossOf, *, points: int, anew: S
             mix_buffers(net, [start, end], [1 - alpha, alpha])
             rows += [("interpolated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
             if anew:
-                re_estimate(net, anew)
+                gather_statistics(net, [(batch.moving, batch.fixed) for batch in anew])
                 rows += [("re-estimated", alpha, *row) for row in zip(TERMS, loss(net), strict=True)]
     return pd.DataFrame(rows, columns=["statistics", "alpha", "term", "value"]).assign(kind="path")
 
@@ -75,14 +75,6 @@ def mix_buffers(net: nn.Module, corners: list[nn.Module], shares: list[float]) -
         if name.endswith("running_var"):
             mixed = torch.maximum(mixed, torch.stack(theirs).amin(0))
         buffer.copy_(mixed)
-
-
-def re_estimate(net: nn.Module, batches: Sequence[Batch]) -> None:
-    """Gather BatchNorm's running statistics anew: plain means over the batches, both directions of each together."""
-    pairs = [torch.stack([torch.cat([b.moving, b.fixed]), torch.cat([b.fixed, b.moving])]) for b in batches]
-    unpack = net.register_forward_pre_hook(lambda net, given: tuple(given[0]))  # `update_bn` hands on one tensor
-    update_bn(pairs, net)
-    unpack.remove()
 
 
 class Solutions:

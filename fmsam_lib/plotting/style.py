@@ -29,7 +29,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "random": {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
 }
 OTHER_LOOKS = [LOOKS[name] for name in ("looksam", "adam-2x", "sam-every", "random")]
-# + io: on a network's map
+AFTER = ("+io", "+ema", "+tail", "+bn")  # what was done to the trained network
 REFINED: dict[str, Any] = {"markerfacecolor": "white", "linestyle": (0, (7, 1, 1, 1, 1, 1))}
 NAMES = {
     "none": "before registration", "adam": "Adam", "adam-2x": "Adam, twice the steps", "sam": "SAM", "asam": "ASAM",
@@ -66,24 +66,24 @@ def select(table: pd.DataFrame, columns: str | list[str], **where) -> pd.DataFra
 
 
 def optimizers_of(rows: pd.DataFrame) -> list[str]:
-    """Those in the table, the known ones first and in their order, each before its instance optimisation."""
-    known = [name for base in LOOKS for name in (base, f"{base}+io")]
+    """Those in the table, the known ones first and in their order, each before what `AFTER` made of it."""
+    known = [f"{base}{after}" for base in LOOKS for after in ("", *AFTER)]
     there = set(rows.optimizer)
     return [name for name in known if name in there] + sorted(there - set(known))
 
 
 def look(optimizer: str, optimizers: list[str]) -> dict[str, Any]:
     """Colour, marker and line style; `optimizers`, all in the figure, tells apart those that are not in LOOKS."""
-    base = optimizer.removesuffix("+io")
-    others = sorted({name.removesuffix("+io") for name in optimizers} - set(LOOKS))
+    base = optimizer.partition("+")[0]
+    others = sorted({name.partition("+")[0] for name in optimizers} - set(LOOKS))
     found = LOOKS.get(base) or OTHER_LOOKS[others.index(base) % len(OTHER_LOOKS)]
     return found if base == optimizer else found | REFINED
 
 
 def name_of(optimizer: str) -> str:
     """The optimizer's name for people."""
-    base = optimizer.removesuffix("+io")
-    return NAMES.get(base, base) + ("" if base == optimizer else " + IO")
+    base = optimizer.partition("+")[0]
+    return NAMES.get(base, base) + optimizer[len(base) :].upper().replace("+", " + ")
 
 
 def measure_name(measure: str, rho: float | None = None) -> str:

@@ -131,7 +131,7 @@ def _read(
             problems.append(f"{job.folder}/{name}: this cannot be read ({error}); remove it, compute again")
             continue
         if about and "optimizer" in columns and not table.empty:
-            after = table.optimizer.str.extract(r"(\+io)$", expand=False).fillna("") if "pair" in table else ""
+            after = table.optimizer.str.extract(r"(\+\w+)$", expand=False).fillna("") if "pair" in table else ""
             table = table.assign(**about | {"optimizer": about["optimizer"] + after})
         parts[name].append(table)
 

@@ -79,17 +79,19 @@ def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
     tests: dict[str, Any] = {"test_domains": study.test_domains}
     shape: dict[str, Any] = {"shape": study.shape}
     alone = ["none", *(["ants-syn"] if "ants-syn" in study.baselines else [])]
-    add("20_evaluate", "none", study.evaluate, tests | shape | {"run": "", "methods": alone})
+    evaluate = dict(study.evaluate)
+    of_runs = evaluate.pop("methods", None)
+    add("20_evaluate", "none", evaluate, tests | shape | {"run": "", "methods": alone})
     if "io" in study.baselines:  # takes the network's form and the loss from a run
         first = grid(study)[0]
-        add("20_evaluate", "io", study.evaluate, tests | shape | {"methods": ["io"]}, run=first)
+        add("20_evaluate", "io", evaluate, tests | shape | {"methods": ["io"]}, run=first)
     for run in grid(study):
         variant = study.variants.get(run.optimizer, {"optimizer": run.optimizer})
         values = study.train | {name: value for name, value in variant.items() if name != "optimizer"}
         cell = {"train_domain": run.train_domain, "optimizer": variant["optimizer"], "seed": run.seed}
         add("10_train", run.folder, values, shape | cell)
-        methods = ["network", *(["network+io"] if study.evaluate.get("io") else [])]
-        add("20_evaluate", run.folder, study.evaluate, tests | shape | {"methods": methods}, run=run)
+        methods = of_runs or ["network", *(["network+io"] if study.evaluate.get("io") else [])]
+        add("20_evaluate", run.folder, evaluate, tests | shape | {"methods": methods}, run=run)
         if study.landscape is not None:
             add("30_loss_landscape", run.folder, study.landscape, tests, run=run)
     for a, b in twins(study) if study.landscape is not None else []:

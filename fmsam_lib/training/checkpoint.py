@@ -91,15 +91,18 @@ def record(folder: Path, run: Train, dataset, net: GradICON, state: State) -> No
         partial.write_text("".join(json.dumps(line) + "\n" for line in state.history), encoding="utf-8")
 
 
-def save(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimizer, sam: SAM | None, state: State) -> None:
-    """All that going on to the same weights needs; the learning rate and all that is random follow from the step."""
-    states = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "sam": sam and sam.state_dict()}
+def save(folder: Path, run: Train, dataset, parts: dict[str, Any], state: State) -> None:
+    """All that going on to the same weights needs; the learning rate and all that is random follow from the step.
+
+    parts: what has a `state_dict`, by name, None where a training has none: network, optimizer, SAM, averages.
+    """
+    states = {name: part and part.state_dict() for name, part in parts.items()}
     with written_whole(folder / "checkpoint.pt") as partial:
         torch.save(identity(run, dataset) | states | {"state": vars(state)}, partial)
 
 
-def resume(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimizer, sam: SAM | None) -> State:
-    """Where to go on from; fills net, optimizer and sam.
+def resume(folder: Path, run: Train, dataset, parts: dict[str, Any]) -> State:
+    """Where to go on from; fills the parts (see `save`).
 
     Raises ConfigError for a folder of a training with other parameters, and for a checkpoint that cannot be read.
     """
@@ -113,10 +116,9 @@ def resume(folder: Path, run: Train, dataset, net: GradICON, optimizer: Optimize
     except DAMAGED as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
     refuse_another(saved, identity(run, dataset), folder)
-    net.load_state_dict(saved["net"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if sam is not None:
-        sam.load_state_dict(saved["sam"])
+    for name, part in parts.items():
+        if part is not None:
+            part.load_state_dict(saved[name])
     return State(**saved["state"])
 
 

@@ -27,11 +27,13 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.augmentation import augment
+from fmsam_lib.training.averages import Averages
 from fmsam_lib.training.losses import Batch, batch_of, jittered_points, with_masks
 from fmsam_lib.training.seen import seen
 from fmsam_lib.training.step import perturbation, train_step
 
 LOG_EVERY, CHECKPOINT_EVERY, VALIDATE_EVERY = 10, 50, 100  # steps
+STATISTICS = 50  # of the last steps, whose batches give the averaged weights their BatchNorm's
 AHEAD = 2  # batches made while the network computes
 GIVE_UP_AFTER = 10  # non-finite steps in a row
 
@@ -123,7 +125,9 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
         parallel.share_batch_norm(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True)
     sam = perturbation(net, run)
-    state = checkpoint.resume(folder, run, dataset, net, optimizer, sam)
+    averages = Averages(net, run.updates) if run.averages else None
+    parts = {"net": net, "optimizer": optimizer, "sam": sam, "averages": averages}
+    state = checkpoint.resume(folder, run, dataset, parts)
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
     snapshots = snapshot_steps(run)
     if first:
@@ -150,6 +154,8 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
                 todo = f"try a smaller lr ({run.lr}) or rho ({run.rho})"
                 raise FloatingPointError(f"loss or gradient not finite {where}: {todo}")
             state.step += 1
+            if averages is not None:
+                averages.follow(net, state.step)
             last = state.step == run.updates
             bar.update()
             validates = validation and (state.step % VALIDATE_EVERY == 0 or last)
@@ -168,12 +174,18 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
             if first and state.step in snapshots:
                 checkpoint.snapshot(folder, net, state.step)
             if first and (state.step % CHECKPOINT_EVERY == 0 or last):
-                checkpoint.save(folder, run, dataset, net, optimizer, sam, state)
+                checkpoint.save(folder, run, dataset, parts, state)
     net.first_stage = False
     net.eval().to("cpu")
     if first:
         read = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)
-        net.about = {"seen": seen(dataset, read), "golden": golden(net)}
+        about = {"seen": seen(dataset, read)}
+        if averages is not None:
+            ended = [batch for step in range(run.updates)[-STATISTICS:] for batch in make_batches(dataset, run, step)]
+            for name, averaged in averages.networks([(batch.moving, batch.fixed) for batch in ended]).items():
+                averaged.about = about | {"golden": golden(averaged)}
+                averaged.save(folder / f"weights_{name}.pt")
+        net.about = about | {"golden": golden(net)}
         net.save(folder / "weights.pt")  # last: it says that the training is done
     return state.history
 

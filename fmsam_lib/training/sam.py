@@ -32,6 +32,8 @@ class SAM:
         such as an optimizer's own. Group i moves by `rho_i g_i / |g|`, |g| over all groups: a group of rho 0 stays
         where it is, and counts in |g|. `sam.groups[i]["rho"]` may be changed from step to step, as an optimizer's "lr".
     rho: radius of the ball, in the weights' own units (adaptive: relative to each weight, ASAM).
+    by_layer: each tensor on its own, `eps_l = rho |w_l| g_l / |g_l|`: rho is relative to its length (as LARS has it,
+        You et al. 2017, arXiv 1708.03888).
     net: its buffers (BatchNorm's running statistics) are put back after the block, so that the
         second pass leaves no trace in them.
     random_seed: a control: climb in a random direction of the same radius, `eps = rho u / |u|` with u normal
@@ -63,6 +65,7 @@ class SAM:
         rho: float = 0.05,
         adaptive: bool = False,
         *,
+        by_layer: bool = False,
         net: nn.Module | None = None,
         every: int = 1,
         alpha: float = 0.0,
@@ -85,6 +88,9 @@ class SAM:
                 raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
         if every != int(every) or every < 1:
             raise ValueError(f"expected every to be a whole number >= 1, got {every}")
+        if by_layer and (adaptive or random_seed is not None):
+            raise ValueError("expected by_layer alone, got it with adaptive or random_seed")
+        self.by_layer = by_layer
         self.adaptive, self.net, self.every, self.alpha, self.random_seed = adaptive, net, every, alpha, random_seed
         self.steps = 0  # done, with a climb or without
         self.vertical: list[Tensor | None] | None = None  # LookSAM's g_v, beside self.params
@@ -176,6 +182,10 @@ class SAM:
         finite = math.isfinite(length) and math.isfinite(self.gradient_norm)
         rho = {id(p): group["rho"] for group in self.groups for p in group["params"]}
         scales = [math.nan if not finite else rho[id(p)] / length if length else 0.0 for p in moved]
+        if self.by_layer:
+            sizes, lengths = (torch.stack(torch._foreach_norm(tensors)).tolist() for tensors in (weights, gradients))
+            each = zip(scales, sizes, lengths, strict=True)
+            scales = [scale * length * size / own if own else 0.0 for scale, size, own in each]
         torch._foreach_mul_(eps, scales)
         self.step_norm, size = norm(eps), norm(weights)
         self.step_ratio = self.step_norm / size if size else math.nan

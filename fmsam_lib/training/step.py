@@ -1,6 +1,7 @@
 """One training step: the gradient at w, SAM's at w + eps, the update."""
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from fmsam_lib.model.network import BuffersKept, GradICON
@@ -10,17 +11,21 @@ from fmsam_lib.training.checkpoint import State
 from fmsam_lib.training.losses import Batch, Loss, objective
 from fmsam_lib.training.sam import SAM
 
+BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, parallel.SharedBatchNorm)
+
 
 def perturbation(net: GradICON, run: Train) -> SAM | None:
     """What `run.optimizer` puts beside Adam: nothing, SAM, or one of its variants (see `sam.py`)."""
     options: dict = {
-        "sam": {},
+        "sam": {"by_layer": run.climb == "layer"},
         "asam": {"adaptive": True},
         "sam-every": {"every": run.every},
         "looksam": {"every": run.every, "alpha": run.alpha},
         "random": {"random_seed": run.seed},
     }
-    return SAM(net.parameters(), run.rho, net=net, **options[run.optimizer]) if run.optimizer in options else None
+    norms = [p for module in net.modules() if isinstance(module, BATCH_NORMS) for p in module.parameters()]
+    params = norms if run.climb == "norms" else net.parameters()
+    return SAM(params, run.rho, net=net, **options[run.optimizer]) if run.optimizer in options else None
 
 
 def train_step(
@@ -31,13 +36,16 @@ def train_step(
     micro: the parts of the batch, one after the other; the gradient is that of their mean, and of all processes'.
     """
     statistics = BuffersKept(net)
-    climbs = sam is not None and sam.due
-    loss, finite = gradient(net, micro, run, optimizer, state, share=not climbs or run.sync_climb)  # at w
-    if sam and finite and climbs:
+    climbs = sam is not None and sam.due and state.step >= run.late * run.updates
+    if sam and climbs and run.climb == "part":
+        loss, finite = by_parts(net, micro, run, optimizer, sam, state)
+    else:
+        loss, finite = gradient(net, micro, run, optimizer, state, share=not climbs or run.sync_climb)  # at w
+    if sam and finite and climbs and run.climb != "part":
         with sam.perturbed():  # at w + eps: the worst weights within rho
             there, finite = gradient(net, micro, run, optimizer, state)  # this one is what moves w
         sam.rise = there.total - loss.total
-    elif sam and finite:
+    elif sam and finite and not climbs:
         sam.between()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     finite = finite and bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
@@ -51,6 +59,35 @@ def train_step(
     if run.precision == "fp16":
         rescale(state, finite)
     return loss
+
+
+def by_parts(
+    net: GradICON, micro: list[Batch], run: Train, optimizer: Optimizer, sam: SAM, state: State
+) -> tuple[Loss, bool]:
+    """Each part climbs by its own gradient; `.grad` is the mean of those found there. As `gradient` otherwise.
+
+    m-sharpness (Foret et al. 2021). A mixture deals its domains in turn: with parts of one pair each domain climbs by
+    itself, `eps_i = rho g_i / |g_i|`.
+    """
+    before, losses, rises, total = state.gradients, [], [], None
+    for batch in micro:
+        loss, finite = gradient(net, [batch], run, optimizer, state)
+        if not finite:
+            break
+        with sam.perturbed():
+            there, finite = gradient(net, [batch], run, optimizer, state)
+        if not finite:
+            break
+        losses.append(torch.stack(list(loss)))
+        rises.append(there.total - loss.total)
+        found = [p.grad / len(micro) for p in net.parameters() if p.grad is not None]
+        total = found if total is None else [*torch._foreach_add(total, found)]
+    else:
+        for p, summed in zip((p for p in net.parameters() if p.grad is not None), total or [], strict=True):
+            p.grad = summed
+        loss, sam.rise = Loss(*torch.stack(losses).mean(0)), torch.stack(rises).mean()
+    state.gradients = before + 2  # of whole batches
+    return loss, finite
 
 
 def gradient(

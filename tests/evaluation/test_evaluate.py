@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -274,6 +275,25 @@ def test_every_method_has_its_name_and_its_training(run):
     with_map = tables["results"].query("metric == 'inverse_error'").optimizer
     assert with_map.tolist() == ["io", "sam", "sam+io"]
     assert tables["costs"].query("metric == 'seconds'").optimizer.tolist() == ["io", "sam", "sam+io"]
+
+
+def test_averaged_weights_and_statistics_of_the_test_images_are_methods(run):
+    wanted = ["network", "network+ema", "network+tail", "network+bn"]
+    with pytest.raises(ConfigError, match=r"averages: true for network\+ema"):
+        evaluate_all(settings(run=run, methods=wanted), progress=False)
+    config = json.loads((Path(run) / "config.json").read_text())
+    config["parameters"]["averages"] = True
+    (Path(run) / "config.json").write_text(json.dumps(config))
+    for number, file in enumerate(("weights", "weights_ema", "weights_tail")):
+        moved, generator = net(), torch.Generator().manual_seed(number)
+        for p in moved.parameters():
+            p.data += 0.05 * torch.randn(p.shape, generator=generator)
+        moved.save(Path(run) / f"{file}.pt")
+    results = evaluate_all(settings(run=run, methods=wanted), progress=False)[0]["results"]
+    errors = results[results.metric == "inverse_error"].set_index("optimizer").value
+    assert [*errors.index] == ["sam", "sam+ema", "sam+tail", "sam+bn"]
+    assert errors.nunique() == 4
+    assert set(results.seed) == {3}
 
 
 def test_instance_optimisation_costs_more_than_the_network_alone(run):

@@ -21,7 +21,6 @@ from fmsam_lib.flatness.mode_connectivity import (
     extent,
     mix_buffers,
     path,
-    re_estimate,
     trajectories,
 )
 from fmsam_lib.flatness.weight_space import TERMS, fingerprint, vector
@@ -29,6 +28,7 @@ from fmsam_lib.images.domains import open_domain
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Between, Train
 from fmsam_lib.records import write_csv
+from fmsam_lib.training.averages import gather_statistics
 from fmsam_lib.training.loop import fit, starting
 from fmsam_lib.training.losses import Batch
 
@@ -37,6 +37,10 @@ RUN = {"validation": 0} | {
     "lr": 3e-3, "rho": 0.05, "lmbda": 1.5, "sigma": 3.0, "threads": 1,
 }  # fmt: skip
 SHAPES = {"2-D": [24, 24], "3-D": [16, 16, 16]}
+
+
+def images_of(batches):
+    return [(batch.moving, batch.fixed) for batch in batches]
 
 
 def settings(folder, **changes) -> Between:
@@ -218,7 +222,7 @@ def test_statistics_gathered_anew_are_those_of_the_images_that_come_by(study):
         norms[0].running_mean.fill_(100)  # whatever was there
     norms[-1].momentum = 0.3
     weights = vector(net)
-    re_estimate(net, batches)
+    gather_statistics(net, images_of(batches))
     for hook in hooks:
         hook.remove()
     for m in norms:
@@ -243,7 +247,7 @@ def test_a_path_ends_on_the_losses_of_both_networks_with_their_own_statistics(st
         found = rows[(rows.alpha == alpha) & (rows.statistics == "interpolated")]
         assert found.value.tolist() == loss(net).tolist()  # to the bit
         copied = load_like(net)
-        re_estimate(copied, [batch])
+        gather_statistics(copied, images_of([batch]))
         assert rows[(rows.alpha == alpha) & (rows.statistics == "re-estimated")].value.tolist() == loss(copied).tolist()
         assert loss(copied).tolist() != loss(net).tolist()
     assert len(rows) == (5 + 2) * 2 * len(TERMS)
@@ -401,7 +405,7 @@ def test_between_measures_the_path_and_the_plane_on_every_domain(study, table):
             ends = table[(table.kind == "path") & (table.test_domain == domain) & (table.alpha == alpha)]
             assert ends[ends.statistics == "interpolated"].value.tolist() == loss(net).tolist()
             copied = load_like(net)
-            re_estimate(copied, [batches[TRAINING]])  # never from the images of a test domain
+            gather_statistics(copied, images_of([batches[TRAINING]]))  # never from the images of a test domain
             assert ends[ends.statistics == "re-estimated"].value.tolist() == loss(copied).tolist()
         plane = of(table, kind="plane", test_domain=domain)
         ways = table[table.kind == "trajectory"]

@@ -55,7 +55,9 @@ def test_two_processes_train_the_network_of_one(tmp_path, optimizer):
     apart = {name: (together.state_dict()[name] - value).abs().max() for name, value in alone.state_dict().items()}
     # BatchNorm takes what `up`'s biases add away again: their gradient is rounding alone, of which Adam makes steps
     no_effect = [name for name in apart if (".up." in name and "bias" in name) or "running_mean" in name]
-    assert max(value for name, value in apart.items() if name not in no_effect) < 3e-5  # small gradients carry rounding, which Adam enlarges
+    assert (
+        max(value for name, value in apart.items() if name not in no_effect) < 3e-5
+    )  # small gradients carry rounding, which Adam enlarges
     assert not together.training
     images = torch.rand(2, 4, 1, 16, 16)
     with torch.no_grad():

@@ -1,16 +1,17 @@
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
-from fmsam_lib.checking import read
+from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.parameters import Train
 from fmsam_lib.training.checkpoint import State
-from fmsam_lib.training.loop import make_batches, starting
+from fmsam_lib.training.loop import fit, make_batches, starting
 from fmsam_lib.training.losses import Loss, objective
-from fmsam_lib.training.sam import SAM
+from fmsam_lib.training.sam import SAM, norm
 from fmsam_lib.training.step import perturbation, train_step
 
 
@@ -872,3 +873,101 @@ def test_more_misuse_is_named():
     other = SAM([{"params": [w]}, {"params": [nn.Parameter(torch.ones(3))]}])
     with pytest.raises(ValueError, match="over the same parameters"):
         SAM([w]).load_state_dict(other.state_dict())
+
+
+def steps_of(tmp_path, **changes):
+    """A network after one `train_step` on a batch of two pairs, its gradient, and what is needed to do it by hand."""
+    given = {
+        "out": str(tmp_path),
+        "shape": [16, 16],
+        "down": [4, 4],
+        "levels": 2,
+        "batch": 2,
+        "sigma": 3.0,
+        "rho": 0.03,
+    }
+    run = read(Train, given | {"steps": 4} | changes)
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    net = starting(run).train()
+    for i, p in enumerate(net.parameters()):
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    before = copy.deepcopy(net)
+    state, sam = State(), perturbation(net, run)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    train_step(net, make_batches(dataset, run, 0), run, optimizer, sam, state)
+    return run, make_batches(dataset, run, 0), before, [p.grad for p in net.parameters()], state, sam
+
+
+def gradients_at(net, batch, run, eps=None):
+    moved = copy.deepcopy(net)
+    for p, e in zip(moved.parameters(), eps or itertools.repeat(0.0), strict=False):
+        p.data += e
+    objective(moved, batch, **run.loss()).total.backward()
+    return [p.grad for p in moved.parameters()]
+
+
+def apart(expected, found):
+    """How far two gradients are from each other, of the first one's length: rounding, and the loss has kinks."""
+    return norm([a - b for a, b in zip(expected, found, strict=True)]) / norm(expected)
+
+
+def test_each_part_climbs_by_its_own_gradient(tmp_path):
+    run, micro, net, found, state, sam = steps_of(tmp_path, climb="part", accumulate=2)
+    total = [torch.zeros_like(p) for p in net.parameters()]
+    for batch in micro:
+        g = gradients_at(net, batch, run)
+        eps = [0.03 * x / norm(g) for x in g]
+        total = [t + there / 2 for t, there in zip(total, gradients_at(net, batch, run, eps), strict=True)]
+    assert apart(total, found) < 1e-3
+    assert state.gradients == 2
+    assert sam.rise > 0
+    assert apart(steps_of(tmp_path, accumulate=2)[3], found) > 1e-2
+
+
+def test_each_layer_climbs_in_proportion_to_its_length(tmp_path):
+    run, (batch,), net, found, *_ = steps_of(tmp_path, climb="layer")
+    g = gradients_at(net, batch, run)
+    eps = [0.03 * p.detach().norm() * x / x.norm() for p, x in zip(net.parameters(), g, strict=True)]
+    assert apart(gradients_at(net, batch, run, eps), found) < 1e-3
+
+
+def test_only_norms_climb(tmp_path):
+    run, (batch,), net, found, *_, sam = steps_of(tmp_path, climb="norms")
+    g = gradients_at(net, batch, run)
+    names = [name for name, _ in net.named_parameters()]
+    norms = {
+        f"{name}.{of}" for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) for of in ("weight", "bias")
+    }
+    length = norm([x for name, x in zip(names, g, strict=True) if name in norms])
+    eps = [0.03 * x / length if name in norms else 0.0 for name, x in zip(names, g, strict=True)]
+    assert apart(gradients_at(net, batch, run, eps), found) < 1e-3
+    assert len(sam.params) == len(norms) == 4 * 2
+
+
+def test_a_late_climb_leaves_the_steps_before_alone(tmp_path):
+    histories = {}
+    for name, changes in {"adam": {"optimizer": "adam"}, "late": {"late": 0.5}, "sam": {}}.items():
+        given = {
+            "out": str(tmp_path / name),
+            "shape": [16, 16],
+            "down": [4, 4],
+            "levels": 2,
+            "steps": 4,
+            "snapshots": 4,
+        }
+        run = read(Train, given | {"sigma": 3.0, "rho": 0.03, "validation": 0} | changes)
+        histories[name] = fit(starting(run), open_domain("brain-mr", shape=(16, 16)), run, progress=False)
+    adam, late, sam = ([torch.load(p) for p in sorted((tmp_path / name / "snapshots").iterdir())] for name in histories)
+    assert [torch.equal(a, b) for a, b in zip(adam, late, strict=True)] == [True, True, False, False]
+    assert not torch.equal(adam[0], sam[0])
+    assert histories["late"][-1]["gradient_evaluations"] == 6
+
+
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "adam", "late": 0.5}, {"optimizer": "asam", "climb": "layer"}, {"climb": "part"}]
+)
+def test_climbs_that_make_no_sense_are_refused(tmp_path, changes):
+    with pytest.raises(ConfigError, match=r"expected the optimizer sam|expected accumulate of 2"):
+        read(Train, {"out": str(tmp_path)} | changes)
+    with pytest.raises(ValueError, match="by_layer alone"):
+        SAM([torch.ones(1)], adaptive=True, by_layer=True)

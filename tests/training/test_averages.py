@@ -1,0 +1,79 @@
+"""Averages of the weights against sums written out from the weights of every step."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.model.weights import load
+from fmsam_lib.parameters import Train
+from fmsam_lib.training.averages import gather_statistics
+from fmsam_lib.training.loop import fit, make_batches, starting
+
+
+def run(out, **changes):
+    given = {"out": str(out), "shape": [16, 16], "down": [4, 4], "levels": 2, "steps": 20, "batch": 2, "validation": 0}
+    settings = read(Train, given | {"sigma": 3.0, "averages": True, "snapshots": 20} | changes)
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    return settings, dataset, fit(starting(settings), dataset, settings, progress=False)
+
+
+def vector(net):
+    return torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sam"])
+def test_averages_are_those_of_the_weights_of_every_step(tmp_path, optimizer):
+    settings, dataset, _ = run(tmp_path, optimizer=optimizer)
+    steps = [torch.load(tmp_path / "snapshots" / f"step{step:06d}.pt").double() for step in range(1, 21)]
+    tail, ema = torch.stack(steps[15:]).mean(0), steps[0]
+    for w in steps[1:]:
+        ema = 0.999 * ema + 0.001 * w
+    for name, expected in {"tail": tail, "ema": ema}.items():
+        net = load(tmp_path / f"weights_{name}.pt")
+        assert torch.allclose(vector(net).double(), expected, atol=1e-7)
+        assert not torch.allclose(vector(net).double(), steps[-1], atol=1e-5)
+        assert net.shape == (16, 16)
+        assert net.about["seen"].keys() == {"brain-mr"}
+        batches = [batch for step in range(20) for batch in make_batches(dataset, settings, step)]
+        copied = load(tmp_path / "weights.pt")
+        torch.nn.utils.vector_to_parameters(vector(net), copied.parameters())
+        gather_statistics(copied, [(batch.moving, batch.fixed) for batch in batches])
+        assert all(torch.equal(a, b) for a, b in zip(net.buffers(), copied.buffers(), strict=True))
+
+
+def test_averaging_leaves_the_training_as_it_is(tmp_path):
+    for name, averages in (("with", True), ("without", False)):
+        run(tmp_path / name, averages=averages)
+    a, b = (load(tmp_path / name / "weights.pt").state_dict() for name in ("with", "without"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not (tmp_path / "without" / "weights_ema.pt").exists()
+
+
+def test_a_training_that_goes_on_ends_with_the_same_averages(tmp_path, monkeypatch):
+    run(tmp_path / "whole", steps=60)
+    real, stop = torch.optim.Adam.step, {"at": 55}
+
+    def step(self, *given):
+        stop["at"] -= 1
+        if stop["at"] < 0:
+            raise KeyboardInterrupt
+        return real(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", steps=60)
+    monkeypatch.undo()
+    run(tmp_path / "stopped", steps=60)
+    assert json.loads((tmp_path / "stopped" / "config.json").read_text())["resumed"][0]["step"] == 50
+    for file in ("weights.pt", "weights_ema.pt", "weights_tail.pt"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_several_processes_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected averages in one process"):
+        run(tmp_path, processes=2)
+    assert not shutil.os.path.exists(tmp_path / "config.json")
