@@ -1,0 +1,118 @@
+"""The study's answer, of simulated studies whose true effect is known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from fmsam_lib.evaluation.anatomies import COLUMNS, NEW, THESE, answer, unseen
+
+# anatomy: its sets, with how many pairs and, where these form a ring of subjects, how many subjects
+DESIGN = {
+    "heart": {"acdc": (20, 0), "sunny": (15, 0)},
+    "chest": {"jsrt": (60, 30), "montgomery": (60, 30)},
+    "spine": {"spine": (36, 18)},
+    "head": {"head": (60, 30)},
+    "knee": {"knee": (30, 15)},
+}
+GROUPS = {anatomy: [*sets, f"{anatomy}-synthetic"] for anatomy, sets in DESIGN.items()}
+BOTH = ("adam-2x", "sam")
+
+
+def simulated(rng, effect=0.0, seeds=5, seed_sd=0.005, on_set_sd=0.002, subject_sd=0.008, rest_sd=0.01, design=DESIGN):
+    """`results` and `pairs` of a study: every set registered by the networks that have not seen its anatomy."""
+    results, pairs = [], []
+    every = [name for names in GROUPS.values() for name in names]
+    for anatomy, sets in design.items():
+        trained_on = "+".join(name for name in every if name not in GROUPS[anatomy])
+        of_seed = rng.normal(0, seed_sd, seeds)
+        for name, (count, ring) in sets.items():
+            of_network = of_seed + rng.normal(0, on_set_sd, seeds)
+            fixed = np.arange(count) % (ring or count)
+            moving = (fixed + 1 + np.arange(count) // ring) % ring if ring else fixed
+            of_subject = rng.normal(0, subject_sd, ring or count)
+            baseline = rng.uniform(0.5, 0.9, count)
+            names = [f"p{i}<-p{j}" for i, j in zip(fixed, moving, strict=True)]
+            subjects = [f"s{i}|s{j}" for i, j in zip(fixed, moving, strict=True)]
+            pairs += [{"test_domain": name, "pair": p, "subjects": s} for p, s in zip(names, subjects, strict=True)]
+            for seed in range(seeds):
+                change = effect + of_network[seed] + of_subject[fixed] + of_subject[moving]
+                change = change + rng.normal(0, rest_sd, count)
+                for optimizer, values in zip(BOTH, (baseline, baseline + change), strict=True):
+                    about = {"train_domain": trained_on, "test_domain": name, "optimizer": optimizer, "seed": seed + 10}
+                    about |= {"label": "1", "metric": "dice", "unit": ""}
+                    results += [about | {"pair": p, "value": v} for p, v in zip(names, values, strict=True)]
+    return pd.DataFrame(results).astype({"seed": "Int64"}), pd.DataFrame(pairs)
+
+
+@pytest.mark.parametrize(
+    ("effect", "said"), [(0.03, "helps"), (0.0, "equivalent"), (-0.03, "harms"), (0.011, "undecided")]
+)
+def test_the_effect_is_found_and_judged(effect, said):
+    table = answer(*simulated(np.random.default_rng(0), effect), GROUPS, BOTH).set_index("anatomy")
+    assert [*table.reset_index().columns] == COLUMNS
+    assert [*table.index] == [*sorted(DESIGN), THESE, NEW]
+    line = table.loc[THESE]
+    assert line["mean"] == pytest.approx(effect, abs=0.004)
+    assert line.low < line["mean"] < line.high
+    assert line.verdict == said
+    assert (line.seeds, line.units) == (5, 281)
+    assert line["mean"] == pytest.approx(line.mean_treatment - line.mean_baseline, abs=2e-4)
+    each = table["mean"][:5]
+    assert line["mean"] == pytest.approx(each.mean())
+    expected = stats.t.ppf(0.95, 4) * each.std() / 5**0.5
+    assert table.loc[NEW, "high"] - table.loc[NEW, "mean"] == pytest.approx(expected)
+    assert [*(table.p < 0.1)] == [*(table.low * table.high > 0)]
+
+
+def test_networks_that_saw_the_anatomy_do_not_count():
+    results, pairs = simulated(np.random.default_rng(0))
+    expected = answer(results, pairs, GROUPS, BOTH)
+    all_others = "+".join(name for names in GROUPS.values() for name in names)
+    saw = results.assign(train_domain=all_others, value=0.0)
+    sibling = results.assign(train_domain=results.test_domain.map(lambda name: f"brain+{name}"), value=0.0)
+    pd.testing.assert_frame_equal(answer(pd.concat([results, saw, sibling]), pairs, GROUPS, BOTH), expected)
+
+
+def test_sets_of_one_anatomy_are_averaged_and_slices_of_one_patient_too():
+    results, pairs = simulated(np.random.default_rng(0), seeds=2)
+    rows = unseen(results, pairs, GROUPS, BOTH, "dice")
+    table = answer(results, pairs, GROUPS, BOTH).set_index("anatomy")
+    by_set = rows.groupby(["anatomy", "test_domain"]).difference.mean()
+    assert table.loc["chest", "mean"] == pytest.approx(by_set["chest"].mean(), abs=1e-4)
+    more = results[results.test_domain == "sunny"]
+    again = pd.concat([results, *(more.assign(pair=more.pair + f"_{i}") for i in range(9))])
+    named = pd.concat([pairs, *(pairs.assign(pair=pairs.pair + f"_{i}") for i in range(9))])
+    pd.testing.assert_frame_equal(answer(again, named, GROUPS, BOTH), table.reset_index(), rtol=1e-6)
+
+
+def test_the_same_values_differ_by_nothing():
+    results, pairs = simulated(np.random.default_rng(0), seeds=2)
+    results["value"] = 0.5
+    table = answer(results, pairs, GROUPS, BOTH)
+    assert set(table["mean"]) == {0.0}
+    assert table.verdict.iloc[0] == "equivalent"
+
+
+def test_one_seed_decides_nothing():
+    table = answer(*simulated(np.random.default_rng(0), 0.05, seeds=1), GROUPS, BOTH).set_index("anatomy")
+    assert table.loc[THESE, "mean"] == pytest.approx(0.05, abs=0.01)
+    assert table.low[:-1].isna().all()
+    assert table.loc[THESE, "verdict"] == "undecided"
+
+
+def test_nothing_paired_is_said():
+    results, pairs = simulated(np.random.default_rng(0), seeds=1)
+    with pytest.raises(ValueError, match="expected adam and sam on the same pairs"):
+        answer(results, pairs, GROUPS, ("adam", "sam"))
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth():
+    """Of 90 % intervals over 5 seeds; over the seeds' means alone, without the patients, they covered 75 %."""
+    rng, held = np.random.default_rng(1), []
+    for _ in range(200):
+        line = answer(*simulated(rng), GROUPS, BOTH).set_index("anatomy").loc[THESE]
+        held.append(line.low < 0 < line.high)
+    print(f"coverage {np.mean(held):.3f}")
+    assert np.mean(held) > 0.84
