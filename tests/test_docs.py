@@ -319,7 +319,7 @@ def test_the_variants_of_sam_are_its_arguments():
     known = inspect.signature(SAM).parameters
     text = (PROJECT / "docs" / "sam.md").read_text()
     calls = re.findall(r"`SAM\(\.\.\.([^)]*)\)`", text)
-    assert len(calls) == 5
+    assert len(calls) == 6
     assert {name for call in calls for name in re.findall(r"(\w+)=", call)} <= set(known)
 
 
