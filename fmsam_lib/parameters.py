@@ -74,6 +74,7 @@ class Train(Parameters):
     data: str = Field("", description=DATA)
     weights: str = Field("", description='file to fine-tune, or "unigradicon", "multigradicon"; empty: random weights')
     down: Channels = Field([16, 32, 64], description="channels after each halving; with weights, the file decides")
+    up: list[Count] = Field([], description="channels on the way up; empty: as down; with weights, the file decides")
     levels: Count = Field(3, description="resolutions: quarter, half, full; with weights, the file decides")
     last_step: bool = Field(False, description="one more step at full resolution; with weights, the file decides")
     first_stage: Natural = Field(0, description="optimizer steps before the last step is added (uniGradICON: 4 of 5)")
@@ -106,6 +107,8 @@ class Train(Parameters):
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":
+        if self.up and len(self.up) != len(self.down):
+            raise ValueError(f"expected as many channels up as down, {len(self.down)}, got {len(self.up)}")
         parts = self.processes * self.accumulate
         if self.batch % parts:
             raise ValueError(f"expected batch to be a multiple of processes x accumulate, {parts}, got {self.batch}")
@@ -238,6 +241,7 @@ class Registering(Parameters):
     sigma: Positive = Field(5.0, description="window of the similarity, samples of the grid")
     similarity: Similarity = Field("lncc", description="what instance optimisation maximises: lncc, lncc2 or mind")
     seed: Natural = Field(0, description="of instance optimisation's random points")
+    keep_worse: bool = Field(False, description="keep a registration that makes the images less alike, too")
 
 
 class Register(Registering):

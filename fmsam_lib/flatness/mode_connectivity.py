@@ -153,7 +153,19 @@ def between(settings: Between) -> pd.DataFrame:
     """
     folders = [Path(settings.baseline), Path(settings.treatment)]
     runs = [trained_with(folder) for folder in folders]
-    alike = ("train_domain", "seed", "shape", "weights", "down", "levels", "last_step", "similarity", "sigma", "lmbda")
+    alike = (
+        "train_domain",
+        "seed",
+        "shape",
+        "weights",
+        "down",
+        "up",
+        "levels",
+        "last_step",
+        "similarity",
+        "sigma",
+        "lmbda",
+    )
     both = [(name, *(getattr(run, name) for run in runs)) for name in alike]
     differing = [f"{name}: {a!r} and {b!r}" for name, a, b in both if a != b]
     if differing:

@@ -132,7 +132,9 @@ def _flag(name: str) -> str:
 
 
 def _kind(annotation: Any) -> dict[str, Any]:
-    """How argparse reads a field: one of several words, several whole numbers, or one value."""
+    """How argparse reads a field: a switch, one of several words, several whole numbers, or one value."""
+    if annotation is bool:
+        return {"action": "store_true"}
     if get_origin(annotation) is Literal:
         return {"choices": [word for word in get_args(annotation) if word]}
     return {"nargs": "+", "type": int} if get_origin(annotation) is list else {"type": annotation}

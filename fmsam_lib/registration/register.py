@@ -19,6 +19,7 @@ from fmsam_lib.images.grid import affine, labels_on_grid, on_grid, reference
 from fmsam_lib.metrics import determinants, folding_percent, sdlogj
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import warp
+from fmsam_lib.model.transform import Transform
 from fmsam_lib.model.weights import load
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
@@ -125,6 +126,11 @@ def register(
 
     where_fixed = counts[-1] if counts else None
     before, after = (lncc(image, b, sigma=how.sigma, mask=where_fixed).item() for image in (a, warp(a, phi.map)))
+    comparable = how.similarity == "lncc" and len({*modality.values()}) == 1  # LNCC means something
+    if after < before and comparable and not how.keep_worse:
+        notes.append(f"the network makes the images less alike (LNCC {before:.3f} to {after:.3f}): left as they were")
+        warnings.warn(notes[-1], stacklevel=2)
+        phi, psi, after = Transform(shape), Transform(shape), before
     determinant = determinants(pair, phi.map)
     summary: dict[str, Any] = {role: str(file) for role, file in files.items() if isinstance(file, str | Path)} | {
         "network": {"weights": weights, **network.settings, "shape": list(shape)},

@@ -55,7 +55,7 @@ def train(
         raise ConfigError(f"expected a domain, got {domain!r}: fm.open_domain(name, shape=(64, 64)) opens one")
     given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
     if net is not None:
-        given |= {"weights": "", **{name: net.settings[name] for name in ("down", "levels", "last_step")}}
+        given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
     with TemporaryDirectory() if out is None else nullcontext(os.path.abspath(out)) as folder:
@@ -76,7 +76,8 @@ def starting(run: Train) -> GradICON:
     """
     if not run.weights:
         torch.manual_seed(run.seed)
-        return GradICON(len(run.shape), down=tuple(run.down), levels=run.levels, last_step=run.last_step)
+        up = tuple(run.up) or None
+        return GradICON(len(run.shape), down=tuple(run.down), up=up, levels=run.levels, last_step=run.last_step)
     net = load(run.weights)
     if net.dim != len(run.shape):
         raise ConfigError(f"expected weights of a {len(run.shape)}-D network, got a {net.dim}-D one in {run.weights}")

@@ -1,5 +1,6 @@
 """Where the images start, the transforms that are kept, and applying them later: against SimpleITK and arithmetic."""
 
+import functools
 import json
 
 import nibabel
@@ -12,8 +13,10 @@ from scipy.ndimage import gaussian_filter
 
 from fmsam_lib.records import DataError
 from fmsam_lib.registration.command import main
-from fmsam_lib.registration.register import register
+from fmsam_lib.registration.register import register as registering
 from tests.conftest import Analytic, xyz
+
+register = functools.partial(registering, keep_worse=True)  # made-up transforms make noise less alike
 
 GRID = (24, 24, 24)
 
@@ -354,3 +357,17 @@ def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     with pytest.raises(SystemExit):
         command(folder, "--out", tmp_path / "o")
     json.dumps(registered[2].summary)
+
+
+def test_a_registration_that_makes_the_images_less_alike_is_not_used():
+    image = scan()
+    shift = Analytic(lambda x: 0 * x + 0.2)
+    with pytest.warns(UserWarning, match=r"less alike \(LNCC 1.000 to .*left as they were"):
+        result = registering(image, image, shift, shape=GRID)
+    assert np.abs(sitk.GetArrayViewFromImage(result.displacement())).max() < 1e-10
+    similarity = result.summary["similarity"]
+    assert similarity["before"] == similarity["after"]
+    assert "less alike" in result.summary["notes"][-1]
+    assert sitk.GetArrayViewFromImage(register(image, image, shift, shape=GRID).displacement()).any()
+    other = registering(image, image, shift, shape=GRID, similarity="mind")  # LNCC is no judge there
+    assert sitk.GetArrayViewFromImage(other.displacement()).any()

@@ -22,7 +22,7 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import measure
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.weights import load
+from fmsam_lib.model.weights import load, unigradicon
 from fmsam_lib.parameters import Optimizer, Train
 from fmsam_lib.records import DataError
 from fmsam_lib.training.checkpoint import State
@@ -781,3 +781,14 @@ def test_several_processes_refuse_a_network_that_they_cannot_start_from(domain):
 def test_a_name_is_no_domain():
     with pytest.raises(ConfigError, match=r"expected a domain, got 'brain-mr': fm.open_domain"):
         train("brain-mr")
+
+
+def test_unigradicons_own_architecture_is_a_few_parameters(tmp_path):
+    given = {"down": [16, 32, 64, 256, 512], "up": [16, 32, 64, 128, 256], "levels": 3, "last_step": True}
+    net = starting(tiny(tmp_path, shape=[80, 80, 80], **given))
+    assert net.settings == unigradicon().settings
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in unigradicon().parameters())
+    small, _ = run(tiny(tmp_path, down=[4, 8], up=[4, 6], steps=2))
+    assert load(tmp_path / "weights.pt").settings["up"] == small.settings["up"] == [4, 6]
+    with pytest.raises(ConfigError, match="as many channels up as down, 2, got 1"):
+        tiny(tmp_path, up=[4])
