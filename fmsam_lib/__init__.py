@@ -6,7 +6,7 @@ from fmsam_lib.images.domains import domain_names, open_domain
 from fmsam_lib.metrics import measure
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.transform import Transform
-from fmsam_lib.model.weights import load, unigradicon
+from fmsam_lib.model.weights import load, pretrained, unigradicon
 from fmsam_lib.pair import Pair
 from fmsam_lib.records import DataError
 from fmsam_lib.registration.register import register
@@ -17,5 +17,5 @@ from fmsam_lib.widgets.pair_explorer import explore
 
 __all__ = [
     "SAM", "ConfigError", "DataError", "GradICON", "Pair", "Transform", "domain_names", "evaluate", "explore", "load",
-    "measure", "objective", "open_domain", "register", "train", "unigradicon",
+    "measure", "objective", "open_domain", "pretrained", "register", "train", "unigradicon",
 ]  # fmt: skip

@@ -188,9 +188,14 @@ class GradICON(nn.Module):
         with torch.autocast(moving.device.type, HALF[self.precision]):
             return unet(moving, fixed).float()
 
-    def save(self, path: Path | str) -> None:
-        """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it."""
-        saved = {"settings": self.settings, "weights": self.state_dict(), "shape": self.shape and list(self.shape)}
+    def save(self, path: Path | str, *, half: bool = False) -> None:
+        """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it.
+
+        half: the parameters in half precision, for a file of half the size; BatchNorm's statistics stay as they are.
+        """
+        weights, parameters = self.state_dict(), dict(self.named_parameters())
+        weights = {name: value.half() if half and name in parameters else value for name, value in weights.items()}
+        saved = {"settings": self.settings, "weights": weights, "shape": self.shape and list(self.shape)}
         saved |= {"about": self.about} if self.about else {}
         with written_whole(path) as partial:
             torch.save(saved, partial)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.records import written_whole
@@ -30,6 +31,7 @@ OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
 DAMAGED = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
 
 RELEASES = "https://github.com/uncbiag/uniGradICON/releases/download"
+SHIPPED = Path(__file__).parent / "pretrained"
 OFFICIAL = {name: f"{RELEASES}/{name}_weights/Step_2_final.trch" for name in ("unigradicon", "multigradicon")}
 
 
@@ -52,10 +54,11 @@ def load(weights: Path | str) -> GradICON:
     """The network of a file, in eval mode, with its architecture read from the file.
 
     weights: a file of `GradICON.save`; a state dict of icon-registration's (uniGradICON's `Step_2_final.trch`
-    or what its fine-tuning leaves); or "unigradicon" or "multigradicon" for the official files.
+    or what its fine-tuning leaves); "unigradicon" or "multigradicon" for the official files; or the name of one of
+    ours (see `pretrained`).
     Raises: ValueError for a file that is missing, damaged or something else; OSError as `official`.
     """
-    path = official(weights) if weights in OFFICIAL else Path(weights)
+    path = _file(weights)
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         if isinstance(saved, dict) and "settings" in saved:
@@ -72,6 +75,35 @@ def load(weights: Path | str) -> GradICON:
             "check the path, copy the file again or train anew"
         ) from error
     return net.eval()
+
+
+def pretrained(name: str) -> GradICON:
+    """One of the small networks that come with fmsam, in eval mode: `shipped()` has their names.
+
+    `docs/pretrained.md` says what each was trained on, under which licences, and what to expect of it.
+    Raises: ConfigError for another name; ValueError for a file that is not the one that was shipped.
+    """
+    if name not in shipped():
+        raise ConfigError(f"expected one of {', '.join(shipped())}, got {name!r}{nearest(name, shipped())}")
+    return load(name)
+
+
+def shipped() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.pt"))
+
+
+def _file(weights: Path | str) -> Path:
+    """Where weights lie: those with a name, or those of a path."""
+    if weights in OFFICIAL:
+        return official(str(weights))
+    if weights not in shipped():
+        return Path(weights)
+    path = SHIPPED / f"{weights}.pt"
+    if path.with_suffix(".sha256").read_text(encoding="utf-8").split()[:1] != [sha256(path)]:
+        raise ValueError(
+            f"expected the weights that came with fmsam in {path}, got a file that was changed: install anew"
+        )
+    return path
 
 
 def official(name: str) -> Path:
@@ -117,7 +149,7 @@ def check(weights: Path | str) -> dict[str, Any]:
     fine: False where either is wrong (a deviation over 1e-3), None where there is nothing to compare.
     Raises as `load`.
     """
-    net, path = load(weights), official(str(weights)) if weights in OFFICIAL else Path(weights)
+    net, path = load(weights), _file(weights)
     found: dict[str, Any] = {"sha256": sha256(path), "deviation": None, "fine": None}
     if "golden" in net.about:
         apart = torch.tensor(golden(net)) - torch.tensor(net.about["golden"])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import from_icon, load, to_icon, unigradicon
@@ -110,3 +111,27 @@ def test_without_network_the_message_says_where_to_put_them(tmp_path, monkeypatc
     with pytest.raises(OSError, match=r"download it by hand and put it at .*cache/weights/multigradicon.trch"):
         load("multigradicon")
     assert not list((tmp_path / "cache" / "weights").iterdir())
+
+
+def test_shipped_networks_have_names_and_are_those_that_were_shipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path)
+    torch.manual_seed(0)
+    net = GradICON(2, down=(4, 8), levels=2, last_step=False).eval()
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    net.shape = (32, 32)
+    net.save(tmp_path / "2d.pt", half=True)
+    net.save(tmp_path / "whole.pt")
+    assert (tmp_path / "2d.pt").stat().st_size < 0.75 * (tmp_path / "whole.pt").stat().st_size
+    (tmp_path / "whole.pt").unlink()
+    (tmp_path / "2d.sha256").write_text(weights.sha256(tmp_path / "2d.pt") + "\n")
+    images = torch.rand(2, 1, 1, 32, 32)
+    with torch.no_grad():
+        assert (weights.pretrained("2d")(*images).map - net(*images).map).abs().max() < 1e-3
+    assert next(load("2d").parameters()).dtype == torch.float32
+    assert weights.check("2d")["as downloaded"]
+    with pytest.raises(ConfigError, match=r"expected one of 2d, got '2dd' \(did you mean 2d\?\)"):
+        weights.pretrained("2dd")
+    (tmp_path / "2d.pt").write_bytes((tmp_path / "2d.pt").read_bytes() + b"x")
+    with pytest.raises(ValueError, match="got a file that was changed"):
+        load("2d")

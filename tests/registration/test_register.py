@@ -930,7 +930,10 @@ def test_an_option_of_the_command_reaches_register(tmp_path, pair, monkeypatch):
     options |= {"modality": "ct", "moving_modality": "mr", "start": "rigid"}
     flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     assert run(pair, tmp_path / "out", *flags, "--quiet") == 1
-    assert {name: asked[name] for name in Registering.model_fields} == options | {"shape": list(GRID), "keep_worse": False}
+    assert {name: asked[name] for name in Registering.model_fields} == options | {
+        "shape": list(GRID),
+        "keep_worse": False,
+    }
     assert asked["progress"] is False
 
 
