@@ -68,6 +68,7 @@ class Train(Parameters):
 
     out: Folder = Field(f"{MINE}/sam/seed0", description="folder of this run; counts from the project's folder")
     train_domain: Name = Field("brain-mr", description="domain to train on; several joined with +")
+    subjects: Natural = Field(0, description="train on so many subjects of each domain; 0: on all")
     optimizer: Optimizer = Field("sam", description="adam, adam-2x, sam, asam, sam-every, looksam or random")
     seed: Natural = Field(0, description="of the first weights and the order of the pairs")
     shape: Shape = Field([64, 64], description="samples along each axis")

@@ -48,7 +48,8 @@ def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str
     """
     shape = tuple(trained.shape)
     domains = {name: open_domain(name, shape=shape, data=data or None) for name in test_domains}
-    dataset = open_domain(trained.train_domain, shape=shape, data=data or trained.data or None)
+    how: dict[str, Any] = {"shape": shape, "data": data or trained.data or None, "subjects": trained.subjects}
+    dataset = open_domain(trained.train_domain, **how)
     batches = {TRAINING: _batch([dataset.training_pair(i) for i in range(pairs)])}
     return batches | {name: fixed_batch(domain, pairs=pairs) for name, domain in domains.items()}
 

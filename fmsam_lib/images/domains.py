@@ -33,13 +33,13 @@ def domain_names(data=None) -> list[str]:
     return [*synthetic.DOMAINS, *folders]
 
 
-def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0):
+def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, subjects: int = 0):
     """A source of pairs on the grid `shape`: a synthetic domain, a data set's folder, or "a+b", a mixture.
 
-    data: the folder of data sets (see `data_folder`).
+    data: the folder of data sets (see `data_folder`). subjects: train on so many of each domain, its first; 0: on all.
 
-    All have `name`, `shape`, `data` ("" where all is synthetic), `seed`, `labels`, `modality`, `pairing`, `unit` ("mm",
-    or "voxel" where the spacing is unknown), `training_count` (images; pairs of a synthetic domain),
+    All have `name`, `shape`, `data` ("" where all is synthetic), `seed`, `subjects`, `labels`, `modality`, `pairing`,
+    `unit` ("mm", or "voxel" where the spacing is unknown), `training_count` (images; pairs of a synthetic domain),
     `training_pair(i)`: the i-th of an endless sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the
     same for every seed, `validation_count` and `validation_pair(i)`: likewise, of subjects who are in neither training
     nor test, and `check()`: the messages of everything wrong with its files.
@@ -49,14 +49,15 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0):
     if len(shape) not in (2, 3):
         raise ConfigError(f"expected a shape of 2 or 3 sides, got {shape}: give (64, 64) or (64, 64, 64)")
     if "+" in name:
-        return Mixture(name, [open_domain(part, shape=shape, data=data, seed=seed) for part in name.split("+")])
+        how: dict[str, Any] = {"shape": shape, "data": data, "seed": seed, "subjects": subjects}
+        return Mixture(name, [open_domain(part, **how) for part in name.split("+")])
     if name in synthetic.DOMAINS:
-        return SyntheticDomain(name, shape, seed)
+        return SyntheticDomain(name, shape, seed, subjects)
     folder, known = data_folder(data), domain_names(data)
     if name not in known:
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
         raise data_error(folder, f"one of {', '.join(known)}", f"{name!r}{nearest(name, known)}", todo)
-    return FileDomain(read_manifest(folder / name), shape, seed)
+    return FileDomain(read_manifest(folder / name), shape, seed, subjects)
 
 
 def opens_again(domain) -> bool:
@@ -64,10 +65,11 @@ def opens_again(domain) -> bool:
 
     def about(opened) -> list[tuple]:
         parts = [opened, *getattr(opened, "domains", [])]
-        return [(type(part), part.name, part.shape, part.data, part.seed) for part in parts]
+        return [(type(part), part.name, part.shape, part.data, part.seed, part.subjects) for part in parts]
 
     try:
-        return about(open_domain(domain.name, shape=domain.shape, data=domain.data or None)) == about(domain)
+        how: dict[str, Any] = {"shape": domain.shape, "data": domain.data or None, "subjects": domain.subjects}
+        return about(open_domain(domain.name, **how)) == about(domain)
     except (AttributeError, DataError):
         return False
 
@@ -99,11 +101,12 @@ class SyntheticDomain:
     """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
 
     unit, data = "mm", ""
-    training_count, validation_count, test_count = 200, 10, 50
+    validation_count, test_count = 10, 50
 
-    def __init__(self, name: str, shape: tuple[int, ...], seed: int):
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int, subjects: int = 0):
         domain = synthetic.DOMAINS[name]
-        self.name, self.shape, self.seed = name, shape, seed
+        self.name, self.shape, self.seed, self.subjects = name, shape, seed, subjects
+        self.training_count = min(subjects or 200, 200)  # pairs
         self.labels, self.modality, self.pairing = domain.labels, domain.modality, domain.pairing
         self.made: dict[int, Pair] = {}
 
@@ -127,14 +130,20 @@ class SyntheticDomain:
 class FileDomain:
     """Pairs of a manifest's files; each file is read once and then kept in memory."""
 
-    def __init__(self, manifest: Manifest, shape: tuple[int, ...], seed: int):
+    def __init__(self, manifest: Manifest, shape: tuple[int, ...], seed: int, subjects: int = 0):
         if len(shape) > manifest.dimensions:
             raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
-        self.manifest, self.shape, self.seed = manifest, shape, seed
+        self.manifest, self.shape, self.seed, self.subjects = manifest, shape, seed, subjects
         self.name, self.data = manifest.name, str(manifest.folder.parent.resolve())
         self.labels, self.modality, self.pairing = manifest.labels, manifest.modality, manifest.pairing
         self.unit = "mm" if manifest.spacing_known else "voxel"
         self.training, self.training_pairs, self.validation_pairs = held_out(manifest)
+        if subjects:
+            everyone = [manifest.subject[i] for i in (*self.training, *itertools.chain(*(self.training_pairs or [])))]
+            kept = list(dict.fromkeys(everyone))[:subjects]
+            self.training = [i for i in self.training if manifest.subject[i] in kept]
+            listed = self.training_pairs
+            self.training_pairs = listed and [pair for pair in listed if all(manifest.subject[i] in kept for i in pair)]
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
         self.test_count = len(manifest.test_pairs)
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
@@ -254,7 +263,7 @@ class Mixture:
 
     def __init__(self, name: str, domains: list):
         self.name, self.domains = name, domains
-        self.shape, self.seed = domains[0].shape, domains[0].seed
+        self.shape, self.seed, self.subjects = domains[0].shape, domains[0].seed, domains[0].subjects
         self.data = next((domain.data for domain in domains if domain.data), "")
         self.labels: dict[int, str] = {}
         self.unit = "mm" if all(domain.unit == "mm" for domain in domains) else "voxel"

@@ -15,5 +15,6 @@ if __name__ == "__main__":
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-    fit(starting(run), open_domain(run.train_domain, shape=run.shape, data=run.data or None), run)
+    dataset = open_domain(run.train_domain, shape=run.shape, data=run.data or None, subjects=run.subjects)
+    fit(starting(run), dataset, run)
     torch.distributed.destroy_process_group()

@@ -54,6 +54,7 @@ def train(
     if not hasattr(domain, "training_pair"):
         raise ConfigError(f"expected a domain, got {domain!r}: fm.open_domain(name, shape=(64, 64)) opens one")
     given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
+    given["subjects"] = getattr(domain, "subjects", 0)
     if net is not None:
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):

@@ -444,3 +444,22 @@ def test_one_training_image_makes_no_pair(tmp_path):
     folder = dataset(tmp_path / "Mine", train=("p1_ED",))
     with pytest.raises(DataError, match=r"two training images or more .* found 1 images"):
         open_domain("Mine", shape=GRID, data=folder.parent).training_pair(0)
+
+
+def test_fewer_subjects_are_the_first_ones(tmp_path, monkeypatch):
+    dataset(tmp_path / "Own")
+    few = open_domain("Own", shape=GRID, data=tmp_path, subjects=2)
+    drawn = {few.training_pair(i).subjects for i in range(20)}
+    assert drawn == {("p1", "p2"), ("p2", "p1")}
+    assert (few.training_count, few.test_count, few.subjects) == (2, 1, 2)
+    both = open_domain("brain-mr+Own", shape=(16, 16, 16), data=tmp_path, subjects=2)
+    assert {both.training_pair(i).name for i in range(1, 40, 2)} == {few.training_pair(i).name for i in range(20)}
+    assert len({both.training_pair(i).name for i in range(0, 40, 2)}) == 2
+    assert opens_again(both)
+    assert open_domain("Own", shape=GRID, data=tmp_path, subjects=99).training_count == 3
+    path = tmp_path / "Own" / "Own_dataset.json"
+    files = [entry["image"] for entry in json.loads(path.read_text())["training"]]
+    listed = [{"fixed": files[a], "moving": files[b]} for a, b in ((0, 1), (1, 2), (2, 0))]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training_paired_images": listed}))
+    few = open_domain("Own", shape=GRID, data=tmp_path, subjects=2)
+    assert len({few.training_pair(i).name for i in range(20)}) == 1
