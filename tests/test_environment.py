@@ -94,5 +94,5 @@ def test_an_installed_wheel_has_every_room(tmp_path):
 
 
 def test_what_a_researcher_calls_is_exported_and_documented():
-    assert len(fmsam_lib.__all__) == 16
+    assert len(fmsam_lib.__all__) == 17
     assert all(getattr(fmsam_lib, name).__doc__ for name in fmsam_lib.__all__)
