@@ -53,6 +53,14 @@ class Start(Parameters):
     seed: Natural = Field(0, description="of the network's first weights")
 
 
+class ByHand(Parameters):
+    """Notebook 02: a displacement field, optimised for one pair."""
+
+    domain: Name = Field("brain-mr", description="brain-mr, lung-ct, knee-mr, abdomen-ct or heart-mr")
+    steps: Count = Field(200, description="of the optimizer, for each registration")
+    lmbda: NotNegative = Field(1.0, description="weight of the regulariser")
+
+
 class Look(Parameters):
     """Notebook 01: one domain's images."""
 

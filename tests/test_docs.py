@@ -28,6 +28,7 @@ BESIDE = re.compile(r"-?\d\.\d+ \[-?\d\.\d+, -?\d\.\d+\]")  # a difference and i
 MODELS = {
     "00": "Start",
     "01": "Look",
+    "02": "ByHand",
     "04": "Start",
     "10": "Train",
     "20": "Evaluate",

@@ -63,6 +63,43 @@ def test_00_registers_a_pair_better_than_nothing(tmp_path):
     assert pictures(notebook) >= 4  # pair, loss, result, explorer
 
 
+def with_solutions(name, into, **parameters):
+    """The notebook executed with the folded solutions of its exercises as further cells; what these printed."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    solutions = re.findall(r"<details><summary>Solution</summary>\n\n```python\n(.*?)```", text, re.S)
+    assert 2 <= len(solutions) <= 3
+    assert text.count("**Guess first:**") >= 3
+    assert (
+        text.index("**You will learn**")
+        < text.index("**Needs**")
+        < text.index("**Takes**")
+        < text.index("## Exercises")
+    )
+    notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in solutions]
+    nbformat.write(notebook, into / f"{name}.ipynb")
+    out = into / "executed.ipynb"
+    papermill.execute_notebook(into / f"{name}.ipynb", out, parameters, cwd=NOTEBOOKS, progress_bar=False)
+    executed = nbformat.read(out, 4)
+    return executed, printed(nbformat.v4.new_notebook(cells=executed.cells[-len(solutions) :]))
+
+
+def test_02_folds_without_a_regulariser_and_its_solutions_say_what_the_text_says(tmp_path):
+    notebook, solved = with_solutions("02_registration_by_hand", tmp_path)
+    rows = re.findall(r"^(before|lambda = [01]) +(\d\.\d+) +(\d\.\d+) +(\d+\.\d+)$", printed(notebook), re.M)
+    facts = {name: tuple(map(float, values)) for name, *values in rows}  # LNCC, Dice, folded
+    assert facts["lambda = 1"][2] == 0
+    assert facts["lambda = 0"][2] > 20
+    assert facts["before"][0] < facts["lambda = 0"][0] < facts["lambda = 1"][0]
+    assert facts["before"][1] + 0.1 < facts["lambda = 0"][1] < facts["lambda = 1"][1]
+    assert 0.1 < float(re.search(r"(\d\.\d+) samples on average", solved)[1]) < 3
+    bright, dark = map(float, re.search(r"squared difference: Dice (\S+), darker (\S+)", solved).groups())
+    assert dark < bright - 0.03
+    assert float(re.search(r"LNCC, darker: Dice (\S+)", solved)[1]) == pytest.approx(facts["lambda = 1"][1], abs=0.02)
+    folded = [float(x) for x in re.findall(r"^(?:8|16|32|64) .* (\d+\.\d+)$", solved, re.M)]
+    assert folded[0] < folded[-1] / 5
+
+
 @pytest.mark.parametrize("shape", [[32, 32], [24, 24, 24]])
 def test_01_shows_a_domain_in_2d_and_3d(tmp_path, shape):
     notebook = execute("01_look_at_the_data", tmp_path, domain="abdomen-ct", shape=shape, pairs=2)
