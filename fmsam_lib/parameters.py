@@ -61,6 +61,14 @@ class ByHand(Parameters):
     lmbda: NotNegative = Field(1.0, description="weight of the regulariser")
 
 
+class Coarse(Parameters):
+    """Notebook 03: a small network, level by level, trained with GradICON's penalty and without."""
+
+    domain: Name = Field("brain-mr", description="brain-mr, lung-ct, knee-mr, abdomen-ct or heart-mr")
+    steps: Count = Field(250, description="training steps, for each of the two networks")
+    lmbda: NotNegative = Field(1.5, description="weight of GradICON's penalty")
+
+
 class Look(Parameters):
     """Notebook 01: one domain's images."""
 
@@ -284,6 +292,13 @@ class RegisterYourOwn(Register):
         if bool(self.fixed) != bool(self.moving):
             raise ValueError("expected fixed and moving, or neither for a synthetic pair; got one of them")
         return self
+
+
+class Doubt(Parameters):
+    """Notebook 60: registrations that look right, and signs that they are not."""
+
+    steps: Count = Field(250, description="training steps of the network that is put to the test")
+    pairs: Count = Field(10, description="brains for the last experiment, each at three distances")
 
 
 def trained_with(folder: Path | str) -> Train:

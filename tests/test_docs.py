@@ -29,6 +29,7 @@ MODELS = {
     "00": "Start",
     "01": "Look",
     "02": "ByHand",
+    "03": "Coarse",
     "04": "Start",
     "10": "Train",
     "20": "Evaluate",
@@ -36,6 +37,7 @@ MODELS = {
     "35": "Between",
     "40": "Compare",
     "50": "RegisterYourOwn",
+    "60": "Doubt",
 }
 
 

@@ -100,6 +100,52 @@ def test_02_folds_without_a_regulariser_and_its_solutions_say_what_the_text_says
     assert folded[0] < folded[-1] / 5
 
 
+def test_03_gets_better_level_by_level_and_the_penalty_keeps_it_from_folding(tmp_path):
+    notebook, solved = with_solutions("03_the_network", tmp_path, steps=120)
+    text = printed(notebook)
+    levels = {name: float(dice) for name, dice in re.findall(r"^(before|after \w+) +\S+ +(0\.\d+)", text, re.M)}
+    assert levels["before"] + 0.1 < levels["after middle"]
+    assert levels["after fine"] > levels["after coarse"]
+    by_hand, theirs = map(float, re.search(r"by hand (\S+), the library's (\S+)", text).groups())
+    assert by_hand == pytest.approx(theirs, rel=0.03)
+    kinds = re.findall(r"^(?:with the penalty|without) +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+)$", text, re.M)
+    (folded, astray), (folds, misses) = (map(float, kind) for kind in kinds)
+    assert folded < 0.1 < folds
+    assert astray < misses
+    by_hand, in_table = map(float, re.search(r"by hand (\S+) mm, in the table (\S+) mm", solved).groups())
+    assert by_hand == pytest.approx(in_table, rel=0.06)  # the table looks up a grid
+    lost, found = map(float, re.search(r"Dice (\S+) before, (\S+) after", solved).groups())
+    assert found > lost + 0.2
+    alone, whole = map(float, re.search(r"without the coarse level: Dice (\S+), with it (\S+)", solved).groups())
+    assert whole == pytest.approx(levels["after fine"], abs=1e-3)
+    assert alone < whole
+
+
+def test_60_shows_a_registration_that_looks_right_and_is_wrong(tmp_path):
+    notebook, solved = with_solutions("60_when_not_to_trust_it", tmp_path, pairs=6)
+    text = printed(notebook)
+    errors = re.search(r"^inverse error +(.*)$", text, re.M)[1]
+    good, far, negative, _, lesion = map(float, errors.split())
+    assert good < lesion < far < negative
+    table = next(
+        o.data["text/html"] for c in notebook.cells for o in c.get("outputs", []) if "look at it" in str(o.get("data"))
+    )
+    verdicts = re.findall(r">(fine|look at it)<", table)
+    assert verdicts[:3] == ["fine", "look at it", "look at it"]
+    assert verdicts[4] == "fine"  # which is what the text warns of
+    without, within = map(float, re.search(r"mean volume inside: (\S+) without the lesion, (\S+) with", text).groups())
+    assert abs(within - without) > 0.15
+    caught, bad, back, fine = map(
+        int, re.search(r"caught (\d+) of (\d+) bad ones, sent back (\d+) of (\d+)", solved).groups()
+    )
+    assert 0 < caught <= bad
+    assert back < fine
+    ranks = dict(re.findall(r"^(inverse error|dissimilarity) +(-\d\.\d+)", solved, re.M))
+    assert all(float(tau) < -0.3 for tau in ranks.values())
+    assert len(ranks) == 2
+    assert "left and right are exchanged" in solved
+
+
 @pytest.mark.parametrize("shape", [[32, 32], [24, 24, 24]])
 def test_01_shows_a_domain_in_2d_and_3d(tmp_path, shape):
     notebook = execute("01_look_at_the_data", tmp_path, domain="abdomen-ct", shape=shape, pairs=2)
