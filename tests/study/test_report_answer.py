@@ -223,6 +223,7 @@ def test_many_training_domains_have_a_short_name_that_is_spelled_out_once():
     done = run("about", study=SimpleNamespace(**vars(STUDY) | told), results=made_up(tests=("a",), train="a"))
     names = ["all but heart", "all but knee", "3 domains", "3 domains (2)", "a", "a+b"]
     assert [done.short(train) for train in trains] == names
+    assert done.briefly("a+b+c/sam/seed0: gone; h1+h2+b") == "3 domains/sam/seed0: gone; all but knee"
     assert f"Trained on {', '.join(names)}; tested on" in done.about
     spelled = "Heart: h1, h2. Knee: k. Trained on always: b. 3 domains: a, b, c. 3 domains (2): a, b, d."
     assert done.about.endswith(spelled)
