@@ -9,6 +9,7 @@ import pytest
 
 from fmsam_lib.evaluation.anatomies import BAND, EFFECTS, NEW, THESE, answer
 from fmsam_lib.evaluation.comparison import comparison, holm
+from fmsam_lib.parameters import Compare
 from tests.evaluation.test_anatomies import BOTH, DESIGN, GROUPS, simulated
 from tests.evaluation.test_comparison import made_up
 from tests.study.report import STUDY, run
@@ -18,9 +19,9 @@ NONE = comparison(made_up().head(0), [])
 SECTIONS = ("contrasts", "sentence", "forest")
 
 
-def answered(results, pairs, against=(BOTH,), study=ANATOMIES, differences=NONE):
+def answered(results, pairs, against=(BOTH,), study=ANATOMIES, differences=NONE, **given):
     study.train_domains = sorted(results.train_domain.unique())
-    given = {"results": results, "pairs": pairs, "study": study, "differences": differences}
+    given |= {"results": results, "pairs": pairs, "study": study, "differences": differences}
     return run(*SECTIONS, against=list(against), **given)
 
 
@@ -169,6 +170,15 @@ def test_runs_that_share_no_pairs_have_no_answer():
     assert done.sentence == "No answer: adam and sam have no test pairs and seeds in common."
     assert done.tables["answer"].empty
     assert not done.figures
+
+
+def test_one_optimizer_has_no_answer():
+    results, pairs = simulated(np.random.default_rng(0), seeds=2)
+    only = SimpleNamespace(**vars(ANATOMIES) | {"optimizers": ["sam"]})
+    settings = Compare(baseline="sam", treatment="sam")
+    done = answered(results[results.optimizer == "sam"], pairs, against=[], study=only, settings=settings)
+    assert done.sentence == "No answer: there is sam alone."
+    assert done.tables["answer"].empty
 
 
 def other(results, against=(("adam", "sam"),)):
