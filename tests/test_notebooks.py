@@ -413,6 +413,23 @@ def test_40_compares_and_names_what_is_missing(trained, compared):
     shown = marked(compared)
     assert all(f"**Missing:** {problem}" in shown for problem in problems)
     assert "- one seed only: intervals are over test pairs" in shown
+    assert f"**[{len(problems)} problems](#missing): {problems[0]}** · [1 note](#missing): one seed only" in shown
+
+
+def test_40_begins_with_the_answer(trained, compared):
+    lines = pd.read_csv(trained / "answer.csv").query("role == 'primary'")
+    assert lines[["anatomy", "baseline", "treatment"]].values.tolist() == [
+        [DOMAIN, "adam-2x", "sam"],
+        ["heart-mr", "adam-2x", "sam"],
+    ]
+    first = (trained / "summary.txt").read_text().splitlines()[0]
+    assert first in marked(compared)
+    numbers = re.findall(r"by ([+−]\d\.\d{3})", first)
+    assert [float(n.replace("−", "-")) for n in numbers] == pytest.approx(lines["mean"].tolist(), abs=5e-4)
+    assert "against Adam at equal compute" in first.replace("Against", "against")
+    assert "One seed decides nothing" in first
+    shown = (trained / "figures/answer.png").read_bytes()
+    assert shown == (trained / "figures/paired_difference.png").read_bytes()
 
 
 def test_40_compares_at_equal_steps_and_at_equal_compute(trained, compared):
@@ -437,7 +454,7 @@ def test_40_keeps_every_figure_with_its_caption(trained, compared):
     captioned = {
         *("matrix", "paired_difference", "robustness", "training", "loss_lines", "loss_planes"),
         *("sharpness", "spectrum", "paths", "solutions_plane", "correlation", "flatness_against_dice"),
-        *("example_brain-mr", "example_heart-mr"),
+        *("example_brain-mr", "example_heart-mr", "answer"),
     }
     assert "No figure" not in marked(compared)
     assert {p.stem for p in (trained / "figures").glob("*.txt")} == captioned

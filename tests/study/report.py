@@ -17,7 +17,8 @@ CELLS = [
     if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
 ]
 STUDY = SimpleNamespace(train_domains=["a"], test_domains=["a", "b"], optimizers=["adam", "sam"], seeds=[0, 1],
-                        shape=[32, 32], description="made up")  # fmt: skip
+                        shape=[32, 32], description="made up", groups={}, always=[], leave_one_out=[],
+                        variants={})  # fmt: skip
 
 
 def defines(node):

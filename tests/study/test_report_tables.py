@@ -28,7 +28,7 @@ def summary(settings):
     """Makes the summary, as a table and as a reader sees it."""
 
     def made(results):
-        done = run("summary", results=results, settings=settings, about="all")
+        done = run("summary", "summary_text", results=results, settings=settings, about="all", sentence="better")
         return done.tables["summary"], done.readable(done.tables["summary"])
 
     return made
@@ -64,7 +64,7 @@ def test_the_readable_table_says_what_the_numbers_say(summary, tmp_path):
     assert line["sam - adam [95 %]"] == "0.100 [0.100, 0.100]"
     assert line["before"] == f"{table.before.item():.3f}"
     assert (line["tested on"], line["pairs"]) == ("T", "8")
-    assert (tmp_path / "summary.txt").read_text() == f"all\n\n{text.to_string(index=False)}\n"
+    assert (tmp_path / "summary.txt").read_text() == f"better\n\nall\n\n{text.to_string(index=False)}\n"
 
 
 def test_a_domain_without_labels_stays_in_the_summary(summary):
@@ -225,14 +225,39 @@ def test_no_cell_and_no_function_of_the_report_is_long():
     assert len(set(names)) == len(names)  # a cell may be run again
 
 
-def test_the_reports_page_folds_code_away_and_shows_what_it_made():
-    outputs = [v4.new_output("stream", text="made by this")]
-    notebook = v4.new_notebook(cells=[v4.new_code_cell("folded = True", outputs=outputs), v4.new_markdown_cell("said")])
-    page, _ = HTMLExporter(template_file=str(PROJECT / "notebooks/folded.html.j2")).from_notebook_node(notebook)
-    (folded,) = re.findall(r"<details>.*?</details>", page, re.DOTALL)
-    assert "folded" in re.sub(r"<[^>]*>", "", folded.partition("</summary>")[2])
-    assert "made by this" in page
-    assert "made by this" not in folded
+def page_of(*cells):
+    """The report's page of these cells: (tags, source, text shown) of code, or a text."""
+    made = [
+        v4.new_code_cell(cell[1], outputs=[v4.new_output("stream", text=cell[2])], metadata={"tags": [cell[0]]})
+        if isinstance(cell, tuple)
+        else v4.new_markdown_cell(cell)
+        for cell in cells
+    ]
+    template = str(PROJECT / "notebooks/folded.html.j2")
+    return HTMLExporter(template_file=template).from_notebook_node(v4.new_notebook(cells=made))[0]
+
+
+def test_the_reports_page_begins_with_the_answer_and_folds_the_rest_away():
+    page = page_of("# Title", ("x", "early = 1", "first"), "## Tables\n\nsaid", ("answer", "late = 2", "it helps"))
+    main, *folds = page.partition("<main>")[2].split("<details")
+    assert re.sub(r"<[^>]*>", "", main).strip() == "it helps"
+    about, about_code, tables, tables_code = (re.sub(r"<[^>]*>", "", fold.partition(">")[2]) for fold in folds)
+    assert about.startswith("About this study")
+    assert "first" in about
+    assert "early" in about_code
+    assert about_code.startswith("code")
+    assert tables.startswith("Tables")
+    assert "said" in tables
+    assert "late" in tables_code
+    assert page.count("it helps") == 1
+    assert page.count("</details>") == len(folds) == 4
+    assert "open" not in "".join(re.findall(r"<details[^>]*>", page))
+
+
+def test_the_reports_page_takes_nothing_from_the_network():
+    page = page_of("# Title", ("answer", "x = 1", "it helps"))
+    assert "<script" not in page
+    assert not re.findall(r"(?:src|href)=.https?:|url\(|@import|<link", page)
 
 
 def test_landmarks_alone_make_a_report(settings, tmp_path):
@@ -240,10 +265,11 @@ def test_landmarks_alone_make_a_report(settings, tmp_path):
     rows = made_up().assign(label="", metric="tre", unit="mm")
     rows = pd.concat([rows, rows.assign(metric="folding_percent", value=0.0, unit="%")], ignore_index=True)
     costs = rows[:0].assign(metric="seconds")
-    done = run("summary", "comparison", "methods", results=rows, costs=costs, settings=settings, about="all")
+    sections = ("summary", "comparison", "methods", "summary_text")
+    done = run(*sections, results=rows, costs=costs, settings=settings, about="all", sentence="better")
     summary, told = done.tables["summary"].iloc[0], (tmp_path / "summary.txt").read_text()
     assert summary["sam"] - summary["adam"] == pytest.approx(0.1)
-    assert told.startswith("all No labels: these are landmark errors (TRE).\n\n")
+    assert told.startswith("better\n\nall No labels: these are landmark errors (TRE).\n\n")
     (line,) = done.differences[(done.differences.metric == "tre") & (done.differences.test_domain == "T")].itertuples()
     assert (line.unit, line.mean) == ("mm", pytest.approx(0.1))
     assert set(done.methods.metric) == {"tre", "folding_percent"}

@@ -26,6 +26,7 @@ from fmsam_lib.study.grid import grid, twins
 from fmsam_lib.study.notebooks import NOTEBOOKS, executed, jobs, plan
 from fmsam_lib.study.run import main, preflight
 from tests.conftest import PROJECT, drawn
+from tests.test_browser import CHROMIUM, FLAGS
 
 HAS_ANTS = importlib.util.find_spec("ants") is not None
 TINY = {
@@ -403,14 +404,20 @@ def test_the_report_shows_every_picture_with_its_caption(project, computed):
     }
     assert sum(int(line.split()[-2]) for line in last.splitlines()) == pytest.approx(100, abs=3)
     page = (root / "report.html").read_text()
-    report = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)  # without the code
+    report = re.sub(r'<details class="code">.*?</details>', "", page, flags=re.DOTALL)
     assert "report.gather" not in report
-    assert "import" in page
+    assert "from fmsam_lib.study.gather import gather" in re.sub(r"<[^>]*>", "", page)
+    assert "from fmsam_lib.study.gather import gather" not in re.sub(r"<[^>]*>", "", report)
+    answer = re.sub(r"<[^>]*>", "", page.partition("<main>")[2].partition("</main>")[0])
+    assert answer.startswith("Against Adam at equal compute, SAM changes Dice by ")
+    assert "One seed decides nothing" in answer
+    assert (root / "summary.txt").read_text().splitlines()[0] in answer
+    assert (root / "summary.txt").read_text() in computed.stdout
     assert "No figure" not in report
     assert "Nothing is missing" in report
     assert "one seed only" in report
     names = PICTURES.split()
-    assert report.count('src="data:image/png') == len(names) + 2  # an example of each domain
+    assert report.count('src="data:image/png') == len(names) + 3  # an example of each domain, and the first picture
     for name in names:
         assert drawn(root / f"figures/{name}.png"), name
         assert (root / f"figures/{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -419,6 +426,37 @@ def test_the_report_shows_every_picture_with_its_caption(project, computed):
         assert (
             caption.split(" Trained on")[0].replace("'", "&#39;") in report or caption.split(" Trained on")[0] in report
         )
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser: expected chromium on the PATH (apt install chromium)")
+@pytest.mark.parametrize("width", [1200, 800])
+def test_the_reports_page_is_short_narrow_and_quick_and_asks_nobody(project, computed, width):
+    from playwright.sync_api import sync_playwright
+
+    asked, size = [], "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((project / "runs/tiny/report.html").as_uri())
+        closed = page.evaluate(size)
+        seconds = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd / 1000")
+        picture = page.locator("main img").bounding_box()
+        page.locator("main a", has_text="note").click()  # opens the fold that it leads to
+        page.locator("summary", has_text="in tables").click()
+        opened = page.evaluate(size)
+        tables = page.evaluate("[...document.querySelectorAll('table')].map(table => table.scrollWidth)")
+        opens = page.evaluate("[...document.querySelectorAll('details[open] > summary')].map(s => s.innerText.trim())")
+        browser.close()
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    assert closed[0] == opened[0] == width
+    assert closed[1] < 2500
+    assert seconds < 1
+    assert picture["y"] + picture["height"] < 900  # in the first screen
+    assert opens == ["About this study", "Dice of every domain, in tables"]
+    assert width == 800 or max(tables) <= 1200
+    assert (project / "runs/tiny/report.html").stat().st_size < 4e6
 
 
 def allow_one_processor():

@@ -1,0 +1,239 @@
+"""The report's first screen: the answer in a sentence and a picture, of simulated studies."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fmsam_lib.evaluation.anatomies import BAND, EFFECTS, NEW, THESE, answer
+from fmsam_lib.evaluation.comparison import comparison, holm
+from fmsam_lib.parameters import Compare
+from tests.evaluation.test_anatomies import BOTH, DESIGN, GROUPS, simulated
+from tests.evaluation.test_comparison import made_up
+from tests.study.report import STUDY, run
+
+ANATOMIES = SimpleNamespace(**vars(STUDY) | {"groups": GROUPS, "leave_one_out": list(DESIGN)})
+NONE = comparison(made_up().head(0), [])
+SECTIONS = ("contrasts", "sentence", "forest")
+
+
+def answered(results, pairs, against=(BOTH,), study=ANATOMIES, differences=NONE, **given):
+    study.train_domains = sorted(results.train_domain.unique())
+    given |= {"results": results, "pairs": pairs, "study": study, "differences": differences}
+    return run(*SECTIONS, against=list(against), **given)
+
+
+def said(value, sign=""):
+    return f"{value:{sign}.3f}".replace("-", "−")
+
+
+def interval(line):
+    return f"{said(line['mean'], '+')} [{said(line.low)}, {said(line.high)}]"
+
+
+@pytest.fixture(scope="module")
+def both():
+    """A study with Adam at equal steps, too, worse by 0.02."""
+    results, pairs = simulated(np.random.default_rng(0))
+    adam = results[results.optimizer == "adam-2x"].assign(optimizer="adam")
+    noise = np.random.default_rng(1).normal(0.02, 0.01, len(adam))
+    return pd.concat([results, adam.assign(value=adam.value - noise)], ignore_index=True), pairs
+
+
+@pytest.fixture(scope="module")
+def done(both):
+    return answered(*both, against=[("adam", "sam"), BOTH])
+
+
+def test_the_sentences_numbers_are_the_answers(both, done):
+    line = answer(*both, GROUPS, BOTH).set_index("anatomy")
+    these, new = line.loc[THESE], line.loc[NEW]
+    assert done.sentence == (
+        f"On 5 anatomies, each unseen by the networks tested on it, SAM changes Dice by {interval(these)} against Adam "
+        f"at equal compute (90 % interval, 5 seeds, 281 test pairs): {these.verdict} within ±0.01. "
+        f"A new anatomy: {interval(new)}: {new.verdict}. In relative terms "
+        f"{100 * these['mean'] / these.mean_baseline:+.1f} %; the paper (Hu et al. 2025) reports about +15 %."
+    ).replace("-", "−")
+    assert these.verdict == "equivalent"
+
+
+def test_the_table_of_answers_has_every_contrast_and_corrects_the_secondary_ones(both, done):
+    table = done.tables["answer"]
+    primary = table[table.role == "primary"]
+    assert primary["mean"].tolist() == answer(*both, GROUPS, BOTH)["mean"].tolist()
+    assert primary.p_holm.isna().all()
+    assert set(primary.baseline) == {"adam-2x"}
+    second = table[(table.role == "secondary") & (table.anatomy == THESE)]
+    assert second[["on", "metric", "baseline"]].values.tolist() == [["unseen", "dice", "adam"]]  # the others: no rows
+    assert second.p_holm.tolist() == holm(second.p.to_numpy()).tolist()
+    assert second["mean"].item() == pytest.approx(primary["mean"].iloc[-1] + 0.02, abs=0.002)
+
+
+def test_averages_distances_and_domains_that_were_seen_are_secondary(both):
+    results, pairs = both
+    results = results[results.optimizer != "adam"]
+    after = results.assign(optimizer=results.optimizer + "+ema", value=results.value + 0.1)
+    far = results.assign(metric="hd95", value=10 * results.value, unit="mm")
+    trains = sorted(set(results.train_domain))
+    others = dict(zip(trains, np.roll(trains, 1), strict=True))
+    seen = results.assign(train_domain=results.train_domain.map(others))  # by the networks that left out another
+    table = answered(pd.concat([results, after, far, seen]), pairs, against=[BOTH, ("adam-2x+ema", "sam+ema")]).tables[
+        "answer"
+    ]
+    second = table[(table.role == "secondary") & (table.anatomy == THESE)].set_index(["on", "metric", "baseline"])
+    primary = table[table.role == "primary"].set_index("anatomy").loc[THESE]
+    assert [*second.index] == [
+        ("unseen", "dice", "adam-2x+ema"), ("unseen", "hd95", "adam-2x"), ("seen", "dice", "adam-2x"),
+    ]  # fmt: skip
+    assert second["mean"].to_numpy() == pytest.approx(primary["mean"] * np.array([1, 10, 1]), rel=1e-3)
+    assert second.p_holm.to_numpy() == pytest.approx(holm(second.p.to_numpy()))
+
+
+def test_the_picture_shows_both_contrasts_of_every_anatomy_over_the_band(done):
+    picture, table = done.figures["answer"], done.tables["answer"]
+    (axes,) = picture.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [*sorted(DESIGN), THESE, NEW]
+    table = table[(table.on == "unseen") & (table.metric == "dice")]
+    drawn = [line for line in axes.lines if line.get_marker() in ("s", "o") and len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in drawn] == table["mean"].tolist()
+    assert {line.get_color() for line in drawn} == {"#D55E00", "#0072B2"}
+    (band,) = axes.patches
+    assert (band.get_x(), band.get_width()) == pytest.approx((-BAND, 2 * BAND))
+    labels = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert labels == ["SAM minus Adam at equal compute", "SAM minus Adam at equal steps"]
+
+
+def test_one_seed_decides_nothing():
+    results, pairs = simulated(np.random.default_rng(0), seeds=1, effect=0.05)
+    sentence = answered(results, pairs).sentence
+    assert sentence.endswith(
+        "(1 seed, 281 test pairs). One seed decides nothing: another training may come out otherwise."
+    )
+    assert not re.search(r"helps|\[", sentence)
+
+
+def test_an_anatomy_whose_runs_are_missing_is_counted():
+    results, pairs = simulated(np.random.default_rng(0))
+    knee = results.test_domain == "knee"
+    sentence = answered(results[~knee], pairs).sentence
+    assert sentence.startswith("On 4 of 5 anatomies, each unseen")
+    fewer = results[~(knee & (results.seed == 10) & (results.optimizer == "sam"))]
+    assert "(90 % interval, 4 to 5 seeds, 281 test pairs)" in answered(fewer, pairs).sentence
+
+
+def test_without_adam_at_equal_compute_the_sentence_says_equal_steps():
+    results, pairs = simulated(np.random.default_rng(0))
+    results = results.assign(optimizer=results.optimizer.replace("adam-2x", "adam"))
+    assert " against Adam at equal steps (90 %" in answered(results, pairs, against=[("adam", "sam")]).sentence
+
+
+def alone():
+    """A study of single synthetic domains, each left out in turn: no groups, no patients."""
+    results, pairs = simulated(np.random.default_rng(1))
+    every = set(results.test_domain)
+    results = results.assign(train_domain=["+".join(sorted(every - {test})) for test in results.test_domain])
+    return results, pairs.assign(subjects=""), SimpleNamespace(**vars(STUDY) | {"leave_one_out": sorted(every)})
+
+
+def test_domains_without_groups_and_synthetic_pairs_are_anatomies_of_their_own(monkeypatch):
+    kept = {name: effect for name, effect in EFFECTS.items() if name in ("seed", "fixed")}  # what can be told apart
+    monkeypatch.setattr("fmsam_lib.evaluation.anatomies.EFFECTS", kept)
+    results, pairs, study = alone()
+    done = answered(results, pairs, study=study)
+    assert done.sentence.startswith("On 7 anatomies, each unseen by the networks tested on it, SAM changes Dice by ")
+    assert done.figures.keys() == {"answer"}
+
+
+def test_where_the_model_has_no_fit_the_comparison_answers(monkeypatch):
+    def fails(*_):
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    monkeypatch.setattr("fmsam_lib.evaluation.anatomies.answer", fails)
+    results, pairs, study = alone()
+    results = results[results.test_domain.isin(["acdc", "knee"])]
+    differences = comparison(results, [BOTH])
+    done = answered(results, pairs, study=study, differences=differences)
+    line = differences.set_index(["train_domain", "test_domain"]).loc["each", "unseen"]
+    assert done.sentence.startswith(
+        f"Against Adam at equal compute, SAM changes Dice by {interval(line)} on the domains never seen (95 % interval"
+    )
+    assert done.sentence.endswith("There is no verdict by rule: the mixed model of the anatomies has no fit.")
+    assert not done.figures
+
+
+def test_runs_that_share_no_pairs_have_no_answer():
+    results, pairs = simulated(np.random.default_rng(0), seeds=2)
+    done = answered(results[results.optimizer == "sam"], pairs)
+    assert done.sentence == "No answer: adam and sam have no test pairs and seeds in common."
+    assert done.tables["answer"].empty
+    assert not done.figures
+
+
+def test_one_optimizer_has_no_answer():
+    results, pairs = simulated(np.random.default_rng(0), seeds=2)
+    only = SimpleNamespace(**vars(ANATOMIES) | {"optimizers": ["sam"]})
+    settings = Compare(baseline="sam", treatment="sam")
+    done = answered(results[results.optimizer == "sam"], pairs, against=[], study=only, settings=settings)
+    assert done.sentence == "No answer: there is sam alone."
+    assert done.tables["answer"].empty
+
+
+def other(results, against=(("adam", "sam"),)):
+    differences = comparison(results, list(against))
+    return run(*SECTIONS, results=results, against=list(against), differences=differences)
+
+
+def test_another_study_answers_from_the_comparison():
+    rows = made_up(0.02, tests=("T", "U", "V"), optimizers=("adam-2x", "sam"), spread=0.05)
+    done = other(rows, [("adam-2x", "sam")])
+    lines = done.differences.set_index("test_domain")
+    seen, unseen = (interval(lines.loc[name]) for name in ("seen", "V"))
+    assert done.sentence.startswith(
+        f"Against Adam at equal compute, SAM changes Dice by {seen} on the domains trained on and by {unseen} on V "
+        "(never seen) (95 % interval over 2 seeds and test pairs). "
+    )
+    table = done.tables["answer"]
+    assert table[["anatomy", "on", "mean"]].values.tolist() == [
+        ["seen", "seen", lines.loc["seen", "mean"]],
+        ["V", "unseen", lines.loc["V", "mean"]],
+    ]
+    assert not done.figures
+
+
+@pytest.mark.parametrize(
+    ("gain", "seeds", "says"),
+    [
+        (0.1, (0,), "test pairs alone). One seed decides nothing"),
+        (0.0, (0, 1), "No difference can be told from chance."),
+        (0.1, (0, 1), "Beyond chance on T (trained on), though the interval of so few seeds is too narrow."),
+        (0.1, tuple(range(5)), "Beyond chance on T (trained on)."),
+    ],
+)
+def test_another_study_says_how_sure_it_is(gain, seeds, says):
+    assert says in other(made_up(gain, seeds=seeds)).sentence
+
+
+def test_what_is_missing_stands_in_one_line_with_a_link():
+    found = SimpleNamespace(problems=["a: not trained", "b"], notes=["n " * 100])
+    shown = []
+    run("told", found=found, display=lambda told: shown.append(told.data))
+    assert shown[0].startswith("**[2 problems](#missing): a: not trained** · [1 note](#missing): n n n")
+    assert len(shown[0]) < 250
+    run("told", found=SimpleNamespace(problems=[], notes=[]), display=lambda told: shown.append(told.data))
+    assert shown[1] == "Nothing is missing."
+
+
+def test_many_training_domains_have_a_short_name_that_is_spelled_out_once():
+    groups = {"heart": ["h1", "h2"], "knee": ["k"]}
+    trains = ["k+b", "h1+h2+b", "a+b+c", "a+b+d", "a", "a+b"]
+    told = {"groups": groups, "leave_one_out": ["heart", "knee"], "always": ["b"], "train_domains": trains}
+    done = run("about", study=SimpleNamespace(**vars(STUDY) | told), results=made_up(tests=("a",), train="a"))
+    names = ["all but heart", "all but knee", "3 domains", "3 domains (2)", "a", "a+b"]
+    assert [done.short(train) for train in trains] == names
+    assert done.briefly("a+b+c/sam/seed0: gone; h1+h2+b") == "3 domains/sam/seed0: gone; all but knee"
+    assert f"Trained on {', '.join(names)}; tested on" in done.about
+    spelled = "Heart: h1, h2. Knee: k. Trained on always: b. 3 domains: a, b, c. 3 domains (2): a, b, d."
+    assert done.about.endswith(spelled)
