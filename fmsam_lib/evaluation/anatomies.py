@@ -37,12 +37,15 @@ def unseen(
     trained_on = rows.train_domain.str.split("+")
     own = [set(names).isdisjoint(groups[anatomy]) for names, anatomy in zip(trained_on, rows.anatomy, strict=True)]
     keys = ["anatomy", "test_domain", "seed", "pair"]
+    if not any(own):
+        raise ValueError(f"expected {' and '.join(methods)} on an anatomy never seen, got none")
     wide = rows[own].pivot(index=keys, columns="optimizer", values="value").reindex(columns=list(methods))
     wide = wide.set_axis(["baseline", "treatment"], axis=1).dropna().reset_index()
     if wide.empty:
         raise ValueError(f"expected {' and '.join(methods)} on the same pairs of an anatomy never seen, got none")
     wide = wide.merge(pairs.drop_duplicates(["test_domain", "pair"]), on=["test_domain", "pair"])
-    wide[["fixed", "moving"]] = wide.subjects.str.split("|", expand=True)
+    subjects = wide.subjects.where(wide.subjects != "", wide.pair)  # of a synthetic pair nobody else's image is there
+    wide["fixed"], wide["moving"] = subjects.str.split("|").str[0], subjects.str.split("|").str[-1]
     means = wide.groupby([*keys[:3], "fixed", "moving"], as_index=False)[["baseline", "treatment"]].mean()
     return means.assign(difference=means.treatment - means.baseline)
 
@@ -54,8 +57,8 @@ def answer(
 
     Intervals of 90 % and p are those of a mixed model (statsmodels' MixedLM, REML) with a mean for every set and the
     crossed random effects `EFFECTS`, whose variances all anatomies share; by t with anatomies x (seeds - 1) degrees of
-    freedom, NaN with one seed. For a new anatomy: the t interval of the anatomies' own differences. `verdict` is for
-    Dice alone. Raises ValueError as `unseen`.
+    freedom, NaN with one seed. For a new anatomy: the t interval of the anatomies' own differences, never narrower than
+    that of these. `verdict` is for Dice alone. Raises ValueError as `unseen`.
     """
     rows = unseen(results, pairs, groups, methods, metric)
     estimates, covariance = _sets(rows)
@@ -77,7 +80,9 @@ def answer(
     if len(each) > 1:
         test = stats.ttest_1samp(each, 0.0)
         low, high = test.confidence_interval(LEVEL)
-        lines.append(lines[-1] | {"anatomy": NEW, "low": float(low), "high": float(high), "p": float(test.pvalue)})
+        of_these = lines[-1]  # a new anatomy cannot be known better than these: a few alike would say so by chance
+        ends = {"low": min(float(low), of_these["low"]), "high": max(float(high), of_these["high"])}
+        lines.append(of_these | {"anatomy": NEW, "p": float(test.pvalue)} | ends)
     table = pd.DataFrame(lines).assign(metric=metric, baseline=methods[0], treatment=methods[1])
     said = [verdict(*ends) if metric == "dice" else "" for ends in zip(table.low, table.high, strict=True)]
     return table.assign(verdict=said)[COLUMNS]
@@ -91,9 +96,14 @@ def _sets(rows: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     if not rows.difference.any():  # two methods that find the same
         return pd.Series(0.0, names), pd.DataFrame(0.0, names, names)
     scaled = rows.assign(difference=rows.difference / scale)  # variances near 1 converge
+    effects = dict(EFFECTS)
+    if rows.groupby("anatomy").test_domain.nunique().max() == 1:
+        del effects["on_set"]  # the same as the seed's
+    if (rows.fixed == rows.moving).all():
+        del effects["moving"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a variance of 0 is at the edge of what there can be
-        model = mixedlm("difference ~ 0 + C(test_domain)", scaled, groups="anatomy", re_formula="0", vc_formula=EFFECTS)
+        model = mixedlm("difference ~ 0 + C(test_domain)", scaled, groups="anatomy", re_formula="0", vc_formula=effects)
         fitted = model.fit(reml=True, method=["lbfgs", "powell"])
     covariance = fitted.cov_params().iloc[: len(names), : len(names)].to_numpy()
     estimates = pd.Series(scale * fitted.fe_params.to_numpy(), names)

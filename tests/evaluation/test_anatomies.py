@@ -61,7 +61,8 @@ def test_the_effect_is_found_and_judged(effect, said):
     each = table["mean"][:5]
     assert line["mean"] == pytest.approx(each.mean())
     expected = stats.t.ppf(0.95, 4) * each.std() / 5**0.5
-    assert table.loc[NEW, "high"] - table.loc[NEW, "mean"] == pytest.approx(expected)
+    assert table.loc[NEW, "high"] == pytest.approx(max(line["mean"] + expected, line.high))
+    assert table.loc[NEW, "low"] == pytest.approx(min(line["mean"] - expected, line.low))
     assert [*(table.p < 0.1)] == [*(table.low * table.high > 0)]
 
 
@@ -105,6 +106,20 @@ def test_nothing_paired_is_said():
     results, pairs = simulated(np.random.default_rng(0), seeds=1)
     with pytest.raises(ValueError, match="expected adam and sam on the same pairs"):
         answer(results, pairs, GROUPS, ("adam", "sam"))
+
+
+@pytest.mark.parametrize("ring", [True, False])
+def test_one_set_an_anatomy_and_pairs_of_one_subject_have_a_fit(ring):
+    design = {name: {of: (24, 12 if ring else 0) for of in [*sets][:1]} for name, sets in DESIGN.items()}
+    results, pairs = simulated(np.random.default_rng(0), 0.03, seeds=3, design=design)
+    line = answer(results, pairs, GROUPS, BOTH).set_index("anatomy").loc[THESE]
+    assert line.low < 0.03 < line.high
+    synthetic = answer(results, pairs.assign(subjects=""), GROUPS, BOTH).set_index("anatomy").loc[THESE]
+    assert synthetic["mean"] == pytest.approx(line["mean"], abs=1e-3)
+    with pytest.raises(ValueError, match="never seen, got none"):
+        answer(
+            results.assign(train_domain="+".join(n for names in GROUPS.values() for n in names)), pairs, GROUPS, BOTH
+        )
 
 
 @pytest.mark.slow
