@@ -19,6 +19,7 @@ class Pair:
     moving_spacing: the same of the moving image, whose samples may be others; () where it is the fixed one's.
     unit: of the spacing: "voxel" (of the file) where its millimetres are not known.
     subjects: whose images they are, the fixed one's and the moving one's; () where it is not known.
+    title: what people call it, where that is not the name.
     """
 
     name: str
@@ -37,3 +38,7 @@ class Pair:
     moving_mask: Tensor | None = None
     fixed_mask: Tensor | None = None
     moving_spacing: tuple[float, ...] = ()
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.name)

@@ -118,10 +118,14 @@ class SyntheticDomain:
         return self.made[number]
 
     def validation_pair(self, index: int) -> Pair:
-        return synthetic.make_pair(self.name, seed=0, index=FIRST_VALIDATION_INDEX + index, shape=self.shape)
+        return self._other(FIRST_VALIDATION_INDEX, index, "validation")
 
     def test_pair(self, index: int) -> Pair:
-        return synthetic.make_pair(self.name, seed=0, index=FIRST_TEST_INDEX + index, shape=self.shape)
+        return self._other(FIRST_TEST_INDEX, index, "test")
+
+    def _other(self, first: int, index: int, kind: str) -> Pair:
+        pair = synthetic.make_pair(self.name, seed=0, index=first + index, shape=self.shape)
+        return dataclasses.replace(pair, title=f"{self.name}, {kind} pair {index + 1}")
 
     def check(self, *, training: bool = True, test: bool = True) -> list[str]:
         return []

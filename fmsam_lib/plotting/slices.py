@@ -123,7 +123,7 @@ def cut(
     size = np.array([(shape[a] - 1) * spacing[a] for a in across])
     label, moving_label = pair.fixed_label, pair.moving_label
     return Cut(
-        name=pair.name if dim == 2 else f"{pair.name}, {PLANES[axis]} slice {at} (0 to {depth - 1})",
+        name=pair.title if dim == 2 else f"{pair.title}, {PLANES[axis]} slice {at} (0 to {depth - 1})",
         fixed=picture(slab(pair.fixed[0])),
         moving=picture(slab(pair.moving[0])),
         warped=picture(warp(pair.moving[None], points)[0, 0]),
@@ -259,7 +259,7 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
     tall = [(p.size[1] + p.step[1]) / (p.size[0] + p.step[0]) for p in planes]
     rows = [max(t, 0.25) for t in tall]
     figure = Picture(figsize=(WIDTH, sum(WIDTH / 5 * row + 0.15 for row in rows) + 0.7), layout="constrained")
-    figure.suptitle("\n".join([pair.name, *textwrap.wrap(said, 120)]), fontsize=11)
+    figure.suptitle("\n".join([pair.title, *textwrap.wrap(said, 120)]), fontsize=11)
     axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
     for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):
         ax.set_title(title, fontsize=10)
@@ -272,8 +272,8 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
         outline(line[1], p, p.moving_label, WARPED_LINE | thin)
         outline(line[2], p, p.fixed_label, FIXED_LINE | thin)
         outline(line[2], p, p.warped_label, WARPED_LINE | thin)
-        plane = p.name.removeprefix(f"{pair.name}, ").partition(" (")[0]
-        line[0].set_ylabel("" if plane == pair.name else plane.replace(" ", "\n", 1), fontsize=9)
+        plane = p.name.removeprefix(f"{pair.title}, ").partition(" (")[0]
+        line[0].set_ylabel("" if plane == pair.title else plane.replace(" ", "\n", 1), fontsize=9)
     if pair.fixed_label is not None or pair.moving_label is not None:
         contour_legend(figure, "moving and warped")
     return figure

@@ -69,7 +69,7 @@ class Explorer(Sliders):
             self.plane.observe(self._middle, "value")  # before the observer that draws
         names = ("view", "plane", "labels", "index", "strength", "squares")
         super().__init__(self._picture, {name: getattr(self, name) for name in names})
-        heading = widgets.HTML(f"<b>{html.escape(title or pair.name)}</b>")
+        heading = widgets.HTML(f"<b>{html.escape(title or pair.title)}</b>")
         controls = [[self.view, self.plane, self.labels], [self.index, self.strength, self.squares]]
         rows = [widgets.HBox(row, layout=ROW) for row in controls]
         self.widget = widgets.VBox([heading, *rows, self.hint, self.image])

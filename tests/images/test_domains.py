@@ -473,3 +473,11 @@ def test_brainptbp2d_is_already_aligned(real_data):
     overlaps = [2 * (a & b).sum().item() / (a.sum() + b.sum()).item() for a, b in both]
     print(f"Dice of whole brains before registration: {np.mean(overlaps):.3f}")
     assert np.mean(overlaps) > 0.98
+
+
+def test_synthetic_pairs_have_titles_for_people():
+    domain = open_domain("heart-mr", shape=(16, 16))
+    assert domain.test_pair(0).title == "heart-mr, test pair 1"
+    assert domain.validation_pair(2).title == "heart-mr, validation pair 3"
+    pair = domain.training_pair(0)
+    assert pair.title == pair.name
