@@ -40,6 +40,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ants,test]'
+	@mkdir -p $(VENV)/share/jupyter/lab/settings # JupyterLab's question about its news would cover the first notebook
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 # What tests and benchmarks compare with. Without their dependencies, which bring a second torch; see benchmarks/peers.py.
