@@ -121,7 +121,16 @@ def correlation() -> pd.DataFrame:
     return tau.reset_index()
 
 
-MADE = {f"table_{make.__name__}": make for make in (answer, heldout, radius, robustness, flatness, correlation)}
+def tuning() -> pd.DataFrame:
+    """Dice on the left-out synthetic anatomies, by learning rate and radius."""
+    rows = pd.read_csv(FIGURES / "tuning.csv")
+    keys = ["optimizer", "lr", "rho", "gradients"]
+    wide = rows.pivot(index=keys, columns="left_out", values="dice")
+    wide = wide.assign(mean=wide.mean(axis=1).map("{:.4f}".format))
+    return wide.reset_index().rename(columns={"lr": "learning rate"})
+
+
+MADE = {f"table_{make.__name__}": make for make in (answer, heldout, radius, tuning, robustness, flatness, correlation)}
 
 
 def record(folder: Path) -> None:

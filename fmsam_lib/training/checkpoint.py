@@ -71,9 +71,9 @@ def identity(run: Train, dataset) -> dict:
 def refuse_another(there: dict, now: dict, folder: Path) -> None:
     """A folder holds one training: going on with another `identity` would mix two."""
     old, new = ({**who["parameters"], "domain_seed": who["domain_seed"]} for who in (there, now))
-    names = [name for name in new if name not in MAY_DIFFER and old[name] != new[name]]
+    names = [name for name in new if name not in MAY_DIFFER and old.get(name) != new[name]]
     if names:
-        differing = "\n- ".join(f"{name}: {old[name]!r} there, {new[name]!r} now" for name in names)
+        differing = "\n- ".join(f"{name}: {old.get(name)!r} there, {new[name]!r} now" for name in names)
         todo = "delete the folder to train anew, or choose another `out`"
         raise ConfigError(f"{folder} holds a training with other parameters:\n- {differing}\n{todo}")
 
