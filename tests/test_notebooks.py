@@ -162,8 +162,17 @@ def test_01_shows_real_images(tmp_path, real_data):
 
 
 def test_04_shows_what_the_climb_does(tmp_path):
-    notebook = execute("04_sam_explained", tmp_path, shape=[32, 32], steps=20, rho=0.02)
+    notebook, solved = with_solutions("04_sam_explained", tmp_path, shape=[32, 32], steps=20, rho=0.02)
     text = printed(notebook)
+    back = re.search(r"weights that did not come back +(\d+) +(\d+)\npasses that BatchNorm counted +(\d) +(\d)", text)
+    by_hand, theirs, passes, once = map(int, back.groups())
+    assert by_hand > theirs == 0
+    assert (passes, once) == (2, 1)
+    assert float(re.search(r"ASAM by hand and the library's are (\S+) apart", solved)[1]) < 1e-3
+    along, random = map(
+        float, re.search(r"along the gradient (\S+), along random directions at most (\S+)", solved).groups()
+    )
+    assert along > 3 * random
     ends = dict(re.findall(r"^\d +(\d\.\d+) +(sharp|flat|neither)$", text, re.M))
     assert (ends["0.000"], ends["0.001"], ends["0.350"]) == ("sharp", "sharp", "flat")
     share = next(line for line in text.splitlines() if line.startswith("last, of |eps|^2"))
