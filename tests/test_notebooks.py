@@ -54,7 +54,10 @@ def pictures(notebook):
 
 
 def test_00_registers_a_pair_better_than_nothing(tmp_path):
-    notebook = execute("00_start_here", tmp_path)  # as a newcomer runs it
+    notebook, solved = with_solutions("00_start_here", tmp_path)  # as a newcomer runs it
+    before, after = map(float, re.search(r"a heart: Dice (\S+) before, (\S+) after", solved).groups())
+    assert after > before
+    assert 0 < float(re.search(r"there and back: (\S+) samples", solved)[1]) < 5
     table = printed(notebook).split("when ")[-1]
     rows = re.findall(r"^(\w[\w ]*?) +(\d\.\d+) +(\d\.\d+)$", table, re.M)
     assert len(rows) >= 4, table
@@ -148,7 +151,14 @@ def test_60_shows_a_registration_that_looks_right_and_is_wrong(tmp_path):
 
 @pytest.mark.parametrize("shape", [[32, 32], [24, 24, 24]])
 def test_01_shows_a_domain_in_2d_and_3d(tmp_path, shape):
-    notebook = execute("01_look_at_the_data", tmp_path, domain="abdomen-ct", shape=shape, pairs=2)
+    notebook, solved = with_solutions("01_look_at_the_data", tmp_path, domain="abdomen-ct", shape=shape, pairs=2)
+    mean, lowest = map(float, re.search(r"true map: mean Dice (\S+), lowest (\S+)", solved).groups())
+    assert 0.5 < lowest < mean < 1
+    assert float(re.search(r"CT by hand: at most (\S+) apart", solved)[1]) < 1e-6
+    half, with_maximum = map(
+        float, re.search(r"voxels are below (\S+); with the maximum, below (\S+)", printed(notebook)).groups()
+    )
+    assert with_maximum < half / 5
     assert "abdomen-ct: CT, inter-subject" in printed(notebook)
     assert len(re.findall(r"^\w[\w ]*? +2 +0\.\d+", printed(notebook), re.M)) >= 4  # structures in both pairs
     assert pictures(notebook) >= 4
