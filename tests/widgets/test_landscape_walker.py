@@ -67,7 +67,7 @@ def test_halfway_weights_and_statistics_are_means(pair):
 
 
 def test_the_surface_is_the_loss_that_a_walk_over_it_shows(pair):
-    nets, walker = between_two(pair)
+    _, walker = between_two(pair)
     ground = walker.ground
     assert {"the start", "Adam", "SAM"} == ground.places.keys()
     for row, column in ((0, 0), (2, 3), (4, 1)):
