@@ -54,7 +54,7 @@ function paint(canvas, { tall, pixels, columns, lines, texts }) {
     }
     context.stroke();
   }
-  context.font = "24px sans-serif";
+  context.font = "40px sans-serif";
   context.fillStyle = "black";
   for (const [x, y, text] of texts) context.fillText(text, ...place(x, y));
 }
@@ -72,6 +72,7 @@ function walkable(model, parent) {
   let here = model.get("point"), sent = null, dragging = false;
 
   const mark = () => {
+    stage.dataset.point = here;
     point.style.left = `${100 * (left + (width * (here[0] - low)) / (high - low))}%`;
     point.style.top = `${100 * (top + (height * (up - here[1])) / (up - bottom))}%`;
   };
@@ -108,6 +109,7 @@ function walkable(model, parent) {
   };
   mark();
   const answered = () => {
+    stage.dataset.drawn = model.get("answered");
     if (sent) stage.dataset.milliseconds = performance.now() - sent; // from the move to its drawing
     else here = model.get("answered"); // moved by the kernel
     sent = null;

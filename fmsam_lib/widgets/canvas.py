@@ -39,7 +39,7 @@ def line(points: np.ndarray, look: dict[str, Any]) -> dict[str, Any]:
     return {"points": points.astype("<f4").tobytes()} | drawn
 
 
-def registered(cut: slices.Cut, name: str = "warped") -> list[dict[str, Any]]:
+def registered(cut: slices.Cut) -> list[dict[str, Any]]:
     """Two panels of a plane: the warped image with the outlines of both labels, and with the deformation grid."""
     tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
     looks = ((cut.fixed_label, slices.FIXED_LINE), (cut.warped_label, slices.WARPED_LINE))
@@ -50,7 +50,7 @@ def registered(cut: slices.Cut, name: str = "warped") -> list[dict[str, Any]]:
     ]
     grid = line(_contours(slices.grid_levels(cut)), slices.GRID_LINE)
     return [
-        panel(f"{name}, outlines", outlines, grey=cut.warped, tall=tall),
+        panel("warped image; labels: fixed blue, warped orange", outlines, grey=cut.warped, tall=tall),
         panel("deformation grid", [grid], grey=cut.warped, tall=tall),
     ]
 

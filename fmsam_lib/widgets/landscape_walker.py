@@ -28,11 +28,11 @@ NAMES = ("total loss", "similarity term", "GradICON penalty")
 def walk(
     nets: dict[str, GradICON], pair: Pair, *, start: GradICON | None = None, interactive: bool | None = None, **how
 ) -> "Walker | None":
-    """Show the loss of one pair on a plane of weights, and live the registration of the point that is dragged over it.
+    """The loss of one pair on a plane of weights, and live the registration of the point that is dragged over it.
 
     nets: one or two networks by name. Of two, whose trainings began at `start`, the plane goes through all three;
-    of one, along two random directions. how: as `Walk` has it. interactive: as `sliders.in_a_notebook` decides; without
-    a widget two pictures stand in its place. Raises ValueError as `Solutions`.
+    of one, along two random directions. how: as `Walk` has it. interactive: as `sliders.in_a_notebook` decides; where
+    there is no widget, to be shown at a cell's end, two pictures are. Raises ValueError as `Solutions`.
 
     >>> walker = walk({"Adam": adam, "SAM": sam}, pair, start=start, lmbda=1.5, sigma=5.0)     # doctest: +SKIP
     >>> walker.point = [0.1, 0.2]                                                              # doctest: +SKIP

@@ -1,5 +1,6 @@
 """A training as it runs in a notebook: loss, validation Dice, the warp of one pair, and a button that stops it."""
 
+import asyncio
 import math
 import signal
 import time
@@ -16,6 +17,7 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Train
 from fmsam_lib.plotting import slices
 from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.loop import fit
 from fmsam_lib.widgets import canvas
 from fmsam_lib.widgets.sliders import in_a_notebook
 
@@ -24,24 +26,26 @@ LOSS: dict[str, Any] = {"colors": "#0072B2", "linewidths": 1.5, "linestyles": "s
 DICE = LOSS | {"colors": "#D55E00"}
 
 
-def watcher(dataset, run: Train, *, interactive: bool | None = None) -> "Watcher | None":
-    """What `fit` takes as `watch`: shows the training in place; None without a notebook, or for several processes.
+async def watched(net: GradICON, dataset, run: Train, *, interactive: bool | None = None) -> list[dict]:
+    """`fit`, shown in place and with a button that stops it; alone without a notebook, or for several processes.
 
-    interactive: as `sliders.in_a_notebook` decides. The pair is the first one of validation, else of training.
+    It runs in a thread, so that the kernel can hear the button meanwhile (ipykernel 7.4); interrupting the kernel does
+    the same. interactive: as `sliders.in_a_notebook` decides. Raises `Stopped`, and as `fit`.
     """
     if run.processes > 1 or not in_a_notebook(interactive):
-        return None
-    made = Watcher(dataset.validation_pair(0) if dataset.validation_count else dataset.training_pair(0), run)
-    display(made.widget)
-    return made
+        return fit(net, dataset, run)
+    watcher = Watcher(dataset.validation_pair(0) if dataset.validation_count else dataset.training_pair(0), run)
+    display(watcher.widget)
+    before = signal.signal(signal.SIGINT, watcher.stop)
+    try:
+        return await asyncio.to_thread(fit, net, dataset, run, watch=watcher)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        watcher.button.disabled, watcher.button.description = True, "stopped" if watcher.asked else "done"
 
 
 class Watcher:
-    """Draws after a step, if it is time; true once it was asked to stop, by `button` or by interrupting the kernel.
-
-    JupyterLab hands the click to a second shell of the kernel, which listens while the training runs. Other front ends
-    may not; interrupting works in all of them. A second interrupt ends the training at once, without a checkpoint.
-    """
+    """What `fit` takes as `watch`: draws curves and a pair's registration if it is time; `stop` ends the training."""
 
     def __init__(self, pair: Pair, run: Train):
         self.pair, self.run, self.asked, self.due, self.spent = pair, run, False, 0.0, 0.0
@@ -49,23 +53,17 @@ class Watcher:
         self.button = widgets.Button(description="stop", icon="stop", tooltip="ends after this step, with a checkpoint")
         self.button.on_click(self.stop)
         self.widget = widgets.VBox([self.canvas, self.button])
-        self.before = signal.signal(signal.SIGINT, self.stop)  # the kernel restores its own after the cell
 
     def stop(self, *_: Any) -> None:
         self.asked = True
-        self.button.description = "stopping"
 
     def __call__(self, state: State, net: GradICON) -> bool:
-        start = time.perf_counter()
-        ends = self.asked or state.step == self.run.updates
-        if ends or start >= self.due:
+        start, asked = time.perf_counter(), self.asked
+        if asked or state.step == self.run.updates or start >= self.due:
             self._draw(state, net)
             taken = time.perf_counter() - start
             self.due, self.spent = start + max(EVERY, taken / SHARE), self.spent + taken
-        if ends:
-            self.button.disabled, self.button.description = True, "stopped" if self.asked else "done"
-            signal.signal(signal.SIGINT, self.before)
-        return self.asked
+        return asked
 
     @torch.no_grad()
     def _draw(self, state: State, net: GradICON) -> None:

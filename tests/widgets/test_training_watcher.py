@@ -1,7 +1,10 @@
 """The training watcher: it shows what the training logged, stops it cleanly, and changes nothing."""
 
+import asyncio
 import json
+import os
 import signal
+import time
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from fmsam_lib.images.domains import open_domain
 from fmsam_lib.parameters import Train
 from fmsam_lib.training.loop import Stopped, fit, starting
 from fmsam_lib.widgets import training_watcher
-from fmsam_lib.widgets.training_watcher import watcher
+from fmsam_lib.widgets.training_watcher import Watcher, watched
 
 DOMAIN = open_domain("brain-mr", shape=(16, 16))
 SMALL = {"shape": [16, 16], "down": [4, 4], "levels": 2, "steps": 25, "batch": 1, "validation": 1, "sigma": 3.0}
@@ -46,7 +49,7 @@ def undisturbed(tmp_path_factory):
 
 def test_watching_changes_no_weight_and_shows_what_was_logged(tmp_path, undisturbed):
     run = settings(tmp_path)
-    watch = watcher(DOMAIN, run, interactive=True)
+    watch = Watcher(DOMAIN.validation_pair(0), run)
     history = train(run, watch)
     assert (tmp_path / "weights.pt").read_bytes() == undisturbed
     loss, dice, warp = watch.canvas.panels
@@ -55,25 +58,27 @@ def test_watching_changes_no_weight_and_shows_what_was_logged(tmp_path, undistur
     assert len(loss["lines"][0]["points"]) == 2 * 4 * len(history)
     assert len(warp["pixels"]) == 4 * 16 * 16
     assert watch.canvas.facts["step"] == "25 of 25"
-    assert (watch.button.description, watch.button.disabled) == ("done", True)
 
 
 @pytest.mark.parametrize("press", ["button", "interrupt"])
-def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, undisturbed, press):
-    run = settings(tmp_path)
-    watch = watcher(DOMAIN, run, interactive=True)
+def test_a_stopped_training_goes_on_to_the_same_bytes(tmp_path, undisturbed, monkeypatch, press):
+    run, draw = settings(tmp_path), Watcher._draw
 
-    def pressed(state, net):
-        if state.step == 13:
-            watch.button.click() if press == "button" else signal.raise_signal(signal.SIGINT)
-        return watch(state, net)
+    def pressed(watcher, state, net):
+        if state.step == 13 and press == "button":
+            watcher.button.click()
+        elif state.step == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # the main thread hears it
+        draw(watcher, state, net)
 
-    with pytest.raises(Stopped, match=r"stopped after step 13 of 25: run this again"):
-        train(run, pressed)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["step"] == 13
+    monkeypatch.setattr(Watcher, "_draw", pressed)
+    with pytest.raises(Stopped, match=r"stopped after step 14 of 25: run this again"):
+        asyncio.run(watched(starting(run), DOMAIN, run, interactive=True))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["step"] == 14
     assert not (tmp_path / "weights.pt").exists()
-    assert watch.button.description == "stopped"
-    train(run, watcher(DOMAIN, run, interactive=True))
+    monkeypatch.undo()
+    train(run)
     assert (tmp_path / "weights.pt").read_bytes() == undisturbed
     assert [json.loads(line)["step"] for line in (tmp_path / "history.jsonl").open()] == [10, 20, 25]
 
@@ -92,7 +97,7 @@ def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(training_watcher.time, "perf_counter", lambda: clock[0])
     run = settings(tmp_path, steps=400)
-    watch = watcher(DOMAIN, run, interactive=True)
+    watch = Watcher(DOMAIN.validation_pair(0), run)
     monkeypatch.setattr(watch, "_draw", lambda state, net: clock.__setitem__(0, clock[0] + 0.1))
     state = training_watcher.State()
     while state.step < 399:
@@ -104,6 +109,8 @@ def test_drawing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
     assert watch(state, None)
 
 
-def test_it_is_shown_in_no_headless_run_and_with_no_second_process(tmp_path):
-    assert watcher(DOMAIN, settings(tmp_path)) is None
-    assert watcher(DOMAIN, settings(tmp_path, processes=2, batch=2), interactive=True) is None
+def test_no_headless_run_shows_it(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(training_watcher, "Watcher", None)
+    run = settings(tmp_path)
+    asyncio.run(watched(starting(run), DOMAIN, run))
+    assert (tmp_path / "weights.pt").read_bytes() == undisturbed
