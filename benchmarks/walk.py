@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation, PillowWriter
+from PIL import Image, ImageSequence
 
 from fmsam_lib.flatness.mode_connectivity import from_one_start
 from fmsam_lib.images.domains import open_domain
@@ -20,7 +21,8 @@ from fmsam_lib.records import PROJECT
 from fmsam_lib.training.loop import train
 from fmsam_lib.widgets.landscape_walker import Walk
 
-STEPS, POINTS, FRAMES = 200, 31, 60
+STEPS, POINTS, FRAMES = 150, 25, 40
+FPS, DPI, COLOURS = 5, 80, 64
 
 
 def way(ground: Walk) -> np.ndarray:
@@ -58,7 +60,13 @@ def animate(ground: Walk, file: Path) -> None:
         return []
 
     slices.contour_legend(figure, "warped")
-    FuncAnimation(figure, frame, FRAMES).save(file, PillowWriter(fps=6), dpi=85)
+    FuncAnimation(figure, frame, FRAMES).save(file, PillowWriter(fps=FPS), dpi=DPI)
+    with Image.open(file) as recorded:  # again, with few colours: a third of the size
+        frames = [
+            picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+            for picture in ImageSequence.Iterator(recorded)
+        ]
+    frames[0].save(file, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0, optimize=True)
 
 
 def main() -> None:
@@ -67,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder) / name / "seed0" for name in ("adam", "sam")]
         for run in runs:
-            train(domain, optimizer=run.parent.name, steps=STEPS, lr=0.004, out=run)
+            train(domain, optimizer=run.parent.name, steps=STEPS, out=run)
         _, (trained, _), (start, adam, sam) = from_one_start(*map(str, runs))
     ground = Walk({"Adam": adam, "SAM": sam}, domain.test_pair(0), start, points=POINTS, **trained.loss())
     file = PROJECT / "figures" / "landscape_walk.gif"

@@ -30,15 +30,13 @@ function paint(canvas, { tall, pixels, columns, lines, texts }) {
   canvas.width = WIDE;
   canvas.height = Math.round(WIDE * tall);
   const context = canvas.getContext("2d");
+  canvas.style.background = "white";
   if (columns) {
     const image = new ImageData(new Uint8ClampedArray(bytes(pixels)), columns);
     const small = new OffscreenCanvas(columns, image.height);
     small.getContext("2d").putImageData(image, 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(small, 0, 0, canvas.width, canvas.height);
-  } else {
-    context.fillStyle = "white";
-    context.fillRect(0, 0, canvas.width, canvas.height);
   }
   const place = (x, y) => [x * canvas.width, (1 - y) * canvas.height];
   for (const { points, color, width, dashed } of lines) {
