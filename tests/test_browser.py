@@ -223,26 +223,26 @@ def test_a_training_stopped_by_its_button_goes_on_to_the_same_weights(lab, page,
     from fmsam_lib.parameters import Train
     from fmsam_lib.training.loop import fit, starting
 
-    small = {"shape": [64, 64], "down": [8, 16], "levels": 2, "steps": 150, "validation": 2}
+    small = {"shape": [32, 32], "down": [8, 16], "levels": 2, "steps": 60, "validation": 2}
     opened(lab, page, "10_train", small | {"out": str(tmp_path / "run")})
     run_all(page)
     stop = page.locator(".jupyter-button", has_text="stop")
     stop.wait_for()
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.fmsam td')].some(td => / of 150/.test(td.textContent))"
+        "() => [...document.querySelectorAll('.fmsam td')].some(td => / of 60/.test(td.textContent))"
     )
     stop.click()
     page.get_by_text("The training stopped after step").first.wait_for()
     assert not (tmp_path / "run/weights.pt").exists()
     step = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["state"]["step"]
-    assert f"{step} of 150" in facts(page)["step"]
-    assert 0 < step < 150
+    assert f"{step} of 60" in facts(page)["step"]
+    assert 0 < step < 60
     run_all(page)
     page.get_by_text("gradients evaluated").first.wait_for()
     assert page.locator(".jupyter-button", has_text="done").count() == 1
     shot(page, "watcher", page.locator(".fmsam").first)
     run = Train(**small, out=str(tmp_path / "undisturbed"))
-    fit(starting(run), open_domain("brain-mr", shape=(64, 64)), run, progress=False)
+    fit(starting(run), open_domain("brain-mr", shape=(32, 32)), run, progress=False)
     ours, theirs = (load(tmp_path / name / "weights.pt").state_dict() for name in ("run", "undisturbed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (tmp_path / "run/weights.pt").read_bytes() == (tmp_path / "undisturbed/weights.pt").read_bytes()
