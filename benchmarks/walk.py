@@ -21,8 +21,8 @@ from fmsam_lib.records import PROJECT
 from fmsam_lib.training.loop import train
 from fmsam_lib.widgets.landscape_walker import Walk
 
-STEPS, POINTS, FRAMES = 150, 25, 40
-FPS, DPI, COLOURS = 5, 80, 64
+STEPS, POINTS, FRAMES = 200, 31, 30
+FPS, DPI, COLOURS = 3, 85, 64
 
 
 def way(ground: Walk) -> np.ndarray:
@@ -31,7 +31,7 @@ def way(ground: Walk) -> np.ndarray:
     beyond = (adam + sam - start) * [0.95, 0.95]  # opposite the start, where the loss is high
     stations = np.array([adam, sam, start, (adam + sam) / 2, beyond, adam])
     legs = np.linalg.norm(np.diff(stations, axis=0), axis=1)
-    at = np.linspace(0, legs.sum(), FRAMES)
+    at = np.linspace(0, legs.sum(), 2 * FRAMES)[::2]  # the end, which is the beginning, comes once
     return np.stack([np.interp(at, np.r_[0, legs.cumsum()], axis) for axis in stations.T], 1)
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder) / name / "seed0" for name in ("adam", "sam")]
         for run in runs:
-            train(domain, optimizer=run.parent.name, steps=STEPS, out=run)
+            train(domain, optimizer=run.parent.name, steps=STEPS, lr=0.004, out=run)
         _, (trained, _), (start, adam, sam) = from_one_start(*map(str, runs))
     ground = Walk({"Adam": adam, "SAM": sam}, domain.test_pair(0), start, points=POINTS, **trained.loss())
     file = PROJECT / "figures" / "landscape_walk.gif"
