@@ -199,6 +199,7 @@ class Landscape(Parameters):
     """Notebook 30: the loss around one trained network."""
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train")
+    other: Folder = Field("", description="folder of a second run from the same start, to walk to; empty: none")
     out: Folder = Field(f"{MINE}/sam/seed0", description="folder for landscape.csv and flatness.csv")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
     data: str = Field("", description=DATA)

@@ -415,7 +415,7 @@ def test_30_goes_without_the_hessian(trained, tmp_path):
     small = {"test_domains": [DOMAIN], "pairs": 1, "line_points": 3, "plane_points": 3, "directions": 1}
     notebook = execute("30_loss_landscape", tmp_path, run=run, out=str(tmp_path), **off, **small)
     assert "trace" not in set(pd.read_csv(tmp_path / "flatness.csv").measure)
-    assert pictures(notebook) == 4  # lines, planes, surfaces, rises
+    assert pictures(notebook) == 6  # the walker's two, lines, planes, surfaces, rises
 
 
 def test_40_compares_and_names_what_is_missing(trained, compared):

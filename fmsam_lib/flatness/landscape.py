@@ -37,7 +37,7 @@ LossOf = Callable[[Any], np.ndarray]  # a network's TERMS, (3,)
 
 def fixed_batch(dataset, *, pairs: int) -> Batch:
     """The first readable test pairs of `dataset` as one batch."""
-    return _batch(readable_test_pairs(dataset, pairs))
+    return batch_with(readable_test_pairs(dataset, pairs))
 
 
 def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str = "") -> dict[str, Batch]:
@@ -50,11 +50,12 @@ def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str
     domains = {name: open_domain(name, shape=shape, data=data or None) for name in test_domains}
     how: dict[str, Any] = {"shape": shape, "data": data or trained.data or None, "subjects": trained.subjects}
     dataset = open_domain(trained.train_domain, **how)
-    batches = {TRAINING: _batch([dataset.training_pair(i) for i in range(pairs)])}
+    batches = {TRAINING: batch_with([dataset.training_pair(i) for i in range(pairs)])}
     return batches | {name: fixed_batch(domain, pairs=pairs) for name, domain in domains.items()}
 
 
-def _batch(pairs: list[Pair]) -> Batch:
+def batch_with(pairs: list[Pair]) -> Batch:
+    """The pairs as one batch, with the same draw of the penalty's points for every network."""
     points = jittered_points(tuple(pairs[0].fixed.shape[1:]), torch.Generator().manual_seed(0))
     moving, fixed = (torch.stack(part) for part in zip(*with_masks(pairs), strict=True))
     return batch_of(moving, fixed, points)

@@ -5,7 +5,8 @@ interpolated as the weights are, which is exact at the solutions, or gathered an
 without which a barrier may be one of the statistics alone (Jordan et al. 2023, arXiv 2211.08403).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from tqdm.auto import tqdm
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.flatness.landscape import TRAINING, LossOf, batches_of, loss_of
 from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
+from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
-from fmsam_lib.parameters import Between, trained_with
+from fmsam_lib.parameters import Between, Train, trained_with
 from fmsam_lib.training.averages import gather_statistics
 from fmsam_lib.training.loop import starting
 from fmsam_lib.training.losses import Batch
@@ -94,6 +96,8 @@ class Solutions:
             raise ValueError("expected start and two solutions, got three networks on one line: is a run given twice?")
         self.across = aside / aside.norm()
         self.places = [self.place(net)[:2] for net in self.corners]
+        self.space = WeightSpace(start)
+        self.steps = [direction.to(self.space.w.dtype) for direction in (self.along, self.across)]
 
     def place(self, net: nn.Module | Tensor) -> tuple[float, float, float]:
         """alpha and beta of the nearest point of the plane, and the share of the distance from the start beside it."""
@@ -109,16 +113,20 @@ class Solutions:
         of_baseline = (alpha - of_treatment * forth) / length
         return [1 - of_baseline - of_treatment, of_baseline, of_treatment]
 
+    @contextmanager
+    def at(self, alpha: float, beta: float) -> Iterator[nn.Module]:
+        """Inside the block a network stands at the point of the plane, its statistics interpolated."""
+        along, across = self.steps
+        with self.space.at(along, alpha, origin=self.space.w + beta * across) as net:
+            mix_buffers(net, self.corners, self.shares(alpha, beta))
+            yield net
+
     def plane(self, loss: LossOf, alphas: np.ndarray, betas: np.ndarray) -> pd.DataFrame:
         """The loss at every (alpha, beta), statistics interpolated; rows alpha, beta, term, value."""
-        space = WeightSpace(self.corners[0])
-        along, across = (d.to(space.w.dtype) for d in (self.along, self.across))
         rows = []
         for beta in tqdm(betas.tolist(), desc="plane of the solutions", unit="row", leave=False):
-            row = space.w + beta * across
             for alpha in alphas.tolist():
-                with space.at(along, alpha, origin=row) as net:
-                    mix_buffers(net, self.corners, self.shares(alpha, beta))
+                with self.at(alpha, beta) as net:
                     rows += [(alpha, beta, *term) for term in zip(TERMS, loss(net), strict=True)]
         return pd.DataFrame(rows, columns=["alpha", "beta", "term", "value"]).assign(kind="plane")
 
@@ -145,13 +153,12 @@ def extent(places: pd.DataFrame, points: int) -> tuple[np.ndarray, np.ndarray]:
     return alphas, betas
 
 
-def between(settings: Between) -> pd.DataFrame:
-    """The path and the plane of two runs on their training images and on every test domain, and the trajectories.
+def from_one_start(baseline: str, treatment: str) -> tuple[list[str], list[Train], list[GradICON]]:
+    """Two runs by their folders: a name for each, their trainings, and the networks start, baseline and treatment.
 
-    Raises ConfigError where the runs do not start from the same weights or differ in their loss; ValueError as
-    `Solutions`; RuntimeError should a network have changed.
+    Raises ConfigError where the runs do not start from the same weights or differ in their loss.
     """
-    folders = [Path(settings.baseline), Path(settings.treatment)]
+    folders = [Path(baseline), Path(treatment)]
     runs = [trained_with(folder) for folder in folders]
     alike = (
         "train_domain",
@@ -174,6 +181,16 @@ def between(settings: Between) -> pd.DataFrame:
     if names[0] == names[1] and folders[0] != folders[1]:
         raise ConfigError(f"expected folders that tell them apart, <name>/seed<seed>, got {folders[0]}, {folders[1]}")
     nets = [starting(runs[0]).eval(), *(load(folder / "weights.pt") for folder in folders)]
+    return names, runs, nets
+
+
+def between(settings: Between) -> pd.DataFrame:
+    """The path and the plane of two runs on their training images and on every test domain, and the trajectories.
+
+    Raises ConfigError as `from_one_start`; ValueError as `Solutions`; RuntimeError should a network have changed.
+    """
+    names, runs, nets = from_one_start(settings.baseline, settings.treatment)
+    folders = [Path(settings.baseline), Path(settings.treatment)]
     with unchanged(*nets):
         solutions = Solutions(*nets)
         tracks = trajectories(solutions, zip(names, folders, (run.updates for run in runs), strict=True))

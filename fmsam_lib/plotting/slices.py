@@ -28,6 +28,7 @@ from fmsam_lib.records import written_whole
 WIDTH = 9.0  # inches; 900 pixels on a screen, the width of a README
 FIXED_LINE: dict[str, Any] = {"colors": "#56B4E9", "linestyles": "solid", "linewidths": 1.3}
 WARPED_LINE: dict[str, Any] = {"colors": "#E69F00", "linestyles": "dashed", "linewidths": 1.3}
+GRID_LINE: dict[str, Any] = {"colors": "#F0E442", "linestyles": "solid", "linewidths": 0.9}
 PLANES = ("sagittal", "coronal", "axial")  # across axis 0, 1, 2 of a canonical volume
 
 
@@ -170,20 +171,24 @@ def outline(axes: Axes, plane: Cut, label: np.ndarray | None, line: dict[str, An
     if label is None:
         return []
     x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
-    numbers = np.setdiff1d(label, [0])
-    lower = {number: (label != 0) & (label < number) for number in numbers}
-    return [axes.contour(x, y, np.ma.array(label == n, mask=lower[n]), [0.5], **line) for n in numbers]
+    return [axes.contour(x, y, structure, [0.5], **line) for structure in structures(label)]
+
+
+def structures(label: np.ndarray) -> list[np.ma.MaskedArray]:
+    """Every structure as a picture of 0 and 1, without the ground of those before it."""
+    return [np.ma.array(label == n, mask=(label != 0) & (label < n)) for n in np.setdiff1d(label, [0])]
 
 
 def deformed_grid(axes: Axes, plane: Cut) -> list[Any]:
     """A square grid drawn on the moving image, seen through the map; returns the artists."""
     x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
+    return [axes.contour(x, y, component, levels, **GRID_LINE) for component, levels in grid_levels(plane)]
+
+
+def grid_levels(plane: Cut) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Both components of the map, and the values whose contours are the lines of a square grid."""
     apart = max(plane.size) / 20
-    line: dict[str, Any] = {"colors": "#F0E442", "linewidths": 0.9, "linestyles": "solid"}
-    return [
-        axes.contour(x, y, component, np.arange(-size, 2 * size, apart), **line)
-        for component, size in zip(plane.phi, plane.size, strict=True)
-    ]
+    return [(part, np.arange(-size, 2 * size, apart)) for part, size in zip(plane.phi, plane.size, strict=True)]
 
 
 def checkerboard(first: np.ndarray, second: np.ndarray, squares: int = 8) -> np.ndarray:

@@ -37,6 +37,15 @@ STATISTICS = 50  # of the last steps, whose batches give the averaged weights th
 AHEAD = 2  # batches made while the network computes
 GIVE_UP_AFTER = 10  # non-finite steps in a row
 
+Watch = Callable[[checkpoint.State, GradICON], bool]  # sees the training after a step; true to stop it there
+
+
+class Stopped(Exception):  # noqa: N818, nothing went wrong
+    """The training stopped because it was asked to; its checkpoint is written, and the same call goes on from there."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]  # all that a notebook shows
+
 
 def train(
     domain, *, net: GradICON | None = None, out: Path | str | None = None, progress: bool = True, **options
@@ -85,7 +94,7 @@ def starting(run: Train) -> GradICON:
     return net
 
 
-def fit(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[dict]:
+def fit(net: GradICON, dataset, run: Train, *, progress: bool = True, watch: Watch | None = None) -> list[dict]:
     """Train `net` on `dataset` into the folder `run.out`; returns the logged steps.
 
     Writes there what `checkpoint` names and, at the end, `weights.pt`. A training that was interrupted goes on from its
@@ -95,8 +104,11 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[di
     With `run.processes` above 1, that many are started on this machine (see `distributed.launch`); each begins with
     `starting(run)` and opens `run.train_domain` itself, and `net` receives the result.
 
-    Raises: ConfigError where the folder holds a training with other parameters; FloatingPointError
-    when the loss or its gradient stays non-finite; RuntimeError when one of several processes fails.
+    watch: is called after every step of a single process, with the state and the network in training mode, which it
+    leaves as they are.
+
+    Raises: ConfigError where the folder holds a training with other parameters; FloatingPointError when the loss or its
+    gradient stays non-finite; RuntimeError when one of several processes fails; `Stopped` when `watch` asks for it.
     """
     folder = Path(run.out)
     if run.processes != parallel.count():
@@ -109,12 +121,12 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True) -> list[di
     torch.set_num_threads(run.threads)
     try:
         with checkpoint.alone(folder):
-            return _fit(net, dataset, run, folder, progress and parallel.rank() == 0)
+            return _fit(net, dataset, run, folder, progress and parallel.rank() == 0, watch)
     finally:
         torch.set_num_threads(threads)
 
 
-def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> list[dict]:
+def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch: Watch | None) -> list[dict]:
     first = parallel.rank() == 0
     device = device_of(run)
     if run.first_stage and not net.settings["last_step"]:
@@ -175,8 +187,12 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool) -> li
                 bar.set_postfix(shown)
             if first and state.step in snapshots:
                 checkpoint.snapshot(folder, net, state.step)
-            if first and (state.step % CHECKPOINT_EVERY == 0 or last):
+            stop = watch is not None and watch(state, net) and not last
+            if first and (state.step % CHECKPOINT_EVERY == 0 or last or stop):
                 checkpoint.save(folder, run, dataset, parts, state)
+            if stop:
+                todo = "run this again, and it goes on from there"
+                raise Stopped(f"The training stopped after step {state.step} of {run.updates}: {todo}.")
     net.first_stage = False
     net.eval().to("cpu")
     if first:

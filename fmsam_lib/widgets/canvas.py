@@ -1,0 +1,66 @@
+"""Pictures that the browser draws: pixels and lines go there as numbers, in milliseconds where a PNG takes tenths."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import contourpy
+import numpy as np
+import traitlets
+
+from fmsam_lib.plotting import slices
+
+
+class Canvas(anywidget.AnyWidget):
+    """`panels` beside each other (see `panel`), and below them `facts`, text by name."""
+
+    _esm = Path(__file__).with_name("canvas.js")
+    panels: traitlets.List[dict] = traitlets.List().tag(sync=True)
+    facts = traitlets.Dict().tag(sync=True)
+
+
+def panel(title: str, lines: Iterable[dict], *, grey: np.ndarray | None = None, tall=1.0, texts=()) -> dict[str, Any]:
+    """A picture `tall` times as high as it is wide: a grey one, its first row at the bottom, or none, and lines on it.
+
+    grey: `(rows, columns)` from 0 to 1. texts: x, y and text of each, as `line` has its places.
+    """
+    made = {"title": title, "lines": list(lines), "tall": tall, "texts": list(texts), "pixels": b"", "columns": 0}
+    if grey is not None:
+        values = (np.nan_to_num(grey[::-1]).clip(0, 1) * 255).astype(np.uint8)
+        rgba = np.dstack([values, values, values, np.full_like(values, 255)])
+        made |= {"pixels": rgba.tobytes(), "columns": grey.shape[1]}
+    return made
+
+
+def line(points: np.ndarray, look: dict[str, Any]) -> dict[str, Any]:
+    """A line through points `(n, 2)`, 0 to 1 to the right and up, broken at NaN. look: of `slices`."""
+    drawn = {"color": look["colors"], "width": look["linewidths"], "dashed": look["linestyles"] == "dashed"}
+    return {"points": points.astype("<f4").tobytes()} | drawn
+
+
+def registered(cut: slices.Cut) -> list[dict[str, Any]]:
+    """Two panels of a plane: the warped image with the outlines of both labels, and with the deformation grid."""
+    tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
+    looks = ((cut.fixed_label, slices.FIXED_LINE), (cut.warped_label, slices.WARPED_LINE))
+    outlines = [
+        line(_contours([(part, [0.5]) for part in slices.structures(label)]), look)
+        for label, look in looks
+        if label is not None
+    ]
+    grid = line(_contours(slices.grid_levels(cut)), slices.GRID_LINE)
+    return [
+        panel("warped image; labels: fixed blue, warped orange", outlines, grey=cut.warped, tall=tall),
+        panel("deformation grid", [grid], grey=cut.warped, tall=tall),
+    ]
+
+
+def _contours(pictures: Iterable[tuple[np.ndarray, Iterable[float]]]) -> np.ndarray:
+    """The contours of every picture at its levels as one line, as `line` takes it."""
+    parts: list[Any] = [np.empty((0, 2))]
+    for picture, levels in pictures:
+        y, x = ((np.arange(n) + 0.5) / n for n in picture.shape)
+        generator = contourpy.contour_generator(x, y, picture)
+        for part in (part for level in levels for part in generator.lines(level)):
+            parts += [np.asarray(part), [[np.nan, np.nan]]]
+    return np.concatenate(parts)
