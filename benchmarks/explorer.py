@@ -118,10 +118,7 @@ def measure(page: Page, where: str) -> list[tuple]:
         page.evaluate("async (view) => { await redraw('view', view); await drawn(); }", view)
         for move in ("at", "strength"):
             values = [[60 + i, 62 + i, 64 + i] if move == "at" else 0.4 + 0.02 * i for i in range(30)]
-            times = page.evaluate(
-                "async ([name, values]) => { const t = []; for (const v of values) t.push(await redraw(name, v)); return t }",
-                [move, values],
-            )
+            times = [page.evaluate("([name, value]) => redraw(name, value)", [move, value]) for value in values]
             what = "crosshair" if move == "at" else move
             rows.append((f"redraw, {what}, {view}, {where}", statistics.median(times[5:]), "<= 60", "ms"))
     heap = "() => { gc(); gc(); return performance.memory.usedJSHeapSize / 2**20 }"

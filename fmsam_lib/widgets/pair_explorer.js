@@ -152,7 +152,7 @@ function border(context, plane, numbers, { values, dashed } = {}) {
     for (let c = 0; c < columns - 1; c++) {
       const q = r * columns + c, up = q + columns, first = numbers[q];
       if (first === numbers[q + 1] && first === numbers[up] && first === numbers[up + 1]) continue;
-      if (dashed && (c + r) % 4 > 1) continue;
+      if (dashed && (2 * c + 3 * r) % 8 > 3) continue; // gaps in whichever direction the line runs
       points.length = 0;
       cross(q, q + 1, c, r, 1, 0);
       cross(q + 1, up + 1, c + 1, r, 0, 1);
@@ -303,11 +303,11 @@ function render({ model, el }) {
   for (const a of pair.solid ? axes : []) {
     control(below, pair.planes[a], range(0, pair.shape[a] - 1, 1), () => get("at")[a], (value) => move({ [a]: value }));
   }
-  const hint = make("div", root, { className: "hint" }), pictures = make("div", root, { className: "pictures" });
-  const legend = make("div", root, { className: "hint legend" });
+  const hint = make("div", root, { className: "hint" }), legend = make("div", root, { className: "hint legend" });
   make("span", legend, { textContent: "fixed labels" }).style.borderColor = FIXED_LINE;
   make("span", legend, { textContent: "the other's labels", className: "dashed" }).style.borderColor = WARPED_LINE;
-  const table = make("table", root);
+  const body = make("div", root, { className: "body" });
+  const pictures = make("div", body, { className: "pictures" }), table = make("table", body);
   table.setAttribute("aria-live", "polite");
 
   let panels = [], arranged = "", written = "", planes = {}, second = false, due = 0;
@@ -315,6 +315,7 @@ function render({ model, el }) {
   function canvas(figure, axis, name) {
     const [x, y] = [0, 1, 2].filter((a) => a !== axis), made = make("canvas", figure, { tabIndex: 0 });
     made.setAttribute("aria-label", [name, pair.planes[axis]].filter(Boolean).join(", "));
+    Object.assign(made.dataset, { columns: pair.shape[x], rows: pair.shape[y] });
     made.style.aspectRatio = `${pair.shape[x] * pair.spacing[x]} / ${pair.shape[y] * pair.spacing[y]}`;
     const point = ({ clientX, clientY }) => {
       const box = made.getBoundingClientRect();
@@ -350,8 +351,9 @@ function render({ model, el }) {
   // One registration: its planes in a row. More pictures: a column each, and a row for each plane.
   function arrange(pictured, shown) {
     const columns = pictured.length === 1 ? shown.length : pictured.length;
-    const wide = shown.length > 1 ? 300 : pictured.length > 1 ? 380 : 520;
-    pictures.style.gridTemplateColumns = `repeat(${columns}, minmax(0, ${wide}px))`;
+    const wide = columns === 1 ? 520 : columns === shown.length && pictured.length === 1 ? 300 : shown.length === 1 ? 360 : 230;
+    pictures.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    pictures.style.width = `min(100%, ${columns * wide}px)`;
     pictures.replaceChildren();
     panels = shown.flatMap((axis) => pictured.map((one) => {
       const figure = make("figure", pictures);

@@ -45,12 +45,14 @@ def shown(still: Figure, live: Callable[[], Live], interactive: bool | None = No
 
 
 def in_a_notebook(interactive: bool | None = None) -> bool:
-    """Whether to show a widget: as asked; else in a notebook's kernel, unless the environment has FMSAM_HEADLESS.
+    """Whether to show a widget: as asked; else in a notebook's kernel that someone sits at.
 
-    The workflow sets that where it runs the notebooks: of a widget no picture stays.
+    Nobody does where the environment has FMSAM_HEADLESS, as in the workflow, or where `input` would find no one, as in
+    nbconvert and papermill.
     """
     if interactive is None:
-        return not os.environ.get("FMSAM_HEADLESS") and hasattr(get_ipython(), "kernel")
+        kernel = getattr(get_ipython(), "kernel", None)
+        return not os.environ.get("FMSAM_HEADLESS") and kernel is not None and getattr(kernel, "_allow_stdin", True)
     return interactive
 
 
