@@ -64,8 +64,8 @@ def of_pair(pair: Pair) -> str:
 def of_transform(transform: Transform) -> str:
     """The middle plane's deformation grid and Jacobian; of a batch the first pair's, and its numbers."""
     phi_map = transform.map.detach().float().cpu()
-    blank = Pair("", *[torch.zeros(1, *transform.shape)] * 2)
-    cut = slices.cut(blank, phi_map[:1])
+    blank = torch.zeros(1, *transform.shape)
+    cut = slices.cut(Pair("", blank, blank), phi_map[:1])
     figure, (left, right) = _panels(cut, "deformation grid", "Jacobian determinant")
     slices.show(left, cut, cut.warped)
     slices.deformed_grid(left, cut)
@@ -73,8 +73,10 @@ def of_transform(transform: Transform) -> str:
     facts = {
         "pairs": f"{len(phi_map)}, this is the first" if len(phi_map) > 1 else "",
         "shape": _times(transform.shape),
+        "steps": str(len(transform.fields)),
+        **regularity(phi_map[:1]),
     }
-    return card("Transform", facts | {"steps": len(transform.fields)} | regularity(phi_map[:1]), figure)
+    return card("Transform", facts, figure)
 
 
 def regularity(phi_map: Tensor) -> dict[str, str]:

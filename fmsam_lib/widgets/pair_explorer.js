@@ -1,24 +1,22 @@
-// An image pair and its registrations in linked planes. The kernel sent the volumes once; everything else happens here.
-// A position is a sample's index along each axis; a volume's last axis runs fastest. A 2-D pair is a volume of one slice.
+// An image pair and its registrations in linked planes. The kernel sent the volumes once; the rest happens here.
+// A position is a sample's index along each axis; the last axis runs fastest. A 2-D pair is a volume of one slice.
 
 const FIXED_LINE = "#56B4E9", WARPED_LINE = "#E69F00", GRID_LINE = "#F0E442";
 const HINTS = {
-  "side by side": "",
   checkerboard: "edges should run on from square to square",
   overlay: "green: fixed alone; magenta: the other alone; grey: both",
   difference: "the other minus fixed: orange is too bright, purple too dark",
   "deformation grid": "a square grid on the moving image, seen through the transform",
-  Jacobian: "volume of a piece of the fixed image in the moving one: purple shrinks, orange grows (to 3 times), black is folded",
+  Jacobian: "volume of a piece of the fixed image in the moving one: orange grows, purple shrinks, black is folded",
   blend: "0: fixed; 1: the other",
-  flicker: "fixed and the other in turn: what moves does not fit",
+  flicker: "fixed and the other in turn: what jumps does not fit",
 };
-const HELP = "Click or drag: crosshair. Wheel, Page Up, Page Down: slices. Arrow keys: one sample.";
+const HELP = "Click or drag: crosshair. Arrow keys: one sample.", WHEEL = " Wheel, Page Up, Page Down: slices.";
+const STATE = ["view", "plane", "at", "strength", "squares", "blend", "labels", "crosshair"];
 
 // What the kernel sent, ready to be looked up.
-function unpack(model) {
-  const facts = model.get("facts"), volumes = model.get("volumes");
-  const solid = facts.shape.length === 3;
-  const shape = solid ? facts.shape : [...facts.shape, 1];
+function unpack(facts, volumes) {
+  const solid = facts.shape.length === 3, shape = solid ? facts.shape : [...facts.shape, 1];
   const array = (name, Type) => {
     const view = volumes[name], wide = Type.BYTES_PER_ELEMENT;
     if (!view) return undefined;
@@ -37,111 +35,94 @@ function unpack(model) {
   };
 }
 
-// Where the sample of this index lies in the moving image: writes its position into `to`.
+// Where a sample lies in the moving image under map n: writes its position into `to`.
 function follow(pair, n, strength, index, position, to) {
-  const size = pair.fixed.length, scale = strength * (pair.scales[n] ?? 0), steps = pair.steps[n];
-  for (let a = 0; a < 3; a++) to[a] = position[a] + (scale && a < pair.dim ? scale * steps[a * size + index] : 0);
+  const size = pair.fixed.length, scale = strength * (pair.scales[n] ?? 0);
+  const moved = (a) => (scale && a < pair.dim ? scale * pair.steps[n][a * size + index] : 0);
+  for (let a = 0; a < 3; a++) to[a] = position[a] + moved(a);
 }
 
-// Linear interpolation in the moving image; nothing, 0, outside it.
-function look(pair, p) {
-  const [X, Y, Z] = pair.shape, [sx, sy] = pair.strides, m = pair.moving;
-  const i = Math.floor(p[0]), j = Math.floor(p[1]), k = Math.floor(p[2]);
-  const x = p[0] - i, y = p[1] - j, z = p[2] - k;
+// Linear interpolation in the moving image; 0 outside it.
+function look(pair, [x, y, z]) {
+  const [X, Y, Z] = pair.shape, i = Math.floor(x), j = Math.floor(y), k = Math.floor(z);
   let sum = 0;
-  for (let a = 0; a < 2; a++) {
-    const wx = a ? x : 1 - x;
-    if (!wx || i + a < 0 || i + a >= X) continue;
-    for (let b = 0; b < 2; b++) {
-      const wy = wx * (b ? y : 1 - y);
-      if (!wy || j + b < 0 || j + b >= Y) continue;
-      const at = (i + a) * sx + (j + b) * sy + k;
-      if (k >= 0 && k < Z) sum += wy * (1 - z) * m[at];
-      if (z && k + 1 >= 0 && k + 1 < Z) sum += wy * z * m[at + 1];
-    }
+  for (let corner = 0; corner < 8; corner++) {
+    const a = i + (corner >> 2), b = j + ((corner >> 1) & 1), c = k + (corner & 1);
+    if (a < 0 || b < 0 || c < 0 || a >= X || b >= Y || c >= Z) continue;
+    const weight = (1 - Math.abs(x - a)) * (1 - Math.abs(y - b)) * (1 - Math.abs(z - c));
+    sum += weight * pair.moving[(a * Y + b) * Z + c];
   }
   return sum;
 }
 
 // The moving image's label nearest to a position, background outside.
-function nearest(pair, p) {
-  const i = Math.round(p[0]), j = Math.round(p[1]), k = Math.round(p[2]), [X, Y, Z] = pair.shape;
-  if (i < 0 || j < 0 || k < 0 || i >= X || j >= Y || k >= Z) return 0;
-  return pair.movingLabel[i * pair.strides[0] + j * pair.strides[1] + k];
+function nearest(pair, to) {
+  const [i, j, k] = to.map(Math.round), [X, Y, Z] = pair.shape;
+  return i < 0 || j < 0 || k < 0 || i >= X || j >= Y || k >= Z ? 0 : pair.movingLabel[(i * Y + j) * Z + k];
 }
 
 // det d phi / d x of the cell that starts at a position; of the last cell at the far borders.
-function determinant(pair, n, strength, position) {
-  const { shape, strides, steps, scales, dim } = pair, size = pair.fixed.length;
+function determinant({ shape, strides, steps, scales, dim, fixed }, n, strength, position) {
+  const size = fixed.length, scale = strength * scales[n], u = steps[n], d = [1, 0, 0, 0, 1, 0, 0, 0, 1];
   let index = 0;
   for (let a = 0; a < dim; a++) index += Math.max(0, Math.min(position[a], shape[a] - 2)) * strides[a];
-  const scale = strength * scales[n], u = steps[n];
-  const d = (c, a) => {
-    const edge = c < dim && a < dim ? u[c * size + index + strides[a]] - u[c * size + index] : 0;
-    return (c === a ? 1 : 0) + scale * edge;
-  };
-  return d(0, 0) * (d(1, 1) * d(2, 2) - d(1, 2) * d(2, 1)) - d(0, 1) * (d(1, 0) * d(2, 2) - d(1, 2) * d(2, 0))
-    + d(0, 2) * (d(1, 0) * d(2, 1) - d(1, 1) * d(2, 0));
+  for (let c = 0; c < dim; c++) {
+    const at = c * size + index;
+    for (let a = 0; a < dim; a++) d[3 * c + a] += scale * (u[at + strides[a]] - u[at]);
+  }
+  return d[0] * (d[4] * d[8] - d[5] * d[7]) - d[1] * (d[3] * d[8] - d[5] * d[6]) + d[2] * (d[3] * d[7] - d[4] * d[6]);
 }
 
 // The plane across an axis through a position, as arrays whose rows go up: what all its pictures are made of.
 function cut(pair, axis, at, n, strength, view) {
-  const [x, y] = [0, 1, 2].filter((a) => a !== axis);
-  const columns = pair.shape[x], rows = pair.shape[y], size = columns * rows;
-  const plane = { axis, x, y, columns, rows };
+  const [x, y] = [0, 1, 2].filter((a) => a !== axis), columns = pair.shape[x], rows = pair.shape[y];
+  const plane = { x, y, columns, rows }, position = [...at], to = [0, 0, 0], size = columns * rows;
   for (const name of ["fixed", "moving", "warped"]) plane[name] = new Uint8Array(size);
   if (pair.fixedLabel) plane.fixedLabel = new Uint16Array(size);
   if (pair.movingLabel) for (const name of ["movingLabel", "warpedLabel"]) plane[name] = new Uint16Array(size);
-  if (view === "deformation grid") plane.phi = [new Float32Array(size), new Float32Array(size)];
+  if (view === "deformation grid") plane.phi = [x, y].map(() => new Float32Array(size));
   if (view === "Jacobian") plane.jacobian = new Float32Array(size);
-  const position = [...at], to = [0, 0, 0];
-  for (let row = 0, q = 0; row < rows; row++) {
-    for (let column = 0; column < columns; column++, q++) {
-      position[x] = column;
-      position[y] = row;
-      const index = position[0] * pair.strides[0] + position[1] * pair.strides[1] + position[2];
-      plane.fixed[q] = pair.fixed[index];
-      plane.moving[q] = pair.moving[index];
-      follow(pair, n, strength, index, position, to);
-      plane.warped[q] = look(pair, to) + 0.5;
-      if (plane.fixedLabel) plane.fixedLabel[q] = pair.fixedLabel[index];
-      if (plane.movingLabel) plane.movingLabel[q] = pair.movingLabel[index];
-      if (plane.movingLabel) plane.warpedLabel[q] = nearest(pair, to);
-      if (plane.phi) [x, y].forEach((a, i) => { plane.phi[i][q] = to[a] * pair.spacing[a]; });
-      if (plane.jacobian) plane.jacobian[q] = determinant(pair, n, strength, position);
-    }
+  for (let q = 0; q < size; q++) {
+    position[x] = q % columns;
+    position[y] = Math.floor(q / columns);
+    const index = position[0] * pair.strides[0] + position[1] * pair.strides[1] + position[2];
+    follow(pair, n, strength, index, position, to);
+    plane.fixed[q] = pair.fixed[index];
+    plane.moving[q] = pair.moving[index];
+    plane.warped[q] = look(pair, to) + 0.5;
+    if (plane.fixedLabel) plane.fixedLabel[q] = pair.fixedLabel[index];
+    if (plane.movingLabel) plane.movingLabel[q] = pair.movingLabel[index];
+    if (plane.movingLabel) plane.warpedLabel[q] = nearest(pair, to);
+    if (plane.phi) [x, y].forEach((a, i) => { plane.phi[i][q] = to[a] * pair.spacing[a]; });
+    if (plane.jacobian) plane.jacobian[q] = determinant(pair, n, strength, position);
   }
   return plane;
 }
 
 // One picture of a plane: its pixels, the first row at the bottom.
-function pixels(pair, plane, what, squares, blend) {
-  const { columns, rows, fixed, moving, warped, jacobian } = plane;
+function pixels({ colours }, { columns, rows, fixed, moving, warped, jacobian }, what, squares, blend) {
   const image = new ImageData(columns, rows), words = new Uint32Array(image.data.buffer);
   const grey = (v) => 0xff000000 | (v * 0x010101);
   const side = Math.max(1, Math.ceil(Math.max(columns, rows) / squares));
-  const inverted = (c, r) => (Math.floor(c / side) + Math.floor(r / side)) % 2;
+  const odd = (q) => (Math.floor((q % columns) / side) + Math.floor(q / columns / side)) % 2;
   const log3 = (v) => Math.floor(128 + 128 * Math.log(v) / Math.log(3)); // 1/2 is as far from 1 as 2
   const paint = {
     fixed: (q) => grey(fixed[q]),
     moving: (q) => grey(moving[q]),
     warped: (q) => grey(warped[q]),
-    checkerboard: (q, c, r) => grey(inverted(c, r) ? warped[q] : fixed[q]),
+    checkerboard: (q) => grey(odd(q) ? warped[q] : fixed[q]),
     overlay: (q) => 0xff000000 | (warped[q] << 16) | (fixed[q] << 8) | warped[q],
-    difference: (q) => pair.colours[(warped[q] - fixed[q] + 256) >> 1],
+    difference: (q) => colours[(warped[q] - fixed[q] + 256) >> 1],
     blend: (q) => grey(Math.round(fixed[q] + blend * (warped[q] - fixed[q]))),
-    Jacobian: (q) => jacobian[q] <= 0 ? 0xff000000 : pair.colours[Math.max(0, Math.min(255, log3(jacobian[q])))],
+    Jacobian: (q) => jacobian[q] <= 0 ? 0xff000000 : colours[Math.max(0, Math.min(255, log3(jacobian[q])))],
   }[what];
-  for (let row = 0, q = 0; row < rows; row++) {
-    const start = (rows - 1 - row) * columns;
-    for (let column = 0; column < columns; column++, q++) words[start + column] = paint(q, column, row);
-  }
+  for (let q = 0; q < words.length; q++) words[words.length - columns - q + 2 * (q % columns)] = paint(q);
   return image;
 }
 
 // The path where neighbouring numbers differ: halfway between samples, or where `values` cross the larger number.
-function border(context, plane, numbers, { values, dashed } = {}) {
-  const { columns, rows } = plane, points = [];
+function border(context, { columns, rows }, numbers, { values, dashed } = {}) {
+  const points = [];
   const cross = (a, b, c, r, dc, dr) => {
     if (numbers[a] === numbers[b]) return;
     const t = values ? (Math.max(numbers[a], numbers[b]) - values[a]) / (values[b] - values[a]) : 0.5;
@@ -158,7 +139,7 @@ function border(context, plane, numbers, { values, dashed } = {}) {
       cross(q + 1, up + 1, c + 1, r, 0, 1);
       cross(up, up + 1, c, r + 1, 1, 0);
       cross(q, up, c, r, 0, 1);
-      const meet = points.length === 2 ? points.pop() : [c + 1, rows - r - 1]; // three structures or more: in the middle
+      const meet = points.length === 2 ? points.pop() : [c + 1, rows - r - 1]; // three lines or more: in the middle
       for (const point of points) {
         context.moveTo(...point);
         context.lineTo(...meet);
@@ -167,132 +148,118 @@ function border(context, plane, numbers, { values, dashed } = {}) {
   }
 }
 
-// A picture on its canvas: pixels, then the lines over them.
-function show(pair, panel, plane, { view, at, squares, blend, labels, crosshair, second }) {
-  const { canvas, what } = panel, { x, y, columns, rows } = plane, context = canvas.getContext("2d");
-  const dpr = window.devicePixelRatio, width = Math.round(canvas.clientWidth * dpr);
-  const height = Math.round(canvas.clientHeight * dpr);
+// A picture on its canvas: pixels, then the lines and letters over them.
+function show(pair, { canvas, what, scratch }, plane, { at, squares, blend, labels, crosshair }) {
+  const { x, y, columns, rows } = plane, context = canvas.getContext("2d"), dpr = window.devicePixelRatio;
+  const width = Math.round(canvas.clientWidth * dpr), height = Math.round(canvas.clientHeight * dpr);
   if (!width || !height) return; // not on the screen yet
-  if (canvas.width !== width) canvas.width = width;
-  if (canvas.height !== height) canvas.height = height;
-  const scratch = panel.scratch ??= new OffscreenCanvas(columns, rows);
-  scratch.getContext("2d").putImageData(pixels(pair, plane, what ?? (second ? "warped" : "fixed"), squares, blend), 0, 0);
-  context.imageSmoothingEnabled = width < columns;
-  const samples = () => context.setTransform(width / columns, 0, 0, height / rows, 0, 0);
-  const stroke = (colour, wide) => {
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  scratch.getContext("2d").putImageData(pixels(pair, plane, what, squares, blend), 0, 0);
+  const stroke = (strokeStyle, wide) => {
     context.resetTransform(); // lines are as wide everywhere, whatever the samples' shape
-    Object.assign(context, { strokeStyle: colour, lineWidth: wide * dpr });
-    context.stroke();
-    samples();
+    Object.assign(context, { strokeStyle, lineWidth: wide * dpr }).stroke();
+    context.scale(width / columns, height / rows);
   };
-  samples();
+  const outline = (numbers, colour, dashed) => {
+    if (!labels || !numbers) return;
+    border(context, plane, numbers, { dashed });
+    stroke(colour, 1.4);
+  };
+  context.setTransform(width / columns, 0, 0, height / rows, 0, 0);
+  context.imageSmoothingEnabled = width < columns;
   context.drawImage(scratch, 0, 0);
   if (plane.phi) {
-    const extent = [x, y].map((a) => (pair.shape[a] - 1) * pair.spacing[a]), apart = Math.max(...extent) / 20;
+    const extent = [x, y].map((a) => (pair.shape[a] - 1) * pair.spacing[a]);
+    const apart = Math.max(Math.max(...extent) / 20, 2 * pair.spacing[x], 2 * pair.spacing[y]);
     plane.phi.forEach((phi, i) => {
       const values = phi.map((mm) => (mm + extent[i]) / apart);
       border(context, plane, values.map(Math.floor), { values });
       stroke(GRID_LINE, 0.9);
     });
   }
-  const outline = (numbers, colour, dashed) => {
-    if (!labels || !numbers) return;
-    border(context, plane, numbers, { dashed });
-    stroke(colour, 1.4);
-  };
   if (what !== "moving") outline(plane.fixedLabel, FIXED_LINE, false);
   if (what !== "fixed") outline(what === "moving" ? plane.movingLabel : plane.warpedLabel, WARPED_LINE, true);
   if (crosshair) {
-    const column = at[x] + 0.5, row = rows - at[y] - 0.5, gap = 6 * columns / width, tall = 6 * rows / height;
     context.beginPath();
-    for (const [from, to] of [[0, column - gap], [column + gap, columns]]) {
-      context.moveTo(from, row);
-      context.lineTo(to, row);
-    }
-    for (const [from, to] of [[0, row - tall], [row + tall, rows]]) {
-      context.moveTo(column, from);
-      context.lineTo(column, to);
-    }
-    stroke("rgba(0, 0, 0, 0.5)", 3);
+    context.moveTo(0, rows - at[y] - 0.5);
+    context.lineTo(columns, rows - at[y] - 0.5);
+    context.moveTo(at[x] + 0.5, 0);
+    context.lineTo(at[x] + 0.5, rows);
+    stroke("rgba(0, 0, 0, 0.4)", 3);
     stroke("rgba(255, 255, 255, 0.8)", 1);
   }
   context.resetTransform();
-  Object.assign(context, { font: `${11 * dpr}px system-ui, sans-serif`, textAlign: "center", textBaseline: "middle" });
+  Object.assign(context, { font: `bold ${11 * dpr}px sans-serif`, textAlign: "center", textBaseline: "middle" });
+  Object.assign(context, { strokeStyle: "black", lineWidth: 3 * dpr, fillStyle: "white" });
   const edge = 9 * dpr, [left, right] = pair.ends[x] ?? "", [bottom, top] = pair.ends[y] ?? "";
-  const sides = [[left, edge, height / 2], [right, width - edge, height / 2], [bottom, width / 2, height - edge], [top, width / 2, edge]];
-  for (const [side, across, down] of sides) {
-    if (!side) continue;
-    context.fillStyle = "rgba(0, 0, 0, 0.55)";
-    context.fillRect(across - 6 * dpr, down - 7 * dpr, 12 * dpr, 14 * dpr);
-    context.fillStyle = "white";
-    context.fillText(side, across, down);
+  const across = [[left, edge, height / 2], [right, width - edge, height / 2]];
+  for (const end of [...across, [bottom, width / 2, height - edge], [top, width / 2, edge]]) {
+    if (end[0]) context.strokeText(...end);
+    if (end[0]) context.fillText(...end);
   }
 }
 
-// What is known of one point, as the rows of a table: a heading, fixed, moving, and each registration.
-function facts(pair, at, strength) {
-  const index = at.reduce((sum, i, a) => sum + i * pair.strides[a], 0);
+// What is known of one point, as the rows of a table: fixed, moving, and each registration.
+function read(pair, at, strength) {
+  const index = at.reduce((sum, i, a) => sum + i * pair.strides[a], 0), grid = at.slice(0, pair.dim);
   const ends = pair.maps.map((_, n) => {
     const to = [0, 0, 0];
     follow(pair, n, strength, index, at, to);
     return to;
   });
-  const intensity = (v) => (v / 255).toFixed(2), short = at.slice(0, pair.dim);
-  const label = (numbers, number) => (numbers ? pair.names[number()] : "");
-  const lines = [
-    [`at (${short.join(", ")})`, "fixed", "moving", ...pair.maps],
-    ["intensity", ...[pair.fixed[index], pair.moving[index], ...ends.map((to) => look(pair, to))].map(intensity)],
+  const intensities = [pair.fixed[index], pair.moving[index], ...ends.map((to) => look(pair, to))];
+  const table = [
+    [`at (${grid.join(", ")})`, "fixed", "moving", ...pair.maps],
+    ["intensity", ...intensities.map((v) => (v / 255).toFixed(2))],
   ];
   if (pair.fixedLabel || pair.movingLabel) {
-    const there = ends.map((to) => label(pair.movingLabel, () => nearest(pair, to)));
-    const here = [pair.fixedLabel, pair.movingLabel].map((numbers) => label(numbers, () => numbers[index]));
-    lines.push(["label", ...here, ...there]);
+    const here = [pair.fixedLabel?.[index], pair.movingLabel?.[index]];
+    const there = ends.map((to) => pair.movingLabel && nearest(pair, to));
+    table.push(["label", ...[...here, ...there].map((number) => pair.names[number] ?? "")]);
   }
-  if (pair.maps.length) {
-    const moved = ends.map((to) => short.map((i, a) => (to[a] - i) * pair.moving_spacing[a]));
-    const written = moved.map((u) => `(${u.map((v) => v.toFixed(2)).join(", ")}), ${Math.hypot(...u).toFixed(2)} long`);
-    lines.push([`displacement, ${pair.unit}`, "", "", ...written]);
-    lines.push(["Jacobian", "", "", ...ends.map((_, n) => determinant(pair, n, strength, at).toFixed(2))]);
-  }
-  return lines;
+  if (!pair.maps.length) return table;
+  const moved = ends.map((to) => grid.map((i, a) => (to[a] - i) * pair.moving_spacing[a]));
+  const written = moved.map((u) => `(${u.map((v) => v.toFixed(2)).join(", ")}), ${Math.hypot(...u).toFixed(2)} long`);
+  table.push([`displacement, ${pair.unit}`, "", "", ...written]);
+  table.push(["Jacobian", "", "", ...ends.map((_, n) => determinant(pair, n, strength, at).toFixed(2))]);
+  return table;
 }
 
 function render({ model, el }) {
-  const pair = unpack(model), axes = pair.solid ? [2, 1, 0] : [2];
-  const make = (tag, parent, properties = {}) => parent.appendChild(Object.assign(document.createElement(tag), properties));
-  const get = (name) => model.get(name);
+  const pair = unpack(model.get("facts"), model.get("volumes")), axes = pair.solid ? [2, 1, 0] : [2], controls = {};
+  const make = (tag, parent, given = {}) => parent.appendChild(Object.assign(document.createElement(tag), given));
+  const get = (name) => model.get(name), position = () => (pair.solid ? get("at") : [...get("at"), 0]);
   const set = (name, value) => {
     model.set(name, value);
     model.save_changes();
   };
-  const position = () => (pair.solid ? get("at") : [...get("at"), 0]);
-  const move = (changes) => {
-    const at = position();
-    set("at", at.map((i, a) => Math.max(0, Math.min(pair.shape[a] - 1, changes[a] ?? i))).slice(0, pair.dim));
+  const move = (to) => {
+    const inside = (i, a) => Math.max(0, Math.min(pair.shape[a] - 1, to[a] ?? i));
+    set("at", position().map(inside).slice(0, pair.dim));
   };
-  const root = make("div", el, { className: "fmsam" });
-  make("h4", root, { textContent: pair.title });
 
   // The controls are the browser's own: Tab reaches them, arrows move them.
-  const controls = {};
-  const control = (row, name, input, read = () => get(name), write = (value) => set(name, value)) => {
-    const label = make("label", row, { textContent: name });
+  const root = make("div", el, { className: "fmsam" });
+  make("h4", root, { textContent: pair.title });
+  const [above, below] = [0, 1].map(() => make("div", root, { className: "controls" }));
+  const control = (row, name, input, value = () => get(name), write = (value) => set(name, value)) => {
+    const label = make("label", row, { textContent: name }), field = input.type === "checkbox" ? "checked" : "value";
     label.append(input);
-    const field = input.type === "checkbox" ? "checked" : "value";
-    const said = input.type === "range" ? make("span", label, { className: "value" }) : {};
-    const value = () => (input.type === "range" ? Number(input.value) : input[field]);
-    input.addEventListener("input", () => write(value()));
-    const update = () => { said.textContent = input[field] = read(); };
+    const said = input.type === "range" ? make("span", label, { className: "value" }) : null;
+    input.addEventListener("input", () => write(said ? Number(input.value) : input[field]));
+    const update = () => {
+      input[field] = value();
+      if (said) said.textContent = value();
+    };
     controls[name] = { label, update };
   };
-  const input = (properties) => Object.assign(document.createElement("input"), properties);
+  const input = (given) => Object.assign(document.createElement("input"), given);
   const range = (min, max, step) => input({ type: "range", min, max, step });
   const menu = (options) => {
     const select = document.createElement("select");
-    for (const option of options) make("option", select, { textContent: option });
+    for (const textContent of options) make("option", select, { textContent });
     return select;
   };
-  const [above, below] = [0, 1].map(() => make("div", root, { className: "controls" }));
   control(above, "view", menu(pair.views));
   if (pair.solid) control(above, "plane", menu(["all three", ...axes.map((a) => pair.planes[a])]));
   if (pair.fixedLabel || pair.movingLabel) control(above, "labels", input({ type: "checkbox" }));
@@ -301,16 +268,15 @@ function render({ model, el }) {
   control(below, "squares", range(2, 24, 1));
   control(below, "blend", range(0, 1, 0.05));
   for (const a of pair.solid ? axes : []) {
-    control(below, pair.planes[a], range(0, pair.shape[a] - 1, 1), () => get("at")[a], (value) => move({ [a]: value }));
+    const slider = range(0, pair.shape[a] - 1, 1);
+    control(below, pair.planes[a], slider, () => get("at")[a], (value) => move({ [a]: value }));
   }
   const hint = make("div", root, { className: "hint" }), legend = make("div", root, { className: "hint legend" });
   make("span", legend, { textContent: "fixed labels" }).style.borderColor = FIXED_LINE;
-  make("span", legend, { textContent: "the other's labels", className: "dashed" }).style.borderColor = WARPED_LINE;
+  make("span", legend, { textContent: "the other's labels" }).style.borderColor = WARPED_LINE;
   const body = make("div", root, { className: "body" });
   const pictures = make("div", body, { className: "pictures" }), table = make("table", body);
   table.setAttribute("aria-live", "polite");
-
-  let panels = [], arranged = "", written = "", planes = {}, second = false, due = 0;
 
   function canvas(figure, axis, name) {
     const [x, y] = [0, 1, 2].filter((a) => a !== axis), made = make("canvas", figure, { tabIndex: 0 });
@@ -318,9 +284,8 @@ function render({ model, el }) {
     Object.assign(made.dataset, { columns: pair.shape[x], rows: pair.shape[y] });
     made.style.aspectRatio = `${pair.shape[x] * pair.spacing[x]} / ${pair.shape[y] * pair.spacing[y]}`;
     const point = ({ clientX, clientY }) => {
-      const box = made.getBoundingClientRect();
-      const across = (clientX - box.left) / box.width, up = 1 - (clientY - box.top) / box.height;
-      move({ [x]: Math.floor(across * pair.shape[x]), [y]: Math.floor(up * pair.shape[y]) });
+      const { left, top, width, height } = made.getBoundingClientRect(), up = 1 - (clientY - top) / height;
+      move({ [x]: Math.floor((clientX - left) / width * pair.shape[x]), [y]: Math.floor(up * pair.shape[y]) });
     };
     made.addEventListener("pointerdown", (event) => {
       made.setPointerCapture(event.pointerId);
@@ -348,50 +313,55 @@ function render({ model, el }) {
     return made;
   }
 
-  // One registration: its planes in a row. More pictures: a column each, and a row for each plane.
+  // One picture a plane: the planes in a row. Several: a column each, and a row for each plane.
+  let panels = [], arranged = "", written = "", planes = {}, second = false, due = 0;
   function arrange(pictured, shown) {
-    const columns = pictured.length === 1 ? shown.length : pictured.length;
-    const wide = columns === 1 ? 520 : columns === shown.length && pictured.length === 1 ? 300 : shown.length === 1 ? 360 : 230;
+    const row = pictured.length === 1, columns = row ? shown.length : pictured.length;
+    const wide = columns === 1 ? 520 : shown.length === 1 ? 360 : row ? 300 : 230;
     pictures.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
     pictures.style.width = `min(100%, ${columns * wide}px)`;
     pictures.replaceChildren();
-    panels = shown.flatMap((axis) => pictured.map((one) => {
-      const figure = make("figure", pictures);
-      return { ...one, axis, canvas: canvas(figure, axis, one.name), caption: make("figcaption", figure) };
-    }));
     observer.disconnect();
-    panels.forEach((panel) => observer.observe(panel.canvas));
+    panels = shown.flatMap((axis) => pictured.map((picture) => {
+      const figure = make("figure", pictures), made = canvas(figure, axis, picture.name);
+      observer.observe(made);
+      const scratch = new OffscreenCanvas(made.dataset.columns, made.dataset.rows);
+      return { ...picture, axis, canvas: made, scratch, caption: make("figcaption", figure) };
+    }));
   }
 
   function draw() {
     due = 0;
-    const names = ["view", "strength", "squares", "blend", "labels", "crosshair"];
-    const state = { ...Object.fromEntries(names.map((name) => [name, get(name)])), at: position(), second };
-    const { view, at } = state, strength = pair.maps.length ? state.strength : 0;
-    const shown = pair.solid && get("plane") !== "all three" ? [pair.planes.indexOf(get("plane"))] : axes;
-    const what = view === "deformation grid" ? "warped" : view === "flicker" ? null : view;
-    let pictured = (pair.maps.length > 1 ? pair.maps : [""]).map((name, n) => ({ name, n, what }));
+    const state = { ...Object.fromEntries(STATE.map((name) => [name, get(name)])), at: position() };
+    const { view, at, plane, labels } = state, strength = pair.maps.length ? state.strength : 0;
+    const shown = pair.solid && plane !== "all three" ? [pair.planes.indexOf(plane)] : axes;
+    let pictured = (pair.maps.length > 1 ? pair.maps : [""]).map((name, n) => ({ name, n }));
     if (view === "side by side") {
       pictured = ["fixed", "moving"].map((name) => ({ name, n: 0, what: name }));
       pictured.push(...pair.maps.map((name, n) => ({ name, n, what: "warped" })));
     }
-    if (arranged !== (arranged = JSON.stringify([pictured, shown]))) arrange(pictured, shown);
+    const wanted = JSON.stringify([pictured, shown]);
+    if (wanted !== arranged) arrange(pictured, shown);
+    arranged = wanted;
     for (const { update } of Object.values(controls)) update();
     controls.squares.label.hidden = view !== "checkerboard";
     controls.blend.label.hidden = view !== "blend";
-    legend.hidden = !controls.labels || !state.labels;
-    hint.textContent = [HINTS[view], HELP].filter(Boolean).join(". ");
-    const fresh = {};
+    legend.hidden = !controls.labels || !labels;
+    hint.textContent = (HINTS[view] ? `${HINTS[view]}. ` : "") + HELP + (pair.solid ? WHEEL : "");
+    const alone = { "deformation grid": "warped", flicker: second ? "warped" : "fixed" }[view] ?? view;
+    const fresh = {}; // the planes in view: what has not changed need not be cut again
     for (const panel of panels) {
       const key = [panel.axis, at[panel.axis], panel.n, strength, view].join();
-      const plane = fresh[key] ??= planes[key] ?? cut(pair, panel.axis, at, panel.n, strength, view);
-      show(pair, panel, plane, state);
-      const said = [panel.name, what ? "" : second ? "the other" : "fixed", pair.solid ? `${pair.planes[panel.axis]} ${at[panel.axis]}` : ""];
-      panel.caption.textContent = said.filter(Boolean).join(", ");
+      fresh[key] ??= planes[key] ?? cut(pair, panel.axis, at, panel.n, strength, view);
+      show(pair, { what: alone, ...panel }, fresh[key], state);
+      const place = pair.solid ? `${pair.planes[panel.axis]} ${at[panel.axis]}` : "";
+      const turn = view !== "flicker" ? "" : second ? "the other" : "fixed";
+      panel.caption.textContent = [panel.name, turn, place].filter(Boolean).join(", ");
     }
     planes = fresh;
-    const lines = facts(pair, at, strength);
-    if (written === (written = JSON.stringify(lines))) return; // a screen reader need not hear it again
+    const lines = read(pair, at, strength);
+    if (written === JSON.stringify(lines)) return; // a screen reader need not hear it again
+    written = JSON.stringify(lines);
     table.replaceChildren();
     const parts = [make("thead", table), make("tbody", table)];
     lines.forEach((line, i) => {
@@ -402,8 +372,7 @@ function render({ model, el }) {
 
   const later = () => { due ||= requestAnimationFrame(draw); };
   const observer = new ResizeObserver(later);
-  const watched = ["view", "plane", "at", "strength", "squares", "blend", "labels", "crosshair"];
-  for (const name of watched) model.on(`change:${name}`, later);
+  for (const name of STATE) model.on(`change:${name}`, later);
   const timer = setInterval(() => {
     if (get("view") !== "flicker") return;
     second = !second;
@@ -411,7 +380,7 @@ function render({ model, el }) {
   }, 400);
   later();
   return () => {
-    for (const name of watched) model.off(`change:${name}`, later);
+    for (const name of STATE) model.off(`change:${name}`, later);
     clearInterval(timer);
     cancelAnimationFrame(due);
     observer.disconnect();

@@ -58,7 +58,7 @@ def still(pair: Pair, maps: Mapping[str, Tensor]) -> bytes:
     for figure, name in zip(figures, maps if len(maps) > 1 else (), strict=False):
         figure.suptitle(f"{figure.get_suptitle()}: {name}", fontsize=11)
     pictures = [image.imread(io.BytesIO(slices.png(figure, compression=1))) for figure in figures]
-    image.imsave(buffer := io.BytesIO(), np.concatenate(pictures), format="png", metadata={"Software": None})
+    image.imsave(buffer := io.BytesIO(), np.concatenate(pictures), format="png")
     return buffer.getvalue()
 
 
@@ -115,7 +115,7 @@ class Explorer(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The widget, and the still picture for whoever has no kernel to show it."""
-        data, metadata = super()._repr_mimebundle_(**kwargs)
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         return data | {"image/png": base64.b64encode(still(*self._still)).decode()}, metadata
 
 
