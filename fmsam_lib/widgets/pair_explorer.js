@@ -38,27 +38,32 @@ function unpack(facts, volumes) {
 // Where a sample lies in the moving image under map n: writes its position into `to`.
 function follow(pair, n, strength, index, position, to) {
   const size = pair.fixed.length, scale = strength * (pair.scales[n] ?? 0);
-  const moved = (a) => (scale && a < pair.dim ? scale * pair.steps[n][a * size + index] : 0);
-  for (let a = 0; a < 3; a++) to[a] = position[a] + moved(a);
+  for (let a = 0; a < 3; a++) to[a] = position[a];
+  if (scale) for (let a = 0; a < pair.dim; a++) to[a] += scale * pair.steps[n][a * size + index];
 }
 
 // Linear interpolation in the moving image; 0 outside it.
-function look(pair, [x, y, z]) {
-  const [X, Y, Z] = pair.shape, i = Math.floor(x), j = Math.floor(y), k = Math.floor(z);
+function look(pair, to) {
+  const x = to[0], y = to[1], z = to[2], X = pair.shape[0], Y = pair.shape[1], Z = pair.shape[2];
+  const i = Math.floor(x), j = Math.floor(y), k = Math.floor(z);
   let sum = 0;
-  for (let corner = 0; corner < 8; corner++) {
-    const a = i + (corner >> 2), b = j + ((corner >> 1) & 1), c = k + (corner & 1);
-    if (a < 0 || b < 0 || c < 0 || a >= X || b >= Y || c >= Z) continue;
-    const weight = (1 - Math.abs(x - a)) * (1 - Math.abs(y - b)) * (1 - Math.abs(z - c));
-    sum += weight * pair.moving[(a * Y + b) * Z + c];
+  for (let a = Math.max(i, 0); a < Math.min(i + 2, X); a++) {
+    const along = 1 - Math.abs(x - a);
+    for (let b = Math.max(j, 0); b < Math.min(j + 2, Y); b++) {
+      const weight = along * (1 - Math.abs(y - b)), at = (a * Y + b) * Z;
+      for (let c = Math.max(k, 0); c < Math.min(k + 2, Z); c++) {
+        sum += weight * (1 - Math.abs(z - c)) * pair.moving[at + c];
+      }
+    }
   }
   return sum;
 }
 
 // The moving image's label nearest to a position, background outside.
-function nearest(pair, to) {
-  const [i, j, k] = to.map(Math.round), [X, Y, Z] = pair.shape;
-  return i < 0 || j < 0 || k < 0 || i >= X || j >= Y || k >= Z ? 0 : pair.movingLabel[(i * Y + j) * Z + k];
+function nearest({ shape, movingLabel }, to) {
+  const i = Math.round(to[0]), j = Math.round(to[1]), k = Math.round(to[2]);
+  if (i < 0 || j < 0 || k < 0 || i >= shape[0] || j >= shape[1] || k >= shape[2]) return 0;
+  return movingLabel[(i * shape[1] + j) * shape[2] + k];
 }
 
 // det d phi / d x of the cell that starts at a position; of the last cell at the far borders.
