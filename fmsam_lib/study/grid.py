@@ -1,7 +1,6 @@
 """What a study file may say, and the grid of runs that it means: train domain x optimizer x seed."""
 
 import itertools
-import math
 import re
 import typing
 from dataclasses import dataclass
@@ -82,11 +81,10 @@ class Study(Parameters):
 
     def _repr_html_(self) -> str:
         """At the end of a cell: the grid, a training domain a row, an optimizer a column, seeds in the cells."""
-        seeds = ", ".join(map(str, self.seeds))
+        seeds = f"seeds {', '.join(map(str, self.seeds))}"
         table = pd.DataFrame(seeds, index=self.train_domains, columns=self.optimizers).to_html()
-        sizes = [len(self.train_domains), len(self.optimizers), len(self.seeds)]
         facts = {
-            "runs": "{} = {} training domains × {} optimizers × {} seeds".format(math.prod(sizes), *sizes),
+            "runs": len(grid(self)),
             "tested on": ", ".join(self.test_domains),
             "baselines": ", ".join(self.baselines),
             "shape": " × ".join(map(str, self.shape)),

@@ -224,9 +224,10 @@ function read(pair, at, strength) {
   }
   if (!pair.maps.length) return table;
   const moved = ends.map((to) => grid.map((i, a) => (to[a] - i) * pair.moving_spacing[a]));
-  const written = moved.map((u) => `(${u.map((v) => v.toFixed(2)).join(", ")}), ${Math.hypot(...u).toFixed(2)} long`);
-  table.push([`displacement, ${pair.unit}`, "", "", ...written]);
-  table.push(["Jacobian", "", "", ...ends.map((_, n) => determinant(pair, n, strength, at).toFixed(2))]);
+  const row = (name, ...values) => table.push([name, "", "", ...values]);
+  row(`displacement, ${pair.unit}`, ...moved.map((u) => `(${u.map((v) => v.toFixed(2)).join(", ")})`));
+  row("its length", ...moved.map((u) => Math.hypot(...u).toFixed(2)));
+  row("Jacobian", ...ends.map((_, n) => determinant(pair, n, strength, at).toFixed(2)));
   return table;
 }
 

@@ -66,6 +66,6 @@ def test_a_study_shows_its_grid():
     study = read_study(PROJECT / "studies" / "quick.yaml")
     shown = study._repr_html_()
     runs = len(study.train_domains) * len(study.optimizers) * len(study.seeds)
-    assert facts(shown)["runs"].startswith(f"{runs} = ")
+    assert facts(shown)["runs"] == str(runs)
     for name in (*study.train_domains, *study.optimizers):
         assert name in shown
