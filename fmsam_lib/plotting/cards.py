@@ -4,9 +4,11 @@ import base64
 import html
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from IPython import get_ipython
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from fmsam_lib.metrics import folding_percent, percent, sdlogj
@@ -29,7 +31,7 @@ def card(title: str, facts: Mapping[str, object], picture: Figure | None = None,
         f"<tr><th style='text-align:left;vertical-align:top'>{html.escape(name)}</th>"
         f"<td style='text-align:left;white-space:normal'>{html.escape(str(fact))}</td></tr>"
         for name, fact in facts.items()
-        if str(fact)
+        if fact
     )
     drawn = "" if picture is None else base64.b64encode(slices.png(picture)).decode()
     image = drawn and f"<img alt='' style='max-width:min(100%,520px)' src='data:image/png;base64,{drawn}'>"
@@ -40,22 +42,14 @@ def card(title: str, facts: Mapping[str, object], picture: Figure | None = None,
 def of_pair(pair: Pair) -> str:
     """Both images in the middle plane, with their labels; shape, spacing, structures, what else is known."""
     cut = slices.cut(pair)
-    figure, axes = _panels(cut, "fixed", "moving")
-    for ax, image, label, line in zip(
-        axes,
-        (cut.fixed, cut.moving),
-        (cut.fixed_label, cut.moving_label),
-        (slices.FIXED_LINE, slices.WARPED_LINE),
-        strict=True,
-    ):
-        slices.show(ax, cut, image)
-        slices.outline(ax, cut, label, line)
+    figure, (left, right) = _two(cut, fixed=cut.fixed, moving=cut.moving)
+    slices.outline(left.axes, cut, cut.fixed_label, slices.FIXED_LINE)
+    slices.outline(right.axes, cut, cut.moving_label, slices.WARPED_LINE)
     known = ("true_map", "fixed_landmarks", "fixed_mask", "moving_mask")
     facts = {
-        "shape": _times(pair.fixed.shape[1:]),
-        "spacing": f"{_times(f'{s:.3g}' for s in pair.spacing)} {pair.unit}" if pair.spacing else "",
+        "shape": " × ".join(map(str, pair.fixed.shape[1:])),
+        "spacing": pair.spacing and " × ".join(f"{s:.3g}" for s in pair.spacing) + f" {pair.unit}",
         "labels": ", ".join(pair.labels.values()),
-        "subjects": ", ".join(pair.subjects),
         "known": ", ".join(name.replace("_", " ") for name in known if getattr(pair, name) is not None),
     }
     return card(pair.name, facts, figure)
@@ -63,20 +57,15 @@ def of_pair(pair: Pair) -> str:
 
 def of_transform(transform: Transform) -> str:
     """The middle plane's deformation grid and Jacobian; of a batch the first pair's, and its numbers."""
-    phi_map = transform.map.detach().float().cpu()
-    blank = torch.zeros(1, *transform.shape)
+    phi_map, blank = transform.map.detach().float().cpu(), torch.zeros(1, *transform.shape)
     cut = slices.cut(Pair("", blank, blank), phi_map[:1])
-    figure, (left, right) = _panels(cut, "deformation grid", "Jacobian determinant")
-    slices.show(left, cut, cut.warped)
-    slices.deformed_grid(left, cut)
-    slices.jacobian_bar(figure, slices.show(right, cut, cut.jacobian, **slices.jacobian_look()), right)
-    facts = {
-        "pairs": f"{len(phi_map)}, this is the first" if len(phi_map) > 1 else "",
-        "shape": _times(transform.shape),
-        "steps": str(len(transform.fields)),
-        **regularity(phi_map[:1]),
-    }
-    return card("Transform", facts, figure)
+    figure, (grid, jacobian) = _two(cut, **{"deformation grid": cut.warped, "Jacobian determinant": cut.jacobian})
+    slices.deformed_grid(grid.axes, cut)
+    jacobian.set(**slices.jacobian_look())
+    slices.jacobian_bar(figure, jacobian, jacobian.axes)
+    facts = {"pairs": f"{len(phi_map)}, this is the first" if len(phi_map) > 1 else ""}
+    facts |= {"shape": " × ".join(map(str, transform.shape)), "steps": str(len(transform.fields))}
+    return card("Transform", facts | regularity(phi_map[:1]), figure)
 
 
 def regularity(phi_map: Tensor) -> dict[str, str]:
@@ -91,14 +80,10 @@ def regularity(phi_map: Tensor) -> dict[str, str]:
     }
 
 
-def _panels(cut: slices.Cut, *titles: str):
+def _two(cut: slices.Cut, **pictures: np.ndarray) -> tuple[Figure, list[AxesImage]]:
     tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
     figure = slices.Picture(figsize=(5.2, min(2.5 * tall, 5) + 0.3), layout="constrained")
-    axes = figure.subplots(1, len(titles))
-    for ax, title in zip(axes, titles, strict=True):
+    axes = figure.subplots(1, 2)
+    for ax, title in zip(axes, pictures, strict=True):
         ax.set_title(title, fontsize=9)
-    return figure, axes
-
-
-def _times(numbers) -> str:
-    return " × ".join(map(str, numbers))
+    return figure, [slices.show(ax, cut, picture) for ax, picture in zip(axes, pictures.values(), strict=True)]

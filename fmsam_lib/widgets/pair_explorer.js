@@ -81,7 +81,7 @@ function determinant({ shape, strides, steps, scales, dim, fixed }, n, strength,
 // The plane across an axis through a position, as arrays whose rows go up: what all its pictures are made of.
 function cut(pair, axis, at, n, strength, view) {
   const [x, y] = [0, 1, 2].filter((a) => a !== axis), columns = pair.shape[x], rows = pair.shape[y];
-  const plane = { x, y, columns, rows }, position = [...at], to = [0, 0, 0], size = columns * rows;
+  const plane = { x, y, columns, rows, paths: {} }, position = [...at], to = [0, 0, 0], size = columns * rows;
   for (const name of ["fixed", "moving", "warped"]) plane[name] = new Uint8Array(size);
   if (pair.fixedLabel) plane.fixedLabel = new Uint16Array(size);
   if (pair.movingLabel) for (const name of ["movingLabel", "warpedLabel"]) plane[name] = new Uint16Array(size);
@@ -126,14 +126,13 @@ function pixels({ colours }, { columns, rows, fixed, moving, warped, jacobian },
 }
 
 // The path where neighbouring numbers differ: halfway between samples, or where `values` cross the larger number.
-function border(context, { columns, rows }, numbers, { values, dashed } = {}) {
-  const points = [];
+function border({ columns, rows }, numbers, { values, dashed } = {}) {
+  const points = [], path = new Path2D();
   const cross = (a, b, c, r, dc, dr) => {
     if (numbers[a] === numbers[b]) return;
     const t = values ? (Math.max(numbers[a], numbers[b]) - values[a]) / (values[b] - values[a]) : 0.5;
-    points.push([c + t * dc + 0.5, rows - (r + t * dr + 0.5)]);
+    points.push(c + t * dc + 0.5, rows - (r + t * dr + 0.5));
   };
-  context.beginPath();
   for (let r = 0; r < rows - 1; r++) {
     for (let c = 0; c < columns - 1; c++) {
       const q = r * columns + c, up = q + columns, first = numbers[q];
@@ -144,13 +143,14 @@ function border(context, { columns, rows }, numbers, { values, dashed } = {}) {
       cross(q + 1, up + 1, c + 1, r, 0, 1);
       cross(up, up + 1, c, r + 1, 1, 0);
       cross(q, up, c, r, 0, 1);
-      const meet = points.length === 2 ? points.pop() : [c + 1, rows - r - 1]; // three lines or more: in the middle
-      for (const point of points) {
-        context.moveTo(...point);
-        context.lineTo(...meet);
+      const simple = points.length === 4, ends = simple ? 1 : points.length / 2; // others meet in the middle
+      for (let p = 0; p < ends; p++) {
+        path.moveTo(points[2 * p], points[2 * p + 1]);
+        path.lineTo(simple ? points[2] : c + 1, simple ? points[3] : rows - r - 1);
       }
     }
   }
+  return path;
 }
 
 // A picture on its canvas: pixels, then the lines and letters over them.
@@ -160,40 +160,33 @@ function show(pair, { canvas, what, scratch }, plane, { at, squares, blend, labe
   if (!width || !height) return; // not on the screen yet
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   scratch.getContext("2d").putImageData(pixels(pair, plane, what, squares, blend), 0, 0);
-  const stroke = (strokeStyle, wide) => {
-    context.resetTransform(); // lines are as wide everywhere, whatever the samples' shape
-    Object.assign(context, { strokeStyle, lineWidth: wide * dpr }).stroke();
-    context.scale(width / columns, height / rows);
+  const stroke = (path, strokeStyle, wide) => {
+    const scaled = new Path2D(); // so that lines are as wide everywhere, whatever the samples' shape
+    scaled.addPath(path, new DOMMatrix([width / columns, 0, 0, height / rows, 0, 0]));
+    Object.assign(context, { strokeStyle, lineWidth: wide * dpr }).stroke(scaled);
   };
-  const outline = (numbers, colour, dashed) => {
-    if (!labels || !numbers) return;
-    border(context, plane, numbers, { dashed });
-    stroke(colour, 1.4);
+  const outline = (name, colour, dashed) => {
+    if (!labels || !plane[name]) return;
+    plane.paths[name] ??= border(plane, plane[name], { dashed });
+    stroke(plane.paths[name], colour, 1.4);
   };
-  context.setTransform(width / columns, 0, 0, height / rows, 0, 0);
   context.imageSmoothingEnabled = width < columns;
-  context.drawImage(scratch, 0, 0);
+  context.drawImage(scratch, 0, 0, width, height);
   if (plane.phi) {
     const extent = [x, y].map((a) => (pair.shape[a] - 1) * pair.spacing[a]);
     const apart = Math.max(Math.max(...extent) / 20, 2 * pair.spacing[x], 2 * pair.spacing[y]);
     plane.phi.forEach((phi, i) => {
       const values = phi.map((mm) => (mm + extent[i]) / apart);
-      border(context, plane, values.map(Math.floor), { values });
-      stroke(GRID_LINE, 0.9);
+      stroke(border(plane, values.map(Math.floor), { values }), GRID_LINE, 0.9);
     });
   }
-  if (what !== "moving") outline(plane.fixedLabel, FIXED_LINE, false);
-  if (what !== "fixed") outline(what === "moving" ? plane.movingLabel : plane.warpedLabel, WARPED_LINE, true);
+  if (what !== "moving") outline("fixedLabel", FIXED_LINE, false);
+  if (what !== "fixed") outline(what === "moving" ? "movingLabel" : "warpedLabel", WARPED_LINE, true);
   if (crosshair) {
-    context.beginPath();
-    context.moveTo(0, rows - at[y] - 0.5);
-    context.lineTo(columns, rows - at[y] - 0.5);
-    context.moveTo(at[x] + 0.5, 0);
-    context.lineTo(at[x] + 0.5, rows);
-    stroke("rgba(0, 0, 0, 0.4)", 3);
-    stroke("rgba(255, 255, 255, 0.8)", 1);
+    const lines = new Path2D(`M 0 ${rows - at[y] - 0.5} h ${columns} M ${at[x] + 0.5} 0 v ${rows}`);
+    stroke(lines, "rgba(0, 0, 0, 0.4)", 3);
+    stroke(lines, "rgba(255, 255, 255, 0.8)", 1);
   }
-  context.resetTransform();
   Object.assign(context, { font: `bold ${11 * dpr}px sans-serif`, textAlign: "center", textBaseline: "middle" });
   Object.assign(context, { strokeStyle: "black", lineWidth: 3 * dpr, fillStyle: "white" });
   const edge = 9 * dpr, [left, right] = pair.ends[x] ?? "", [bottom, top] = pair.ends[y] ?? "";
