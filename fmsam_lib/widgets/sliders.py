@@ -6,7 +6,7 @@ by the next without flicker. Sliders and menus are the browser's own: Tab reache
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import ipywidgets as widgets
 from IPython import get_ipython
@@ -17,7 +17,6 @@ from fmsam_lib.plotting import slices
 
 PICTURE = {"max_width": "100%", "align_self": "flex-start"}  # the layout of what is drawn, as wide as it is
 ROW = {"flex_flow": "row wrap"}  # and that of the controls above
-Live = TypeVar("Live", bound="Sliders")
 
 
 def slide(
@@ -31,15 +30,10 @@ def slide(
     >>> sliders.controls["rho"].value = 0.01                                    # doctest: +SKIP
     """
     still = draw(**{name: control.value for name, control in controls.items()})
-    return shown(still, lambda: Sliders(draw, controls, still), interactive)
-
-
-def shown(still: Figure, live: Callable[[], Live], interactive: bool | None = None) -> Live | None:
-    """Show a still picture and, in a notebook, the widget of what `live` makes."""
     display(still)
     if not in_a_notebook(interactive):
         return None
-    made = live()
+    made = Sliders(draw, controls, still)
     display(made.widget)
     return made
 
