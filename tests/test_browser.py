@@ -1,16 +1,26 @@
 """A person's way: JupyterLab in a real browser, every cell run, a slider moved."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import closing
+from contextlib import ExitStack, closing
 
+import numpy as np
 import pytest
+import torch
+from explorer import opened
+from matplotlib import colormaps
+from scipy.ndimage import map_coordinates
 
+from fmsam_lib.model.spatial import identity_map, jacobian_determinant, warp, warp_label
+from fmsam_lib.pair import Pair
+from fmsam_lib.plotting import slices
+from fmsam_lib.widgets.pair_explorer import Explorer
 from tests.conftest import PROJECT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -65,15 +75,25 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(lab):
+def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1300, "height": 1000})
-        page.set_default_timeout(120_000)
-        yield page
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.set_default_timeout(120_000)
+    yield page
+    page.close()
+
+
+def numbers(text):
+    return [float(n) for n in re.findall(r"-?\d+\.\d+", text)]
 
 
 def edit_parameter(page, old, new):
@@ -99,29 +119,284 @@ def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old,
     edit_parameter(page, old, new)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    picture = page.locator(".widget-image, .jupyter-widgets img").last
-    picture.wait_for(state="visible")
-    assert (
-        page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error").count()
-        == 0
-    )
-    before = picture.get_attribute("src")
-    slider = page.locator(".widget-slider", has_text="strength").locator("[role=slider]")
-    slider.focus()
+    explorer = page.locator(".fmsam").last
+    explorer.locator("canvas").first.wait_for(state="visible")
+    errors = page.locator("[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error")
+    assert errors.count() == 0
+    assert not explorer.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-child')]").locator("img").count()
+    row = explorer.locator("tr", has_text="displacement")
+    row.wait_for()
+    before = numbers(row.inner_text())
+    slider = explorer.locator("label", has_text="strength")
+    slider.locator("input").focus()
     for _ in range(8):
         page.keyboard.press("ArrowLeft")
-    page.wait_for_function("([image, old]) => image.src !== old", arg=[picture.element_handle(), before])
-    assert "0.6" in page.locator(".widget-slider", has_text="strength").locator(".widget-readout").inner_text()
+    slider.get_by_text("0.6").wait_for()
+    assert numbers(row.inner_text()) == pytest.approx([0.6 * n for n in before], abs=0.02)
     if shots := os.environ.get("FMSAM_SCREENSHOTS"):
-        picture.scroll_into_view_if_needed()
-        page.wait_for_timeout(500)
-        page.screenshot(path=f"{shots}/{notebook}.png")
+        for width in (1300, 800):
+            page.set_viewport_size({"width": width, "height": 1000})
+            explorer.scroll_into_view_if_needed()
+            page.wait_for_timeout(500)
+            page.screenshot(path=f"{shots}/{notebook}_{width}.png")
+
+
+# The explorer alone, fed by a stand-in for the notebook: everything it draws is compared with `slices.cut`.
+
+SHAPE = (20, 24, 16)
+
+
+def waves(shape, size=0.06):
+    x = identity_map(shape)
+    return x + size * torch.sin(2 * torch.pi * x.roll(1, 1))
+
+
+def solid(shape=SHAPE):
+    images = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(0))
+    balls = [(identity_map(shape)[0] - c).square().sum(0)[None] < 0.1 for c in (0.4, 0.5)]
+    spacing = (1.0, 2.0, 3.0)[: len(shape)]
+    return Pair("balls", images[0], images[1], balls[0].int(), balls[1].int(), {1: "ball"}, spacing)
+
+
+@pytest.fixture
+def shown(page):
+    """`shown(pair, maps)` opens an explorer without lines over the pictures; returns the page."""
+    with ExitStack() as stack:
+
+        def show(pair, maps, **state):
+            explorer = Explorer(pair, maps)
+            for name, value in {"labels": False, "crosshair": False, **state}.items():
+                setattr(explorer, name, value)
+            return stack.enter_context(opened(page, explorer))
+
+        yield show
+
+
+def pictures(page):
+    """The canvases' colours at the samples, `(rows, columns, 3)` each, the first row at the bottom."""
+    page.evaluate("drawn()")
+    of_all = page.evaluate(
+        """() => [...document.querySelectorAll("canvas")].map((c) => {
+            const [columns, rows] = [c.dataset.columns, c.dataset.rows].map(Number), all = c.getContext("2d");
+            const data = all.getImageData(0, 0, c.width, c.height).data, at = (share, n) => Math.floor(share * n);
+            return [...Array(rows).keys()].map((r) => [...Array(columns).keys()].map((k) => {
+                const row = at((rows - r - 0.5) / rows, c.height), column = at((k + 0.5) / columns, c.width);
+                return [...data.slice(4 * (row * c.width + column), 4 * (row * c.width + column) + 3)];
+            }));
+        })"""
+    )
+    return [np.array(one) / 255 for one in of_all]
+
+
+def colours(page):
+    """Every pixel of the first canvas, `(rows, columns, 3)` from 0 to 255, the first row at the bottom."""
+    page.evaluate("drawn()")
+    width, height, data = page.evaluate(
+        """() => {
+            const c = document.querySelector("canvas"), { width, height } = c;
+            return [width, height, [...c.getContext("2d").getImageData(0, 0, width, height).data]];
+        }"""
+    )
+    return np.array(data).reshape(height, width, 4)[::-1, :, :3]
+
+
+def samples(lines, rows, columns):
+    """Where on the grid of samples the pixels of a mask lie."""
+    (r, c), (high, wide) = np.nonzero(lines), lines.shape
+    return (r + 0.5) * rows / high - 0.5, (c + 0.5) * columns / wide - 0.5
+
+
+def grey(picture):
+    return np.repeat(picture[..., None], 3, -1)
+
+
+def close(picture, expected, within=1.6 / 255):
+    assert picture.shape == expected.shape
+    return np.abs(picture - expected).max() <= within
+
+
+def drag(page, name, value):
+    """Move a slider as a person would see it: to a value, events included."""
+    page.locator("label", has_text=name).locator("input").fill(str(value))
+
+
+def choose(page, name, value):
+    page.locator("label", has_text=name).locator("select").select_option(value)
+
+
+@pytest.mark.parametrize("strength", [0, 0.5, 1])
+def test_every_picture_shows_the_slice_asked_for(shown, strength):
+    pair, phi = solid(), waves(SHAPE)
+    page = shown(pair, {"warped": phi})
+    at = {"axial": 3, "coronal": 20, "sagittal": 7}
+    for plane, index in at.items():
+        drag(page, plane, index)
+    drag(page, "strength", strength)
+    drawn = pictures(page)
+    for row, plane in enumerate(at):
+        cut = slices.cut(pair, phi, axis=slices.PLANES.index(plane), index=at[plane], strength=strength)
+        for picture, expected in zip(drawn[3 * row :], (cut.fixed, cut.moving, cut.warped), strict=False):
+            assert close(picture, grey(expected))
+    assert f"{at['axial']}" in page.locator("figcaption").first.inner_text()
+
+
+def test_every_view_shows_what_it_says(shown):
+    pair, phi = solid(), waves(SHAPE)
+    page = shown(pair, {"warped": phi}, plane="axial", strength=0.75)
+    cut = slices.cut(pair, phi, strength=0.75)
+    orange = colormaps["PuOr_r"]
+    jacobian = np.pad(cut.jacobian, [(0, 1), (0, 1)], mode="edge")  # a cell's colour at the sample where it starts
+    look = slices.jacobian_look()
+    expected = {
+        "checkerboard": grey(slices.checkerboard(cut.fixed, cut.warped, 8)),
+        "overlay": np.stack([cut.warped, cut.fixed, cut.warped], -1),
+        "difference": orange((cut.warped - cut.fixed + 1) / 2)[..., :3],
+        "blend": grey((cut.fixed + cut.warped) / 2),
+        "Jacobian": look["cmap"](look["norm"](np.ma.masked_less_equal(jacobian, 0)))[..., :3],
+    }
+    for view, picture in expected.items():
+        choose(page, "view", view)
+        within = 8 / 255 if view in ("difference", "Jacobian") else 1.6 / 255  # one step of the colours
+        assert close(pictures(page)[0], picture, within), view
+    choose(page, "view", "checkerboard")
+    drag(page, "squares", 3)
+    assert close(pictures(page)[0], grey(slices.checkerboard(cut.fixed, cut.warped, 3)))
+    choose(page, "view", "blend")
+    drag(page, "blend", 0.2)
+    assert close(pictures(page)[0], grey(0.8 * cut.fixed + 0.2 * cut.warped))
+
+
+def test_flicker_shows_both_in_turn(shown):
+    pair, phi = solid(), waves(SHAPE)
+    page = shown(pair, {"warped": phi}, plane="coronal", view="flicker")
+    cut = slices.cut(pair, phi, axis=1)
+    for said, expected in (("fixed", cut.fixed), ("other", cut.warped)) * 2:
+        page.locator("figcaption", has_text=said).wait_for()
+        assert close(pictures(page)[0], grey(expected))
+
+
+def test_the_grid_is_drawn_where_the_map_crosses_it(shown):
+    shape = (40, 48, 32)
+    pair, phi = solid(shape), waves(shape, 0.03)
+    page = shown(pair, {"warped": phi}, plane="sagittal", view="deformation grid")
+    cut = slices.cut(pair, phi, axis=0)
+    pixels = colours(page)
+    where = samples(pixels[..., 0] - pixels[..., 2] > 90, *cut.fixed.shape)
+    assert len(where[0]) > 1000
+    apart = max(max(cut.size) / 20, 2 * max(cut.step))
+    away = []  # from a line, in squares
+    for phi_mm, size in zip(cut.phi, cut.size, strict=True):
+        squares = (map_coordinates(phi_mm, where, order=1, mode="nearest") + size) / apart
+        away.append(np.abs(squares - squares.round()))
+    assert np.quantile(np.minimum(*away), 0.95) < 0.1
+
+
+def test_a_click_sets_the_crosshair_everywhere_and_reads_out(shown):
+    pair, phi = solid(), waves(SHAPE)
+    page = shown(pair, {"Adam": phi, "SAM": waves(SHAPE, 0.03)})
+    coronal = page.locator("canvas").nth(4)
+    box = coronal.bounding_box()
+    coronal.click(position={"x": box["width"] * 6.5 / 20, "y": box["height"] * (1 - 4.5 / 16)})
+    assert page.evaluate("model.get('at')") == [6, 12, 4]
+    drawn = pictures(page)
+    for row, (axis, index) in enumerate({2: 4, 1: 12, 0: 6}.items()):
+        assert close(drawn[4 * row], grey(slices.cut(pair, axis=axis, index=index).fixed))
+    lines = [line.split("\t") for line in page.locator("table").inner_text().splitlines()]
+    table = {line[0]: line[1:] for line in lines}
+    assert table["at (6, 12, 4)"] == ["fixed", "moving", "Adam", "SAM"]
+    at = (0, 6, 12, 4)
+    warped = [warp(pair.moving[None], p)[0][at].item() for p in (phi, waves(SHAPE, 0.03))]
+    values = [pair.fixed[at].item(), pair.moving[at].item(), *warped]
+    assert list(map(float, table["intensity"])) == pytest.approx(values, abs=0.008)
+    names = [["background", "ball"][label[at]] for label in (pair.fixed_label, pair.moving_label)]
+    there = [["background", "ball"][warp_label(pair.moving_label[None], p)[0][at]] for p in (phi, waves(SHAPE, 0.03))]
+    assert table["label"] == [*names, *there]
+    for n, p in enumerate((phi, waves(SHAPE, 0.03))):
+        mm = (p - identity_map(SHAPE))[0, :, 6, 12, 4] * torch.tensor([19 * 1.0, 23 * 2.0, 15 * 3.0])
+        assert numbers(table["displacement, mm"][2 + n]) == pytest.approx(mm.tolist(), abs=0.006)
+        assert float(table["its length"][2 + n]) == pytest.approx(mm.norm().item(), abs=0.006)
+        determinant = jacobian_determinant(p)[at].item()
+        assert float(table["Jacobian"][2 + n]) == pytest.approx(determinant, abs=0.006)
+
+
+def test_wheel_and_keys_move_through_samples_and_slices(shown):
+    page = shown(solid(), {"warped": waves(SHAPE)})
+    axial = page.locator("canvas").first
+    axial.hover()
+    for _ in range(3):
+        page.mouse.wheel(0, -100)
+    page.wait_for_function("model.get('at')[2] === 11")
+    axial.focus()
+    for key in ("ArrowLeft", "ArrowUp", "ArrowUp", "PageDown"):
+        page.keyboard.press(key)
+    assert page.evaluate("model.get('at')") == [9, 14, 10]
+    assert close(pictures(page)[0], grey(slices.cut(solid(), index=10).fixed))
+    for _ in range(20):
+        page.keyboard.press("PageDown")  # no further than the first slice
+    assert page.evaluate("model.get('at')") == [9, 14, 0]
+
+
+def test_tab_reaches_every_control_and_every_canvas(shown):
+    page = shown(solid(), {"warped": waves(SHAPE)}, labels=True)
+    reached = []
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("document.activeElement.closest('label')?.innerText ?? document.activeElement.tagName")
+        )
+    names = [text.split("\n")[0].split("\t")[0].strip() for text in reached]
+    for name in ("view", "plane", "labels", "crosshair", "strength", "axial", "coronal", "sagittal"):
+        assert any(text.startswith(name) for text in names), (name, names)
+    assert reached.count("CANVAS") >= 9
+
+
+def test_labels_and_crosshair_are_drawn_where_they_are_and_can_go(shown):
+    pair = solid()
+    page = shown(pair, {"warped": waves(SHAPE)}, plane="axial")
+    bare = pictures(page)
+    page.locator("label", has_text="crosshair").locator("input").check()
+    changed = np.abs(pictures(page)[0] - bare[0]).max(-1) > 0.05
+    assert set(zip(*np.nonzero(changed), strict=True)) <= {
+        (r, c) for r in range(24) for c in range(20) if r == 12 or c == 10
+    }
+    assert changed.sum() > 20
+    page.locator("label", has_text="crosshair").locator("input").uncheck()
+    page.locator("label", has_text="labels").locator("input").check()
+    pixels = colours(page)
+    where = samples(pixels[..., 2] - pixels[..., 0] > 100, 24, 20)
+    assert len(where[0]) > 300
+    inside = map_coordinates(slices.cut(pair).fixed_label.astype(float), where, order=1, mode="nearest")
+    assert ((inside > 0.1) & (inside < 0.9)).mean() > 0.98  # on the contour at one half
+    page.locator("label", has_text="labels").locator("input").uncheck()
+    assert all(np.array_equal(*both) for both in zip(pictures(page), bare, strict=True))
+
+
+def test_an_image_pair_alone_in_2d(shown):
+    pair = solid((20, 24))
+    page = shown(pair, {})
+    assert all(close(p, grey(i[0].T.numpy())) for p, i in zip(pictures(page), (pair.fixed, pair.moving), strict=True))
+    visible = page.locator(".fmsam .controls label:visible").all_inner_texts()
+    assert [text.split("\n")[0].strip() for text in visible][1:] == ["labels", "crosshair"]
+    choose(page, "view", "overlay")
+    moving, fixed = pair.moving[0].T.numpy(), pair.fixed[0].T.numpy()
+    assert close(pictures(page)[0], np.stack([moving, fixed, moving], -1))
+
+
+@pytest.mark.parametrize("width", [1300, 800])
+def test_nothing_is_wider_than_the_page(shown, page, width):
+    page.set_viewport_size({"width": width, "height": 1000})
+    shown(solid(), {"Adam": waves(SHAPE), "SAM": waves(SHAPE)}, labels=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for canvas in page.locator("canvas").all():  # millimetres are as long in every direction
+        box, (columns, rows) = canvas.bounding_box(), canvas.evaluate("c => [c.dataset.columns, c.dataset.rows]")
+        size = {("20", "24"): (20, 48), ("20", "16"): (20, 48), ("24", "16"): (48, 48)}[columns, rows]
+        assert box["width"] / box["height"] == pytest.approx(size[0] / size[1], rel=0.02)
 
 
 # --- widgets that answer while they are dragged or while the kernel is busy
 
 
-def opened(lab, page, notebook, parameters):
+def opened_in_lab(lab, page, notebook, parameters):
     """The notebook in the browser, with these lines (by their beginning) changed in its parameter cell."""
     page.goto(f"{lab}/lab/tree/notebooks/{notebook}.ipynb?reset")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
@@ -171,7 +446,7 @@ def test_a_dragged_point_shows_the_loss_of_its_weights(lab, page, two_runs):
 
     folder, domain = two_runs
     given = {"run": str(folder / "adam/seed0"), "other": str(folder / "sam/seed0"), "out": str(folder / "out")}
-    opened(lab, page, "30_loss_landscape", given | {"plane_points": 9})
+    opened_in_lab(lab, page, "30_loss_landscape", given | {"plane_points": 9})
     page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
     for _ in range(5):  # down to the walker: the measures below it take minutes
         page.keyboard.press("Shift+Enter")
@@ -224,7 +499,7 @@ def test_a_training_stopped_by_its_button_goes_on_to_the_same_weights(lab, page,
     from fmsam_lib.training.loop import fit, starting
 
     small = {"shape": [32, 32], "down": [8, 16], "levels": 2, "steps": 60, "validation": 2}
-    opened(lab, page, "10_train", small | {"out": str(tmp_path / "run")})
+    opened_in_lab(lab, page, "10_train", small | {"out": str(tmp_path / "run")})
     run_all(page)
     stop = page.locator(".jupyter-button", has_text="stop")
     stop.wait_for()

@@ -156,7 +156,7 @@ def test_01_shows_a_domain_in_2d_and_3d(tmp_path, shape):
     assert 0.5 < lowest < mean < 1
     assert float(re.search(r"CT by hand: at most (\S+) apart", solved)[1]) < 1e-6
     half, with_maximum = map(
-        float, re.search(r"voxels are below (\S+); with the maximum, below (\S+)", printed(notebook)).groups()
+        float, re.search(r"voxels are below (\S+), with the maximum below (\S+)", printed(notebook)).groups()
     )
     assert with_maximum < half / 5
     assert "abdomen-ct: CT, inter-subject" in printed(notebook)

@@ -24,6 +24,7 @@ from fmsam_lib.metrics import dice
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
+from fmsam_lib.plotting.cards import card, regularity
 from fmsam_lib.plotting.slices import overview
 from fmsam_lib.records import data_error, write_json
 from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
@@ -57,6 +58,19 @@ class Registration:
     names: tuple[str, str]
     labels: sitk.Image | None = None
     fixed_labels: sitk.Image | None = None
+
+    def _repr_html_(self) -> str:
+        """At the end of a cell: before and after, and whether to trust it."""
+        similarity = self.summary["similarity"]
+        facts = {
+            "verdict": in_words(self.summary["verdict"]).removeprefix("verdict: "),
+            similarity["measure"]: "{before:.3f} before, {after:.3f} after".format(**similarity),
+            **{
+                f"Dice, {name}": "{before:.3f} before, {after:.3f} after".format(**d) for name, d in self.dice().items()
+            },
+            **regularity(self.phi.map),
+        }
+        return card(" onto ".join(reversed(self.names)), facts, overview(self.pair, self.phi.map))
 
     @cached_property
     def warped(self) -> sitk.Image:

@@ -6,10 +6,12 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator
 
 from fmsam_lib.checking import Parameters, nearest
 from fmsam_lib.parameters import EQUAL_COMPUTE, Distinct, Method, Name, Names, Natural, Optimizer, Shape, Some
+from fmsam_lib.plotting.cards import card
 
 BASELINE = "adam"  # the other optimizers are compared with it
 TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
@@ -76,6 +78,18 @@ class Study(Parameters):
         if unknown:
             raise ValueError(f"expected some of {', '.join(known)}; {'; '.join(unknown)}")
         return names
+
+    def _repr_html_(self) -> str:
+        """At the end of a cell: the grid, a training domain a row, an optimizer a column, seeds in the cells."""
+        seeds = f"seeds {', '.join(map(str, self.seeds))}"
+        table = pd.DataFrame(seeds, index=self.train_domains, columns=self.optimizers).to_html()
+        facts = {
+            "runs": len(grid(self)),
+            "tested on": ", ".join(self.test_domains),
+            "baselines": ", ".join(self.baselines),
+            "shape": " × ".join(map(str, self.shape)),
+        }
+        return card(self.description, facts, more=table)
 
 
 @dataclass(frozen=True)

@@ -1,128 +1,123 @@
-"""An image pair and its registration, explored by hand: views, planes, slices, strength."""
+"""An image pair and its registrations, explored by hand: linked planes, a crosshair that reads out, eight views.
 
-import html
+The browser gets the volumes once, as bytes, and does the rest itself, `pair_explorer.js`: a move asks nothing of the
+kernel. It warps the planes in view alone, so any strength of a transform is as quick as the whole.
+"""
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import ipywidgets as widgets
+import anywidget
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+import traitlets
+from IPython.display import Image
+from matplotlib import colormaps, image
 from torch import Tensor
 
+from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 from fmsam_lib.plotting import slices
-from fmsam_lib.widgets.sliders import ROW, Sliders, shown
+from fmsam_lib.widgets.sliders import in_a_notebook
 
-SIDE_BY_SIDE, CHECKERBOARD, OVERLAY, DIFFERENCE = "side by side", "checkerboard", "overlay", "difference"
-GRID, JACOBIAN = "deformation grid", "Jacobian"
-HINTS = {
-    SIDE_BY_SIDE: "",
-    CHECKERBOARD: "edges should run on from square to square",
-    OVERLAY: "green: fixed alone; magenta: {warped} alone; grey: both",
-    DIFFERENCE: "{warped} minus fixed: orange is too bright, purple too dark",
-    GRID: "a square grid on the moving image, seen through the transform",
-    JACOBIAN: "volume of a piece of the fixed image in the moving one; black is folded",
-}
+SIDE_BY_SIDE = "side by side"
+OF_IMAGES = (SIDE_BY_SIDE, "checkerboard", "overlay", "difference", "blend", "flicker")
+OF_MAPS = ("deformation grid", "Jacobian")
+ALL = "all three"
+Map = Transform | Tensor
 
 
 def explore(
-    pair: Pair, phi: Transform | Tensor | None = None, *, title: str = "", interactive: bool | None = None
-) -> "Explorer | None":
-    """Show a pair as a still picture, then an explorer: views, planes, slices, and phi from nothing to full strength.
+    pair: Pair,
+    phi: Map | Mapping[str, Map] | None = None,
+    *,
+    title: str = "",
+    interactive: bool | None = None,
+) -> "Explorer | Image":
+    """An explorer of a pair, which shows itself at the end of a cell; without a kernel it is a still picture.
 
-    phi: a `Transform`, its map `(1, D, *S)`, or None for the images alone.
+    phi: a `Transform`, its map `(1, D, *S)`, several of them by name, or None for the images alone.
     interactive: whether there is an explorer; unless given, as `sliders.in_a_notebook` decides.
-    Raises ValueError when phi is not on the pair's grid.
+    Raises ValueError when a map is not on the pair's grid.
 
-    >>> explorer = explore(pair, phi)     # doctest: +SKIP
-    >>> explorer.strength.value = 0.5     # doctest: +SKIP
+    >>> explore(pair, phi)                            # doctest: +SKIP
+    >>> explore(pair, {"Adam": phi_a, "SAM": phi_b})  # doctest: +SKIP
     """
-    phi_map = phi.map if isinstance(phi, Transform) else phi
-    phi_map = None if phi_map is None else slices.check_map(pair, phi_map)
-    return shown(slices.registration(pair, phi_map), lambda: Explorer(pair, phi_map, title), interactive)
+    named = phi if isinstance(phi, Mapping) else {} if phi is None else {"warped": phi}
+    maps = {name: p.map if isinstance(p, Transform) else p for name, p in named.items()}
+    explorer = {name: slices.check_map(pair, phi_map) for name, phi_map in maps.items()}
+    return Explorer(pair, explorer, title) if in_a_notebook(interactive) else Image(still(pair, explorer))
 
 
-class Explorer(Sliders):
-    """The controls `view`, `plane`, `index`, `strength`, `squares`, `labels`, and what they draw.
+def still(pair: Pair, maps: Mapping[str, Tensor]) -> bytes:
+    """The middle plane under each map `(1, D, *S)`, one below the other, as a PNG."""
+    figures = [slices.registration(pair, phi_map) for phi_map in maps.values()] or [slices.registration(pair)]
+    for figure, name in zip(figures, maps if len(maps) > 1 else (), strict=False):
+        figure.suptitle(f"{figure.get_suptitle()}: {name}", fontsize=11)
+    pictures = [image.imread(io.BytesIO(slices.png(figure, compression=1))) for figure in figures]
+    image.imsave(buffer := io.BytesIO(), np.concatenate(pictures), format="png")
+    return buffer.getvalue()
 
-    `drawn` is the `slices.Cut` in the figure, `images` and `contours` are its artists.
+
+class Explorer(anywidget.AnyWidget):
+    """What the browser shows, both ways: set `explorer.strength = 0.5`, or read `explorer.at` after a click.
+
+    at: the crosshair's sample along each axis. strength: how much of the maps is applied, `id + strength (phi - id)`.
     """
 
-    def __init__(self, pair: Pair, phi_map: Tensor | None, title: str = ""):
-        self.pair, self.phi_map, solid = pair, phi_map, pair.fixed.dim() == 4
-        views = list(HINTS) if phi_map is not None else [SIDE_BY_SIDE, CHECKERBOARD, OVERLAY, DIFFERENCE]
-        self.view = widgets.Dropdown(options=views, description="view")
-        planes = [(name, axis) for axis, name in reversed(list(enumerate(slices.PLANES)))]
-        self.plane = widgets.Dropdown(options=planes, value=2, description="plane")
-        self.index = widgets.IntSlider(description="slice", min=0)
-        self.strength = widgets.FloatSlider(value=1, min=0, max=1, step=0.05, description="strength")
-        self.squares = widgets.IntSlider(value=8, min=2, max=24, description="squares")
-        self.labels = widgets.Checkbox(value=True, description="labels", indent=False, layout={"width": "auto"})
-        self.hint = widgets.HTML()
-        _show(self.plane, solid)
-        _show(self.index, solid)
-        _show(self.strength, phi_map is not None)
-        _show(self.labels, pair.fixed_label is not None or pair.moving_label is not None)
-        if solid:
-            self._middle()
-            self.plane.observe(self._middle, "value")  # before the observer that draws
-        names = ("view", "plane", "labels", "index", "strength", "squares")
-        super().__init__(self._picture, {name: getattr(self, name) for name in names})
-        heading = widgets.HTML(f"<b>{html.escape(title or pair.title)}</b>")
-        controls = [[self.view, self.plane, self.labels], [self.index, self.strength, self.squares]]
-        rows = [widgets.HBox(row, layout=ROW) for row in controls]
-        self.widget = widgets.VBox([heading, *rows, self.hint, self.image])
+    _esm = Path(__file__).with_suffix(".js")
+    _css = Path(__file__).with_suffix(".css")
+    facts = traitlets.Dict().tag(sync=True)
+    volumes = traitlets.Dict().tag(sync=True)
+    view = traitlets.Enum((*OF_IMAGES, *OF_MAPS), SIDE_BY_SIDE).tag(sync=True)
+    plane = traitlets.Enum((ALL, *slices.PLANES), ALL).tag(sync=True)
+    at = traitlets.List(traitlets.Int()).tag(sync=True)
+    strength = traitlets.Float(1.0, min=0, max=1).tag(sync=True)
+    squares = traitlets.Int(8, min=2, max=24).tag(sync=True)
+    blend = traitlets.Float(0.5, min=0, max=1).tag(sync=True)
+    labels = traitlets.Bool(True).tag(sync=True)
+    crosshair = traitlets.Bool(True).tag(sync=True)
 
-    def _middle(self, change: Any = None) -> None:
-        samples = self.pair.fixed.shape[1 + self.plane.value]
-        with self.index.hold_trait_notifications():  # its range and its value are one change
-            self.index.max, self.index.value = samples - 1, samples // 2
+    def __init__(self, pair: Pair, maps: Mapping[str, Tensor], title: str = ""):
+        shape = tuple(pair.fixed.shape[1:])
+        volumes = {"fixed": _bytes(pair.fixed), "moving": _bytes(pair.moving)}
+        labels = {"fixed_label": pair.fixed_label, "moving_label": pair.moving_label}
+        given = {name: label.numpy() for name, label in labels.items() if label is not None}
+        numbers = np.unique(np.concatenate([[0], *(label.ravel() for label in given.values())]))
+        numbers = np.concatenate([[0], numbers[numbers != 0]])  # the browser gets ranks, so any number will do
+        for name, label in given.items():
+            rank = np.argsort(numbers)[np.searchsorted(np.sort(numbers), label)]
+            volumes[name] = rank.astype(np.uint16).tobytes()
+        scales = []
+        for n, phi_map in enumerate(maps.values()):
+            steps = voxels(phi_map - identity_map(shape), shape)[0].numpy()  # (D, *S) in samples
+            scales.append(max(float(np.abs(steps).max()), 1e-6) / 32767)
+            volumes[str(n)] = np.rint(steps / scales[-1]).astype(np.int16).tobytes()
+        facts: dict[str, Any] = {
+            "title": title or pair.title,
+            "shape": shape,
+            "spacing": pair.spacing or (1.0,) * len(shape),
+            "moving_spacing": pair.moving_spacing or pair.spacing or (1.0,) * len(shape),
+            "unit": pair.unit if pair.spacing else "voxel",
+            "ends": [slices._ends(pair.affine, axis).strip() for axis in range(len(shape))],
+            "names": ["background"] + [pair.labels.get(int(n), f"label {n}") for n in numbers[1:]],
+            "maps": list(maps),
+            "scales": scales,  # samples a step of the maps' integers
+            "planes": slices.PLANES if len(shape) == 3 else (),
+            "views": (*OF_IMAGES, *OF_MAPS) if maps else OF_IMAGES,
+            "colours": (colormaps["PuOr_r"](np.arange(256))[:, :3] * 255).round().astype(int).tolist(),
+        }
+        super().__init__(facts=facts, volumes=volumes, at=[n // 2 for n in shape])
+        self._still = (pair, maps)
 
-    def _picture(self, view: str, plane: int, labels: bool, index: int, strength: float, squares: int) -> Figure:
-        place = {"axis": plane, "index": index} if self.pair.fixed.dim() == 4 else {}
-        self.drawn = cut = slices.cut(self.pair, self.phi_map, strength=strength, **place)
-        warped = "moving" if self.phi_map is None else "warped"
-        _show(self.squares, view == CHECKERBOARD)
-        self.hint.value = HINTS[view].format(warped=warped)
-        pictures = {
-            SIDE_BY_SIDE: [cut.fixed, cut.moving] + ([] if self.phi_map is None else [cut.warped]),
-            CHECKERBOARD: [slices.checkerboard(cut.fixed, cut.warped, squares)],
-            OVERLAY: [np.stack([cut.warped, cut.fixed, cut.warped], -1).clip(0, 1)],
-            DIFFERENCE: [cut.warped - cut.fixed],
-            GRID: [cut.warped],
-            JACOBIAN: [cut.jacobian],
-        }[view]
-        wide = 9 if len(pictures) > 1 else 5.5
-        tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
-        bar = 1.0 if view in (DIFFERENCE, JACOBIAN) else 0.0  # inches beside the picture
-        high = min(wide / len(pictures) * tall, 6) + 0.6
-        figure = slices.Picture(figsize=(wide + bar, high), layout="constrained")
-        self.caption = figure.suptitle(cut.name, fontsize=10)
-        axes = figure.subplots(1, len(pictures), squeeze=False)[0]
-        how = {JACOBIAN: slices.jacobian_look(), DIFFERENCE: {"cmap": colormaps["PuOr_r"], "vmin": -1, "vmax": 1}}
-        self.images = [
-            slices.show(ax, cut, picture, **how.get(view, {})) for ax, picture in zip(axes, pictures, strict=True)
-        ]
-        if view == SIDE_BY_SIDE:
-            for ax, name in zip(axes, ("fixed", "moving", "warped"), strict=False):
-                ax.set_title(name, fontsize=10)
-        elif view == JACOBIAN:
-            slices.jacobian_bar(figure, self.images[0], axes[0])
-        elif view == DIFFERENCE:
-            figure.colorbar(self.images[0], ax=axes[0], label="intensity", shrink=0.8, pad=0.02)
-        self.contours = slices.deformed_grid(axes[0], cut) if view == GRID else []
-        if self.labels.layout.display != "none":
-            both = view == SIDE_BY_SIDE and self.phi_map is not None
-            slices.contour_legend(figure, "moving and warped" if both else warped)
-        if labels:
-            self.contours += slices.outline(axes[0], cut, cut.fixed_label, slices.FIXED_LINE)
-            if len(axes) == 3:
-                self.contours += slices.outline(axes[2], cut, cut.fixed_label, slices.FIXED_LINE)
-                self.contours += slices.outline(axes[1], cut, cut.moving_label, slices.WARPED_LINE)
-            self.contours += slices.outline(axes[-1], cut, cut.warped_label, slices.WARPED_LINE)
-        return figure
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The widget, and the still picture for whoever has no kernel to show it."""
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        return data | {"image/png": base64.b64encode(still(*self._still)).decode()}, metadata
 
 
-def _show(widget: widgets.Widget, visible: bool) -> None:
-    widget.layout.display = None if visible else "none"
+def _bytes(intensities: Tensor) -> bytes:
+    return (intensities.clamp(0, 1) * 255).round().byte().numpy().tobytes()

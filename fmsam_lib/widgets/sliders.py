@@ -6,7 +6,7 @@ by the next without flicker. Sliders and menus are the browser's own: Tab reache
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import ipywidgets as widgets
 from IPython import get_ipython
@@ -17,7 +17,6 @@ from fmsam_lib.plotting import slices
 
 PICTURE = {"max_width": "100%", "align_self": "flex-start"}  # the layout of what is drawn, as wide as it is
 ROW = {"flex_flow": "row wrap"}  # and that of the controls above
-Live = TypeVar("Live", bound="Sliders")
 
 
 def slide(
@@ -31,26 +30,23 @@ def slide(
     >>> sliders.controls["rho"].value = 0.01                                    # doctest: +SKIP
     """
     still = draw(**{name: control.value for name, control in controls.items()})
-    return shown(still, lambda: Sliders(draw, controls, still), interactive)
-
-
-def shown(still: Figure, live: Callable[[], Live], interactive: bool | None = None) -> Live | None:
-    """Show a still picture and, in a notebook, the widget of what `live` makes."""
     display(still)
     if not in_a_notebook(interactive):
         return None
-    made = live()
+    made = Sliders(draw, controls, still)
     display(made.widget)
     return made
 
 
 def in_a_notebook(interactive: bool | None = None) -> bool:
-    """Whether to show a widget: as asked; else in a notebook's kernel, unless the environment has FMSAM_HEADLESS.
+    """Whether to show a widget: as asked; else in a notebook's kernel that someone sits at.
 
-    The workflow sets that where it runs the notebooks: of a widget no picture stays.
+    Nobody does where the environment has FMSAM_HEADLESS, as in the workflow, or where `input` would find no one, as in
+    nbconvert and papermill.
     """
     if interactive is None:
-        return not os.environ.get("FMSAM_HEADLESS") and hasattr(get_ipython(), "kernel")
+        kernel = getattr(get_ipython(), "kernel", None)
+        return not os.environ.get("FMSAM_HEADLESS") and kernel is not None and getattr(kernel, "_allow_stdin", True)
     return interactive
 
 

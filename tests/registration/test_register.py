@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import html
 import json
 import os
 import re
@@ -358,6 +359,11 @@ def test_the_summary_says_how_it_went(tmp_path, pair):
     assert {"commit", "packages"} <= summary["provenance"].keys()
     assert "instance_optimisation" not in summary
     json.dumps(summary)
+    shown = result._repr_html_()  # what a cell shows
+    similarity = summary["similarity"]
+    assert "{before:.3f} before, {after:.3f} after".format(**similarity) in shown
+    assert html.escape(result.summary["verdict"]["reason"]) in shown
+    assert f"{summary['sdlogj']:.3f}" in shown
 
 
 @pytest.mark.parametrize(

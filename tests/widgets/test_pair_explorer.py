@@ -1,17 +1,21 @@
-"""The explorer, driven through its controls."""
+"""What the explorer sends to the browser; what the browser makes of it is in tests/test_browser.py."""
 
-import itertools
+import base64
+import io
 
 import numpy as np
 import pytest
 import torch
+from IPython.display import Image
+from matplotlib import image
 
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
-from fmsam_lib.plotting import slices
-from fmsam_lib.widgets import pair_explorer as view
 from fmsam_lib.widgets import sliders
+from fmsam_lib.widgets.pair_explorer import OF_IMAGES, OF_MAPS, explore
+
+SHAPES = [(6, 7), (6, 7, 8)]
 
 
 def toy_pair(shape, labels=True):
@@ -25,117 +29,90 @@ def shrunk(shape):
     return identity_map(shape) * 0.5 + 0.25
 
 
-@pytest.fixture(autouse=True)
-def displayed(monkeypatch):
-    """What a notebook would have shown, in order."""
-    things = []
-    monkeypatch.setattr(sliders, "display", things.append)
-    return things
+def png(data):
+    return image.imread(io.BytesIO(data))
 
 
-@pytest.fixture
-def explorer():
-    return view.explore(toy_pair((6, 7, 8)), shrunk((6, 7, 8)), interactive=True)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_browser_gets_the_arrays(shape):
+    pair = toy_pair(shape)
+    sent = explore(pair, {"a": identity_map(shape), "b": shrunk(shape)}, interactive=True)
+    for name in ("fixed", "moving"):
+        values = np.frombuffer(sent.volumes[name], np.uint8).reshape(1, *shape)
+        assert np.allclose(values / 255, getattr(pair, name), atol=0.5 / 255 + 1e-6)
+    assert not np.frombuffer(sent.volumes["0"], np.int16).any()
+    steps = np.frombuffer(sent.volumes["1"], np.int16).reshape(len(shape), *shape) * sent.facts["scales"][1]
+    size = np.reshape([n - 1 for n in shape], (-1, *[1] * len(shape)))
+    assert np.allclose(steps, size * (shrunk(shape) - identity_map(shape))[0].numpy(), atol=1e-4)
+    assert sent.facts["maps"] == ["a", "b"]
+    assert sent.at == [n // 2 for n in shape]
 
 
-def changes(explorer, control, value):
-    before = bytes(explorer.image.value)
-    control.value = value
-    assert bytes(explorer.image.value).startswith(b"\x89PNG")
-    return bytes(explorer.image.value) != before
+def test_any_number_names_its_structure():
+    label = torch.tensor([[-3, 0], [70000, 5]])[None]
+    images = torch.zeros(1, 2, 2)
+    pair = Pair("odd numbers", images, images, label.flip(1), label, {70000: "bone", -3: "air"})
+    sent = explore(pair, interactive=True)
+    names = np.array(sent.facts["names"])
+    ranks = {
+        name: np.frombuffer(sent.volumes[name], np.uint16).reshape(2, 2) for name in ("fixed_label", "moving_label")
+    }
+    assert names[ranks["fixed_label"]].tolist() == [["air", "background"], ["bone", "label 5"]]
+    assert names[ranks["moving_label"]].tolist() == [["bone", "label 5"], ["air", "background"]]
 
 
-def test_the_still_picture_comes_first_then_the_widget(displayed, explorer):
-    assert isinstance(displayed[0], slices.Picture)
-    assert displayed[1] is explorer.widget
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_phi", [False, True])
+def test_what_there_is_not_is_not_offered(shape, with_phi):
+    sent = explore(toy_pair(shape, labels=False), shrunk(shape) if with_phi else None, interactive=True)
+    assert set(sent.volumes) == {"fixed", "moving"} | ({"0"} if with_phi else set())
+    assert sent.facts["views"] == ((*OF_IMAGES, *OF_MAPS) if with_phi else OF_IMAGES)
 
 
-def test_without_a_notebook_there_is_only_the_still_picture(displayed):
-    assert view.explore(toy_pair((6, 7))) is None
-    assert len(displayed) == 1
+@pytest.mark.parametrize(("spacing", "unit"), [((1.0, 2.0), "mm"), ((), "voxel")])
+def test_millimetres_only_where_they_are_known(spacing, unit):
+    images = torch.zeros(1, 3, 4)
+    assert explore(Pair("p", images, images, spacing=spacing), interactive=True).facts["unit"] == unit
 
 
-@pytest.mark.parametrize(("headless", "live"), [("", True), ("1", False)])
-def test_the_environment_can_ask_for_still_pictures(monkeypatch, headless, live):
-    monkeypatch.setenv("FMSAM_HEADLESS", headless)
-    monkeypatch.setattr(sliders, "get_ipython", lambda: type("Shell", (), {"kernel": None})())
-    assert (view.explore(toy_pair((6, 7))) is not None) == live
-
-
-@pytest.mark.parametrize(
-    ("shape", "labels", "with_phi"), list(itertools.product([(6, 7), (6, 7, 8)], [True, False], [True, False]))
-)
-def test_every_view_of_every_plane_is_drawn(shape, labels, with_phi):
-    explorer = view.explore(toy_pair(shape, labels), shrunk(shape) if with_phi else None, interactive=True)
-    assert (view.JACOBIAN in explorer.view.options) == with_phi
-    for name in explorer.view.options:
-        explorer.view.value = name
-        for axis in (2, 1, 0) if len(shape) == 3 else ():
-            explorer.plane.value = axis
-            assert explorer.index.max == shape[axis] - 1
-            assert np.array_equal(explorer.drawn.fixed.shape, np.delete(shape, axis)[::-1])
-        assert bytes(explorer.image.value).startswith(b"\x89PNG")
-
-
-def test_the_sliders_show_what_they_say(explorer):
-    for axis in (0, 1, 2):
-        explorer.plane.value = axis
-        assert changes(explorer, explorer.index, 1)
-        expected = explorer.pair.fixed[0].select(axis, 1).T.numpy()
-        assert np.array_equal(explorer.images[0].get_array(), expected)
-        assert f"{slices.PLANES[axis]} slice 1" in explorer.caption.get_text()
-
-
-def test_strength_goes_from_the_moving_image_to_the_warped_one(explorer):
-    assert changes(explorer, explorer.strength, 0)
-    assert np.allclose(explorer.images[2].get_array(), explorer.drawn.moving, atol=1e-5)
-    assert changes(explorer, explorer.strength, 1)
-    whole = slices.cut(explorer.pair, shrunk((6, 7, 8)))
-    assert np.allclose(explorer.images[2].get_array(), whole.warped)
-
-
-def test_the_colours_stay_while_the_strength_moves(explorer):
-    explorer.view.value = view.JACOBIAN
-    limits = explorer.images[0].get_clim()
-    assert changes(explorer, explorer.strength, 0.3)
-    assert explorer.images[0].get_clim() == limits
-
-
-def test_squares_and_labels_redraw(explorer):
-    assert explorer.squares.layout.display == "none"
-    assert changes(explorer, explorer.labels, False)
-    assert not explorer.contours
-    explorer.view.value = view.CHECKERBOARD
-    assert explorer.squares.layout.display is None
-    assert changes(explorer, explorer.squares, 3)
-
-
-def test_magenta_and_green_make_grey(explorer):
-    explorer.view.value = view.OVERLAY
-    red, green, blue = np.moveaxis(np.asarray(explorer.images[0].get_array()), -1, 0)
-    assert np.array_equal(red, blue)
-    assert np.allclose(green, explorer.drawn.fixed)
-
-
-def test_controls_without_a_use_are_hidden():
-    explorer = view.explore(toy_pair((6, 7), labels=False), interactive=True)
-    hidden = [explorer.plane, explorer.index, explorer.strength, explorer.labels, explorer.squares]
-    assert {control.layout.display for control in hidden} == {"none"}
+def test_the_sides_of_the_patient():
+    pair = toy_pair((6, 7, 8))
+    turned = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+    sent = explore(Pair("p", pair.fixed, pair.moving, affine=turned), interactive=True)
+    assert sent.facts["ends"] == ["RL", "PA", "IS"]
 
 
 def test_a_transform_is_as_good_as_its_map():
     displacement = shrunk((6, 7)) - identity_map((6, 7))
-    one = view.explore(toy_pair((6, 7)), Transform((6, 7), (displacement.requires_grad_(),)), interactive=True)
-    two = view.explore(toy_pair((6, 7)), shrunk((6, 7)), interactive=True)
-    assert np.allclose(one.drawn.warped, two.drawn.warped)
+    one = explore(toy_pair((6, 7)), Transform((6, 7), (displacement.requires_grad_(),)), interactive=True)
+    two = explore(toy_pair((6, 7)), shrunk((6, 7)), interactive=True)
+    assert one.volumes == two.volumes
 
 
-def test_a_map_of_another_grid_is_refused(displayed):
+def test_a_map_of_another_grid_is_refused():
     with pytest.raises(ValueError, match=r"expected a map \(1, 2, 6, 7\).*got \(1, 2, 5, 5\).*give"):
-        view.explore(toy_pair((6, 7)), identity_map((5, 5)))
-    assert not displayed
+        explore(toy_pair((6, 7)), identity_map((5, 5)))
 
 
-def test_titles_are_text_not_markup():
-    explorer = view.explore(toy_pair((6, 7)), title="a <b> c", interactive=True)
-    assert "a &lt;b&gt; c" in explorer.widget.children[0].value
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_a_notebook_there_is_the_still_picture(shape):
+    alone = explore(toy_pair(shape), shrunk(shape))
+    assert isinstance(alone, Image)
+    both = explore(toy_pair(shape), {"a": shrunk(shape), "b": identity_map(shape)})
+    high, wide = png(alone.data).shape[:2]
+    assert png(both.data).shape[:2] == (2 * high, wide)  # one below the other
+
+
+def test_the_still_picture_stands_in_for_the_widget():
+    shown, _ = explore(toy_pair((6, 7)), shrunk((6, 7)), interactive=True)._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in shown
+    still = explore(toy_pair((6, 7)), shrunk((6, 7)), interactive=False)
+    assert np.array_equal(png(base64.b64decode(shown["image/png"])), png(still.data))
+
+
+@pytest.mark.parametrize(("headless", "someone", "live"), [("", True, True), ("1", True, False), ("", False, False)])
+def test_still_pictures_where_nobody_sits_at_the_kernel(monkeypatch, headless, someone, live):
+    kernel = type("Kernel", (), {"_allow_stdin": someone})
+    monkeypatch.setenv("FMSAM_HEADLESS", headless)
+    monkeypatch.setattr(sliders, "get_ipython", lambda: type("Shell", (), {"kernel": kernel})())
+    assert isinstance(explore(toy_pair((6, 7))), Image) != live
