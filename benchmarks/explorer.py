@@ -70,8 +70,8 @@ def opened(page: Page, explorer: Explorer) -> Iterator[Page]:
             shutil.copy(path, folder / f"explorer{path.suffix}")
         for volume, content in explorer.volumes.items():
             (folder / f"{volume}.bin").write_bytes(content)
-        (folder / "state.json").write_text(json.dumps(state))
-        (folder / "index.html").write_text(PAGE)
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (folder / "index.html").write_text(PAGE, encoding="utf-8")
         handler = functools.partial(Quiet, directory=name)
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -21,8 +21,8 @@ from fmsam_lib.records import PROJECT
 from fmsam_lib.training.loop import train
 from fmsam_lib.widgets.landscape_walker import Walk
 
-STEPS, POINTS, FRAMES = 200, 31, 30
-FPS, DPI, COLOURS = 3, 85, 64
+STEPS, POINTS, FRAMES = 200, 31, 18
+FPS, DPI, COLOURS = 2, 85, 64
 
 
 def way(ground: Walk) -> np.ndarray:

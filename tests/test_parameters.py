@@ -12,7 +12,10 @@ from fmsam_lib import parameters, records
 from fmsam_lib.checking import ConfigError, Parameters, from_notebook, read
 from fmsam_lib.parameters import (
     Between,
+    ByHand,
+    Coarse,
     Compare,
+    Doubt,
     Evaluate,
     Landscape,
     Look,
@@ -27,6 +30,8 @@ NOTEBOOKS = records.PROJECT / "notebooks"
 KIND = {
     "00_start_here": Start,
     "01_look_at_the_data": Look,
+    "02_registration_by_hand": ByHand,
+    "03_the_network": Coarse,
     "04_sam_explained": Start,
     "10_train": Train,
     "20_evaluate": Evaluate,
@@ -34,6 +39,7 @@ KIND = {
     "35_between_minima": Between,
     "40_compare": Compare,
     "50_register_your_own": RegisterYourOwn,
+    "60_when_not_to_trust_it": Doubt,
 }
 
 
