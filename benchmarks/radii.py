@@ -17,9 +17,9 @@ import torch
 
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.model.weights import load
-from fmsam_lib.parameters import Train, trained_with
+from fmsam_lib.parameters import Train
 from fmsam_lib.records import PROJECT, provenance, write_csv
-from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.checkpoint import State, trained_with
 from fmsam_lib.training.loop import fit, make_batches, starting
 from fmsam_lib.training.step import perturbation, train_step
 

@@ -4,13 +4,11 @@ In: values. Out: `checking.read` makes a model of them. The notebooks' parameter
 holds both equal.
 """
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fmsam_lib.checking import ConfigError, Parameters, each_once, in_project, odd, read
+from fmsam_lib.checking import Parameters, each_once, in_project, odd
 
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -300,16 +298,3 @@ class Doubt(Parameters):
 
     steps: Count = Field(250, description="training steps of the network that is put to the test")
     pairs: Count = Field(10, description="brains for the last experiment, each at three distances")
-
-
-def trained_with(folder: Path | str) -> Train:
-    """The parameters of the training in `folder`, from its `config.json`; ConfigError where it lacks one."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["parameters"]
-        absent = Train.model_fields.keys() - values.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"expected a run of notebook 10_train in {folder}, got {error!r}; train it first") from error
-    if absent:
-        raise ConfigError(f"expected every parameter in {path}, got none for {', '.join(sorted(absent))}; train anew")
-    return read(Train, values, source=str(path))

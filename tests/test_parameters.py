@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from fmsam_lib import parameters, records
+from fmsam_lib import records
 from fmsam_lib.checking import ConfigError, Parameters, from_notebook, read
 from fmsam_lib.parameters import (
     Between,
@@ -25,6 +25,7 @@ from fmsam_lib.parameters import (
     Start,
     Train,
 )  # fmt: skip
+from fmsam_lib.training.checkpoint import trained_with
 
 NOTEBOOKS = records.PROJECT / "notebooks"
 KIND = {
@@ -233,17 +234,17 @@ def test_provenance_names_commit_versions_and_hardware():
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(ConfigError, match="expected a run of notebook 10_train"):
-        parameters.trained_with(tmp_path)
+        trained_with(tmp_path)
 
 
 def test_a_record_must_have_every_parameter(tmp_path):
     recorded = Train().model_dump()
     (tmp_path / "config.json").write_text(json.dumps({"parameters": recorded}))
-    assert parameters.trained_with(tmp_path) == Train()
+    assert trained_with(tmp_path) == Train()
     del recorded["rho"]
     (tmp_path / "config.json").write_text(json.dumps({"parameters": recorded}))
     with pytest.raises(ConfigError, match=r"expected every parameter in .*config.json, got none for rho"):
-        parameters.trained_with(tmp_path)
+        trained_with(tmp_path)
 
 
 def test_tuples_and_numpys_numbers_are_welcome():

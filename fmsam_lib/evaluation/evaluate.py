@@ -29,9 +29,10 @@ from fmsam_lib.metrics import learn2reg_field, measure
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
 from fmsam_lib.pair import Pair
-from fmsam_lib.parameters import Evaluate, trained_with
+from fmsam_lib.parameters import Evaluate
 from fmsam_lib.records import DataError, written_whole
 from fmsam_lib.training.averages import gather_statistics
+from fmsam_lib.training.checkpoint import trained_with
 
 ROWS = ["test_domain", "pair", "label", "metric", "value", "unit"]
 COLUMNS = ["train_domain", "test_domain", "optimizer", "seed", *ROWS[1:]]

@@ -20,8 +20,9 @@ from fmsam_lib.flatness.landscape import TRAINING, LossOf, batches_of, loss_of
 from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
-from fmsam_lib.parameters import Between, Train, trained_with
+from fmsam_lib.parameters import Between, Train
 from fmsam_lib.training.averages import gather_statistics
+from fmsam_lib.training.checkpoint import trained_with
 from fmsam_lib.training.loop import starting
 from fmsam_lib.training.losses import Batch
 

@@ -15,11 +15,11 @@ from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
 from fmsam_lib.flatness.landscape import RUN, TRAINING
 from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
 from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
-from fmsam_lib.parameters import Train, trained_with
+from fmsam_lib.parameters import Train
 from fmsam_lib.records import DataError, read_json, sources
 from fmsam_lib.study.grid import Study, grid
 from fmsam_lib.study.notebooks import NOTEBOOKS, Job, jobs
-from fmsam_lib.training.checkpoint import MAY_DIFFER
+from fmsam_lib.training.checkpoint import MAY_DIFFER, trained_with
 
 PROVENANCE = ("time", "commit", "sources", "cpu", "cores", "packages")  # what the report shows of a run's
 

@@ -25,12 +25,13 @@ from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
-from fmsam_lib.parameters import Train, trained_with
+from fmsam_lib.parameters import Train
 from fmsam_lib.records import PROJECT, DataError, read_json, sources
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
+from fmsam_lib.training.checkpoint import trained_with
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from fmsam_lib.checking import ConfigError
+from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import DAMAGED
 from fmsam_lib.parameters import Train
@@ -26,6 +26,19 @@ from fmsam_lib.training.losses import Loss
 from fmsam_lib.training.sam import SAM
 
 MAY_DIFFER = ("out", "data", "save_memory", "snapshots", "threads", "device")  # the same training at another place
+
+
+def trained_with(folder: Path | str) -> Train:
+    """The parameters of the training in `folder`, from its `config.json`; ConfigError where it lacks one."""
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["parameters"]
+        absent = Train.model_fields.keys() - values.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"expected a run of notebook 10_train in {folder}, got {error!r}; train it first") from error
+    if absent:
+        raise ConfigError(f"expected every parameter in {path}, got none for {', '.join(sorted(absent))}; train anew")
+    return read(Train, values, source=str(path))
 
 
 @dataclass
