@@ -34,14 +34,14 @@ bench: $(VENV)/peers # writes benchmarks/*.csv
 clean: # the environment and the caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .snakemake
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt profiles/jupyter/overrides.json
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: expected Python 3.11 or newer, got {sys.version.split()[0]}: make PYTHON=/path/to/python3.11 ...")'
 	@echo "setting up $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ants,test]'
-	@mkdir -p $(VENV)/share/jupyter/lab/settings # JupyterLab's question about its news would cover the first notebook
-	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $(VENV)/share/jupyter/lab/settings/overrides.json
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@cp profiles/jupyter/overrides.json $(VENV)/share/jupyter/lab/settings/ # no question about news
 	@touch $@
 
 # What tests and benchmarks compare with. Without their dependencies, which bring a second torch; see benchmarks/peers.py.

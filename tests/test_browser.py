@@ -105,6 +105,17 @@ def edit_parameter(page, old, new):
     page.keyboard.type(new)
 
 
+def bottom_until(page, what):
+    """Scroll down, as a reader does, until `what` is there: JupyterLab draws only the cells in view."""
+    panel = page.locator(".jp-Notebook .jp-WindowedPanel-outer, .jp-WindowedPanel-outer").first
+    deadline = time.monotonic() + 120
+    while not what.is_visible():
+        assert time.monotonic() < deadline, "the widget did not come into view"
+        panel.evaluate("e => { e.scrollTop = (e.scrollTop + 500) % e.scrollHeight }")
+        page.wait_for_timeout(500)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("notebook", "old", "new"),
     [
@@ -120,7 +131,7 @@ def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old,
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     explorer = page.locator(".fmsam").last
-    explorer.locator("canvas").first.wait_for(state="visible")
+    bottom_until(page, explorer.locator("canvas").first)
     errors = page.locator("[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error")
     assert errors.count() == 0
     assert not explorer.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-child')]").locator("img").count()
@@ -439,6 +450,7 @@ def two_runs(tmp_path_factory):
     return folder, domain
 
 
+@pytest.mark.slow
 def test_a_dragged_point_shows_the_loss_of_its_weights(lab, page, two_runs):
     from fmsam_lib.flatness.landscape import batch_with
     from fmsam_lib.flatness.mode_connectivity import Solutions, from_one_start
@@ -490,6 +502,7 @@ def test_a_dragged_point_shows_the_loss_of_its_weights(lab, page, two_runs):
     shot(page, "walker", surface)
 
 
+@pytest.mark.slow
 def test_a_training_stopped_by_its_button_goes_on_to_the_same_weights(lab, page, tmp_path):
     import torch
 

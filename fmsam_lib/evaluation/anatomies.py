@@ -98,9 +98,9 @@ def _sets(rows: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     scaled = rows.assign(difference=rows.difference / scale)  # variances near 1 converge
     effects = dict(EFFECTS)
     if rows.groupby("anatomy").test_domain.nunique().max() == 1:
-        del effects["on_set"]  # the same as the seed's
+        effects.pop("on_set", None)  # the same as the seed's
     if (rows.fixed == rows.moving).all():
-        del effects["moving"]
+        effects.pop("moving", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a variance of 0 is at the edge of what there can be
         model = mixedlm("difference ~ 0 + C(test_domain)", scaled, groups="anatomy", re_formula="0", vc_formula=effects)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fmsam_lib.evaluation.anatomies import BAND, EFFECTS, NEW, THESE, answer
+from fmsam_lib.evaluation.anatomies import BAND, NEW, THESE, answer
 from fmsam_lib.evaluation.comparison import comparison, holm
 from fmsam_lib.parameters import Compare
 from tests.evaluation.test_anatomies import BOTH, DESIGN, GROUPS, simulated
@@ -138,9 +138,7 @@ def alone():
     return results, pairs.assign(subjects=""), SimpleNamespace(**vars(STUDY) | {"leave_one_out": sorted(every)})
 
 
-def test_domains_without_groups_and_synthetic_pairs_are_anatomies_of_their_own(monkeypatch):
-    kept = {name: effect for name, effect in EFFECTS.items() if name in ("seed", "fixed")}  # what can be told apart
-    monkeypatch.setattr("fmsam_lib.evaluation.anatomies.EFFECTS", kept)
+def test_domains_without_groups_and_synthetic_pairs_are_anatomies_of_their_own():
     results, pairs, study = alone()
     done = answered(results, pairs, study=study)
     assert done.sentence.startswith("On 7 anatomies, each unseen by the networks tested on it, SAM changes Dice by ")

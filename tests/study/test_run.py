@@ -251,7 +251,7 @@ def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
         ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
         ({"train_domains": []}, "expected train_domains or leave_one_out: name what to train on"),
         ({"baselines": ["syn"]}, "baselines: expected one of ants-syn or io, got 'syn'"),
-        ({"evaluate": {"methods": ["io"]}}, r"section evaluate: the study itself sets methods"),
+        ({"evaluate": {"run": "x"}}, r"section evaluate: the study itself sets run"),
         ({"evaluate": {"alone_io": 0}}, r"(?s)section evaluate, run io .*expected alone_io of at least 1 step"),
         (
             {"evaluate": {"corruptions": ["fog"]}},
