@@ -52,7 +52,7 @@ def of_pair(pair: Pair) -> str:
         "labels": ", ".join(pair.labels.values()),
         "known": ", ".join(name.replace("_", " ") for name in known if getattr(pair, name) is not None),
     }
-    return card(pair.name, facts, figure)
+    return card(pair.title, facts, figure)
 
 
 def of_transform(transform: Transform) -> str:

@@ -135,11 +135,11 @@ def cut(
         jacobian=picture(jacobian),
         size=tuple(size.tolist()),
         step=(spacing[x], spacing[y]),
-        ends=_ends(pair.affine, x) + _ends(pair.affine, y),
+        ends=ends_of(pair.affine, x) + ends_of(pair.affine, y),
     )
 
 
-def _ends(affine: Tensor | None, axis: int) -> str:
+def ends_of(affine: Tensor | None, axis: int) -> str:
     """Which side of the patient the first and the last sample of a grid's axis are: "LR", "PA" or "IS"."""
     if affine is None:
         return "  "

@@ -1,7 +1,7 @@
 """One training step: the gradient at w, SAM's at w + eps, the update."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmsam_lib.model.network import BuffersKept, GradICON
@@ -36,17 +36,12 @@ def train_step(
     micro: the parts of the batch, one after the other; the gradient is that of their mean, and of all processes'.
     """
     statistics = BuffersKept(net)
-    climbs = sam is not None and sam.due and state.step >= run.late * run.updates
-    if sam and climbs and run.climb == "part":
-        loss, finite = by_parts(net, micro, run, optimizer, sam, state)
+    if sam and sam.due and state.step >= run.late * run.updates:
+        loss, finite = climbing(net, micro, run, optimizer, sam, state)
     else:
-        loss, finite = gradient(net, micro, run, optimizer, state, share=not climbs or run.sync_climb)  # at w
-    if sam and finite and climbs and run.climb != "part":
-        with sam.perturbed():  # at w + eps: the worst weights within rho
-            there, finite = gradient(net, micro, run, optimizer, state)  # this one is what moves w
-        sam.rise = there.total - loss.total
-    elif sam and finite and not climbs:
-        sam.between()
+        loss, finite = gradient(net, micro, run, optimizer, state)
+        if sam and finite:
+            sam.between()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     finite = finite and bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
     if finite:
@@ -61,32 +56,38 @@ def train_step(
     return loss
 
 
-def by_parts(
+def climbing(
     net: GradICON, micro: list[Batch], run: Train, optimizer: Optimizer, sam: SAM, state: State
 ) -> tuple[Loss, bool]:
-    """Each part climbs by its own gradient; `.grad` is the mean of those found there. As `gradient` otherwise.
+    """As `gradient`, but `.grad` is that at the worst weights within rho; the loss is still that at w.
 
-    m-sharpness (Foret et al. 2021). A mixture deals its domains in turn: with parts of one pair each domain climbs by
-    itself, `eps_i = rho g_i / |g_i|`.
+    Of the whole batch; with `run.climb` "part" each part climbs by its own gradient, `eps_i = rho g_i / |g_i|`, and
+    `.grad` is the mean of those found there: m-sharpness (Foret et al. 2021). A mixture deals its domains in turn, so
+    that with parts of one pair each domain climbs by itself.
     """
-    before, losses, rises, total = state.gradients, [], [], None
-    for batch in micro:
-        loss, finite = gradient(net, [batch], run, optimizer, state)
+    before, parts = state.gradients, [[batch] for batch in micro] if run.climb == "part" else [micro]
+    losses: list[Tensor] = []
+    rises: list[Tensor] = []
+    total: dict[nn.Parameter, Tensor] = {}
+    for part in parts:
+        loss, finite = gradient(net, part, run, optimizer, state, share=run.sync_climb)  # at w
         if not finite:
             break
-        with sam.perturbed():
-            there, finite = gradient(net, [batch], run, optimizer, state)
+        with sam.perturbed():  # at w + eps
+            there, finite = gradient(net, part, run, optimizer, state)
+        sam.rise = there.total - loss.total
         if not finite:
             break
         losses.append(torch.stack(list(loss)))
         rises.append(there.total - loss.total)
-        found = [p.grad / len(micro) for p in net.parameters() if p.grad is not None]
-        total = found if total is None else [*torch._foreach_add(total, found)]
+        if len(parts) > 1:
+            found = {p: p.grad / len(parts) for p in net.parameters() if p.grad is not None}
+            total = {p: total[p] + grad if total else grad for p, grad in found.items()}
     else:
-        for p, summed in zip((p for p in net.parameters() if p.grad is not None), total or [], strict=True):
+        for p, summed in total.items():
             p.grad = summed
         loss, sam.rise = Loss(*torch.stack(losses).mean(0)), torch.stack(rises).mean()
-    state.gradients = before + 2  # of whole batches
+    state.gradients = before + min(2, state.gradients - before)  # of whole batches
     return loss, finite
 
 

@@ -101,7 +101,6 @@ function walkable(model, parent) {
     const [x, y] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] || [];
     if (x === undefined) return;
     event.preventDefault();
-    event.stopPropagation();
     const step = event.shiftKey ? 0.1 : 0.02;
     move(here[0] + x * step * (high - low), here[1] + y * step * (up - bottom));
   };

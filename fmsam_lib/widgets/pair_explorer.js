@@ -244,6 +244,7 @@ function render({ model, el }) {
   const control = (row, name, input, value = () => get(name), write = (value) => set(name, value)) => {
     const label = make("label", row, { textContent: name }), field = input.type === "checkbox" ? "checked" : "value";
     label.append(input);
+    input.dataset.lmSuppressShortcuts = true; // JupyterLab takes the arrow keys for its own unless what has the focus says no
     const said = input.type === "range" ? make("span", label, { className: "value" }) : null;
     input.addEventListener("input", () => write(said ? Number(input.value) : input[field]));
     const update = () => {
@@ -280,7 +281,7 @@ function render({ model, el }) {
   function canvas(figure, axis, name) {
     const [x, y] = [0, 1, 2].filter((a) => a !== axis), made = make("canvas", figure, { tabIndex: 0 });
     made.setAttribute("aria-label", [name, pair.planes[axis]].filter(Boolean).join(", "));
-    Object.assign(made.dataset, { columns: pair.shape[x], rows: pair.shape[y] });
+    Object.assign(made.dataset, { columns: pair.shape[x], rows: pair.shape[y], lmSuppressShortcuts: true });
     made.style.aspectRatio = `${pair.shape[x] * pair.spacing[x]} / ${pair.shape[y] * pair.spacing[y]}`;
     const point = ({ clientX, clientY }) => {
       const { left, top, width, height } = made.getBoundingClientRect(), up = 1 - (clientY - top) / height;
@@ -297,7 +298,6 @@ function render({ model, el }) {
       if (!keys[event.key]) return;
       const [a, step] = keys[event.key];
       event.preventDefault();
-      event.stopPropagation(); // the notebook has its own use for arrows
       move({ [a]: get("at")[a] + step });
     });
     let turned = 0;

@@ -102,7 +102,7 @@ class Explorer(anywidget.AnyWidget):
             "spacing": pair.spacing or (1.0,) * len(shape),
             "moving_spacing": pair.moving_spacing or pair.spacing or (1.0,) * len(shape),
             "unit": pair.unit if pair.spacing else "voxel",
-            "ends": [slices._ends(pair.affine, axis).strip() for axis in range(len(shape))],
+            "ends": [slices.ends_of(pair.affine, axis).strip() for axis in range(len(shape))],
             "names": ["background"] + [pair.labels.get(int(n), f"label {n}") for n in numbers[1:]],
             "maps": list(maps),
             "scales": scales,  # samples a step of the maps' integers
