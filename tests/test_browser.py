@@ -96,6 +96,13 @@ def numbers(text):
     return [float(n) for n in re.findall(r"-?\d+\.\d+", text)]
 
 
+def to_notebook(lab, page, name):
+    """Open it and wait for its kernel: cells that are run before are lost."""
+    page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?reset")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.get_by_text("| Idle").wait_for()
+
+
 def edit_parameter(page, old, new):
     """Change a value in the parameter cell as a person would."""
     line = page.locator(".cm-line", has_text=old).first
@@ -124,8 +131,7 @@ def bottom_until(page, what):
     ],
 )
 def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old, new):
-    page.goto(f"{lab}/lab/tree/notebooks/{notebook}.ipynb?reset")
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    to_notebook(lab, page, notebook)
     edit_parameter(page, old, new)
     run_all(page)
     explorer = page.locator(".fmsam").last
@@ -408,8 +414,7 @@ def test_nothing_is_wider_than_the_page(shown, page, width):
 
 def opened_in_lab(lab, page, notebook, parameters):
     """The notebook in the browser, with these lines (by their beginning) changed in its parameter cell."""
-    page.goto(f"{lab}/lab/tree/notebooks/{notebook}.ipynb?reset")
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    to_notebook(lab, page, notebook)
     cell = page.locator(".jp-Notebook .jp-CodeCell .cm-content").first
     cell.click()
     page.keyboard.press("Control+End")
@@ -461,11 +466,10 @@ def test_a_dragged_point_shows_the_loss_of_its_weights(lab, page, two_runs):
     for _ in range(5):  # down to the walker: the measures below it take minutes
         page.keyboard.press("Shift+Enter")
     surface = page.locator(".fmsam .surface")
-    surface.wait_for()
+    bottom_until(page, surface)
     _, (run, _), nets = from_one_start(given["run"], given["other"])
     plane, batch = Solutions(*nets), batch_with([domain.test_pair(0)])
-    surface.scroll_into_view_if_needed()
-    area, taken, seen = surface.bounding_box(), [], set()
+    taken, seen = [], set()
 
     def moved(what):
         """Do it, and wait for the answer to be drawn."""
@@ -477,11 +481,15 @@ def test_a_dragged_point_shows_the_loss_of_its_weights(lab, page, two_runs):
             arg=before,
         )
 
-    page.mouse.move(area["x"] + 0.4 * area["width"], area["y"] + 0.5 * area["height"])
+    def to(x, y):
+        area = surface.bounding_box()  # where it is now: the notebook scrolls while cells are drawn
+        page.mouse.move(area["x"] + x * area["width"], area["y"] + y * area["height"])
+
+    surface.hover()  # once it rests
     page.mouse.down()
     for i in range(40):
         x, y = 0.3 + 0.01 * i, 0.6 - 0.007 * i
-        moved(lambda x=x, y=y: page.mouse.move(area["x"] + x * area["width"], area["y"] + y * area["height"]))
+        moved(lambda x=x, y=y: to(x, y))
         taken.append(float(surface.get_attribute("data-milliseconds")))
         seen.add(facts(page)["total loss"])
     page.mouse.up()
