@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fmsam_lib import SAM, parameters
+from fmsam_lib.evaluation.anatomies import NEW, THESE
 from fmsam_lib.phantoms.anatomies import DOMAINS
 from fmsam_lib.registration.command import main as register
 from tests.conftest import PROJECT
@@ -78,12 +79,16 @@ def test_the_readme_is_short():
     assert len(README.read_bytes()) <= 9000
 
 
-def test_the_first_screen_has_the_answer_of_the_heldout_study(tables):
+def test_the_first_screen_has_the_answer():
     screen = README.read_text().split("\n## ")[0]
-    answer = tables.answer().set_index("Dice on").iloc[0]
-    said = BESIDE.findall(screen.split("<!-- table")[0])
-    assert said == [answer[tables.STEPS], answer[tables.COMPUTE]]
-    assert screen.index(said[0]) < 500
+    answer = pd.read_csv(PROJECT / "figures" / "unseen.csv").query("role == 'primary'").set_index("anatomy")
+    these, new = ("{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**answer.loc[name]) for name in (THESE, NEW))
+    assert screen.index(these) < 500
+    assert new in screen
+    assert f"{answer.seeds[THESE]} seeds" in screen
+    assert f"{answer.units[THESE]} test pairs" in screen
+    assert f"{100 * answer['mean'][THESE] / answer.mean_baseline[THESE]:+.1f} %" in screen
+    assert answer.verdict[THESE] in screen
 
 
 # --- links and names
