@@ -92,6 +92,7 @@ def test_the_workflow_runs_the_two_commands_with_least_permissions():
     systems, versions = job["strategy"]["matrix"]["os"], job["strategy"]["matrix"]["python"]
     assert {system.split("-")[0] for system in systems} == {"ubuntu", "macos"}
     assert f">={versions[0]}" == ABOUT["requires-python"]
+    assert set(versions) == {"3.11", "3.12", "3.13"}
     commands = [step["run"] for step in job["steps"] if "run" in step]
     assert commands == ["make test", "make study STUDY=smoke"]
     for command in commands:
