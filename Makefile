@@ -32,7 +32,8 @@ lab: $(VENV)/ready
 bench: $(VENV)/peers # writes benchmarks/*.csv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-# Minutes the first time; a notebook that has not changed is not executed again. EXECUTE=0 executes none.
+# Minutes the first time. A notebook that has not changed is not executed again (rm -r runs/site-executed: all are);
+# EXECUTE=0 executes none.
 site: $(VENV)/site
 	FMSAM_HEADLESS=1 $(BIN)/python -m sphinx -W --keep-going -n -q $(if $(filter 0,$(EXECUTE)),-D nb_execution_mode=off) -c docs . runs/site
 	@echo "runs/site/index.html"

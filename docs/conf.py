@@ -29,7 +29,7 @@ REPORTS = {path.parent.name: path for path in sorted((ROOT / "runs").glob("*/rep
 
 project, author, html_title = ABOUT["name"], "fmsam contributors", ABOUT["name"]
 extensions = ["myst_nb"]
-html_theme = "furo"
+html_theme, html_show_copyright = "furo", False
 html_math_renderer = "mathml"  # browsers draw it themselves; MathJax would come from the network
 nb_ipywidgets_js: dict = {}  # the same: the site shows the still pictures
 root_doc = "README"
