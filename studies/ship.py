@@ -1,0 +1,92 @@
+"""Train the networks that come with fmsam and write them with their checksums.
+
+    FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d     # each 15 to 30 minutes on one core; goes on where it stopped
+    FMSAM_DATA=... python studies/ship.py --judge          # Dice of all of them: figures/pretrained.csv
+
+They see synthetic images and those real sets whose licences allow any use: CardiacSunnybrook2D (CC0), FetalHeadUS
+(CC BY 4.0), HippocampusMR (CC BY-SA 4.0). Each is trained on a coarse grid first, then on a finer one. SAM's has half
+the steps of Adam's, which is the same compute. docs/pretrained.md has what came of it.
+"""
+
+import argparse
+import os
+
+import pandas as pd
+import torch
+
+import fmsam_lib as fm
+from fmsam_lib.model.weights import SHIPPED, golden, sha256, shipped
+from fmsam_lib.records import PROJECT, provenance, write_csv, written_whole
+
+SYNTHETIC = "brain-mr+lung-ct+knee-mr+abdomen-ct+heart-mr"
+DOMAINS = {2: f"CardiacSunnybrook2D+FetalHeadUS+{SYNTHETIC}", 3: f"HippocampusMR+{SYNTHETIC}"}
+COARSE = {"lr": 0.004, "augment": True, "validation": 14, "seed": 20}
+FINE = COARSE | {"lr": 0.001}
+STAGES = {  # of Adam's steps
+    2: [((64, 64), COARSE | {"batch": 4, "steps": 8000}), ((128, 128), FINE | {"batch": 4, "steps": 2000})],
+    3: [
+        ((32, 32, 32), COARSE | {"batch": 2, "steps": 2500, "sigma": 3.0}),
+        ((64, 64, 64), FINE | {"batch": 1, "steps": 800}),
+    ],
+}
+OPTIMIZERS = {"": {"optimizer": "adam"}, "-sam": {"optimizer": "sam", "rho": 0.001, "rho_schedule": "lr"}}
+NETWORKS = {f"{dim}d{kind}": (dim, optimizer) for dim in STAGES for kind, optimizer in OPTIMIZERS.items()}
+SETS = {
+    2: ["CardiacSunnybrook2D", "FetalHeadUS", "CardiacACDC", "ChestJSRT", "ChestMontgomery", "SpineMR2D", "KneeCT2D"],
+    3: ["HippocampusMR", "CardiacACDC", "SpineMR"],
+}
+GRIDS = {2: [(64, 64), (128, 128), (256, 256)], 3: [(48, 48, 48), (64, 64, 64)]}
+
+
+def trained(name: str, runs: str) -> fm.GradICON:
+    dim, optimizer = NETWORKS[name]
+    weights = ""
+    for i, (shape, options) in enumerate(STAGES[dim]):
+        domain, out = fm.open_domain(DOMAINS[dim], shape=shape), f"{runs}/{name}/{i}"
+        steps = options["steps"] // (2 if optimizer["optimizer"] == "sam" else 1)
+        fm.train(domain, out=out, weights=weights, **options | optimizer | {"steps": steps})
+        weights = f"{out}/weights.pt"
+    return fm.load(weights)
+
+
+def ship(name: str, net: fm.GradICON) -> None:
+    for p in net.parameters():
+        p.data = p.data.half().float()  # as it will be read again
+    net.about["golden"] = golden(net)
+    net.save(SHIPPED / f"{name}.pt", half=True)
+    with written_whole(SHIPPED / f"{name}.sha256") as partial:
+        partial.write_text(f"{sha256(SHIPPED / f'{name}.pt')}\n")
+
+
+def judged(name: str, pairs: int = 60) -> pd.DataFrame:
+    """Dice and folding on every real set, on several grids, beside those without registration."""
+    net, (dim, _), lines = fm.pretrained(name), NETWORKS[name], []
+    for test in SETS[dim]:
+        for shape in GRIDS[dim]:
+            domain = fm.open_domain(test, shape=shape)
+            for method, of in (("before", None), (name, net)):
+                table = fm.evaluate(of, domain, pairs=pairs)
+                means = table.groupby(["metric", "pair"]).value.mean().groupby("metric").mean()
+                about = {"network": method, "tested on": test, "seen": test in DOMAINS[dim].split("+")}
+                about |= {"grid": "x".join(map(str, shape)), "pairs": table.pair.nunique()}
+                lines.append(about | {m: means.get(m) for m in ("dice", "folding_percent")})
+    return pd.DataFrame(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="networks to train")
+    parser.add_argument("--judge", action="store_true", help="measure those that are there")
+    parser.add_argument("--runs", default=str(PROJECT / "runs" / "pretrained"), help="folder of the trainings")
+    given = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    for name in given.names:
+        ship(name, trained(name, given.runs))
+    if given.judge:
+        table = pd.concat([judged(name) for name in shipped()], ignore_index=True).drop_duplicates()
+        made = provenance()
+        write_csv(table.assign(commit=made["commit"], cpu=made["cpu"]), PROJECT / "figures" / "pretrained.csv")
+
+
+if __name__ == "__main__":
+    main()
