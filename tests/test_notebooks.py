@@ -536,7 +536,7 @@ def test_40_compares_at_equal_steps_and_at_equal_compute(trained, compared):
 
 def test_40_keeps_every_figure_with_its_caption(trained, compared):
     captioned = {
-        *("matrix", "paired_difference", "robustness", "training", "loss_lines", "loss_planes"),
+        *("matrix", "paired_difference", "pairs", "robustness", "training", "loss_lines", "loss_planes"),
         *("sharpness", "spectrum", "paths", "solutions_plane", "correlation", "flatness_against_dice"),
         *("example_brain-mr", "example_heart-mr", "answer"),
     }

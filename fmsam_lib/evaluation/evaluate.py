@@ -87,7 +87,7 @@ def measured(
     for pair in readable(domain, bar, problems):
         about = {"test_domain": domain.name, "pair": pair.name}
         try:
-            phi_map, inverse, seconds = (None, None, 0.0) if method is None else _register(method, pair)
+            phi_map, inverse, seconds = (None, None, 0.0) if method is None else register(method, pair)
         except ValueError as error:
             problems.append(f"{domain.name}, {pair.name}: left out, {error}")
             continue
@@ -101,14 +101,14 @@ def measured(
     return Measured(results, of_costs, pd.DataFrame(subjects, columns=PAIRS), problems)
 
 
-def _register(method: GradICON | Method, pair: Pair) -> tuple[Tensor, Tensor | None, float]:
-    """A pair's map, the swapped pair's, and the seconds of the one registration; ValueError where one is not finite."""
+def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tensor, Tensor | None, float]:
+    """A pair's map, the swapped pair's (`back`), the seconds of the one registration; ValueError: one is not finite."""
     start = time.perf_counter()
     if isinstance(method, GradICON):
         with torch.no_grad():
             phi_map = method(pair.moving[None], pair.fixed[None]).map
             seconds = time.perf_counter() - start
-            inverse = method(pair.fixed[None], pair.moving[None]).map
+            inverse = method(pair.fixed[None], pair.moving[None]).map if back else None
     else:
         phi_map, inverse = method(pair)
         seconds = time.perf_counter() - start

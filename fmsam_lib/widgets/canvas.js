@@ -1,4 +1,4 @@
-// Panels of pixels and lines, and facts below them; with a surface, a point that is dragged over it.
+// Panels of pixels and lines, and facts below them; with a surface, a point that is dragged over it, or over its points.
 // Places in a panel run from 0 to 1, to the right and up.
 
 const WIDE = 600; // samples of a canvas from left to right; it is shown at about half of that
@@ -59,11 +59,11 @@ function paint(canvas, { tall, pixels, columns, lines, texts }) {
 
 // A point on the surface. One move at a time goes to the kernel; of those made meanwhile, only the last one goes next.
 function walkable(model, parent) {
-  const { picture, box, extent, places } = model.get("surface");
+  const { picture, box, extent, places, points } = model.get("surface");
   const [left, top, width, height] = box; // of the axes, as shares of the picture
   const [low, high, bottom, up] = extent;
   const stage = add(parent, "div", { className: "surface", tabIndex: 0, role: "application" });
-  stage.ariaLabel = "loss surface: drag the point, or move it with the arrow keys";
+  stage.ariaLabel = "picture with a point: drag it, or move it with the arrow keys";
   stage.dataset.lmSuppressShortcuts = true; // arrow keys are for the point, not for the notebook
   add(stage, "img", { src: URL.createObjectURL(new Blob([bytes(picture)], { type: "image/png" })), draggable: false });
   const point = add(stage, "div", { className: "point" });
@@ -80,8 +80,10 @@ function walkable(model, parent) {
     model.set("point", here);
     model.save_changes();
   };
-  const move = (x, y) => {
-    here = [Math.min(high, Math.max(low, x)), Math.min(up, Math.max(bottom, y))];
+  const move = (x, y, number) => {
+    const apart = (p) => Math.hypot((p[0] - x) / (high - low), (p[1] - y) / (up - bottom));
+    if (points) here = points[number] ?? points.reduce((best, p) => (apart(p) < apart(best) ? p : best));
+    else here = [Math.min(high, Math.max(low, x)), Math.min(up, Math.max(bottom, y))];
     mark();
     send();
   };
@@ -102,7 +104,8 @@ function walkable(model, parent) {
     if (x === undefined) return;
     event.preventDefault();
     const step = event.shiftKey ? 0.1 : 0.02;
-    move(here[0] + x * step * (high - low), here[1] + y * step * (up - bottom));
+    if (points) move(...(points[here[2] + x + y] ?? here));
+    else move(here[0] + x * step * (high - low), here[1] + y * step * (up - bottom));
   };
   mark();
   const answered = () => {

@@ -1,6 +1,6 @@
 """Pictures that the browser draws: pixels and lines go there as numbers, in milliseconds where a PNG takes tenths."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import anywidget
 import contourpy
 import numpy as np
 import traitlets
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fmsam_lib.plotting import slices
 
@@ -18,6 +20,33 @@ class Canvas(anywidget.AnyWidget):
     _esm = Path(__file__).with_name("canvas.js")
     panels: traitlets.List[dict] = traitlets.List().tag(sync=True)
     facts = traitlets.Dict().tag(sync=True)
+
+
+class Surface(Canvas):
+    """A figure with a point to drag, beside the panels and facts that `tells` finds for the point, `answered` last.
+
+    axes: where the point moves. more: `places`, points by name, a button each; `points`, where the point may only be
+    at these, (x, y, number) with numbers from 0: arrow keys go from one to the next.
+    """
+
+    surface = traitlets.Dict().tag(sync=True)
+    point: traitlets.List[float] = traitlets.List().tag(sync=True)
+    answered: traitlets.List[float] = traitlets.List().tag(sync=True)
+
+    def __init__(self, figure: Figure, axes: Axes, tells: Callable, point: Sequence[float], **more: Any):
+        more["picture"] = slices.png(figure)  # which lays the axes out
+        left, bottom, width, height = axes.get_position().bounds
+        more["box"] = [left, 1 - bottom - height, width, height]
+        more["extent"] = [*map(float, (*axes.get_xlim(), *axes.get_ylim()))]
+        self.tells = tells
+        super().__init__(surface=more, point=[*point])
+        self.observe(self._move, "point")
+        self._move()
+
+    def _move(self, change: Any = None) -> None:
+        panels, facts = self.tells(*self.point)
+        with self.hold_sync():
+            self.panels, self.facts, self.answered = panels, facts, self.point
 
 
 def panel(title: str, lines: Iterable[dict], *, grey: np.ndarray | None = None, tall=1.0, texts=()) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import traitlets
 from IPython.display import display
 from matplotlib import colors, patheffects
 from matplotlib.axes import Axes
@@ -48,7 +47,7 @@ class Walk:
     """A plane of weights, and at its points the pair's loss and registration.
 
     radius, seed, normalisation: of one network's random directions, as notebook 30 has them. points: of a side of the
-    surface. loss: settings of `objective`. places: where the networks are. extent: alpha's and beta's ends.
+    surface. loss: settings of `objective`. places: where the networks are.
     """
 
     def __init__(
@@ -69,7 +68,6 @@ class Walk:
             centre, radius = (corners.min(0) + corners.max(0)) / 2, 0.7 * np.ptp(corners, axis=0).max()
         self.end = [*self.places.values()][-1]
         self.alphas, self.betas = (np.linspace(middle - radius, middle + radius, points) for middle in centre)
-        self.extent = [float(axis[end]) for axis in (self.alphas, self.betas) for end in (0, -1)]
         self.losses = np.array([[self._terms(alpha, beta)[0] for alpha in self.alphas] for beta in self.betas])
 
     def _terms(self, alpha: float, beta: float) -> np.ndarray:
@@ -111,28 +109,14 @@ class Walk:
         axes.figure.colorbar(filled, ax=axes, format="%.3g", shrink=0.85)
 
 
-class Walker(canvas.Canvas):
+class Walker(canvas.Surface):
     """The surface with a point to drag; setting `point` (alpha, beta) moves it too. `answered`: the point shown."""
 
-    surface = traitlets.Dict().tag(sync=True)
-    point: traitlets.List[float] = traitlets.List().tag(sync=True)
-    answered: traitlets.List[float] = traitlets.List().tag(sync=True)
-
     def __init__(self, ground: Walk):
-        figure, axes = ground.picture()
-        picture = slices.png(figure)
-        left, bottom, width, height = axes.get_position().bounds
-        box = [left, 1 - bottom - height, width, height]
-        surface = {"picture": picture, "box": box, "extent": ground.extent, "places": ground.places}
         self.ground = ground
-        super().__init__(surface=surface, point=[*ground.end])
-        self.observe(self._move, "point")
-        self._move()
+        super().__init__(*ground.picture(), self._tells, ground.end, places=ground.places)
 
-    def _move(self, change: Any = None) -> None:
-        phi, facts = self.ground.at(*self.point)
-        with self.hold_sync():
-            self.panels = canvas.registered(slices.cut(self.ground.pair, phi))
-            place = "({:.3g}, {:.3g})".format(*self.point)
-            self.facts = {name: f"{value:.4f}" for name, value in facts.items()} | {"(α, β)": place}
-            self.answered = self.point
+    def _tells(self, alpha: float, beta: float) -> tuple[list, dict]:
+        phi, facts = self.ground.at(alpha, beta)
+        told = {name: f"{value:.4f}" for name, value in facts.items()} | {"(α, β)": f"({alpha:.3g}, {beta:.3g})"}
+        return canvas.registered(slices.cut(self.ground.pair, phi)), told

@@ -360,7 +360,7 @@ def computed(project):
 
 METHODS = {"none", *TINY["baselines"], *(o + after for o in TINY["optimizers"] for after in ("", "+io"))}
 PICTURES = (
-    "matrix paired_difference robustness training loss_lines loss_planes sharpness spectrum paths "
+    "matrix paired_difference pairs robustness training loss_lines loss_planes sharpness spectrum paths "
     "solutions_plane correlation flatness_against_dice"
 )
 

@@ -73,7 +73,7 @@ def test_the_surface_is_the_loss_that_a_walk_over_it_shows(pair):
     for row, column in ((0, 0), (2, 3), (4, 1)):
         walker.point = [float(ground.alphas[column]), float(ground.betas[row])]
         assert float(walker.facts["total loss"]) == pytest.approx(ground.losses[row, column], abs=1e-4)
-    low, high, bottom, top = ground.extent
+    low, high, bottom, top = walker.surface["extent"]
     for alpha, beta in ground.places.values():
         assert low < alpha < high
         assert bottom < beta < top
@@ -84,7 +84,7 @@ def test_one_network_is_walked_along_random_directions(pair):
     before = [p.clone() for p in net.parameters()]
     walker = walk({"SAM": net}, pair, interactive=True, points=3, radius=0.2, **LOSS)
     assert walker.ground.places == {"SAM": (0.0, 0.0)}
-    assert walker.ground.extent == pytest.approx([-0.2, 0.2, -0.2, 0.2])
+    assert walker.surface["extent"] == pytest.approx([-0.2, 0.2, -0.2, 0.2])
     own = objective(net, batch_with([pair]), **LOSS).total.item()
     assert walker.ground.losses[1, 1] == pytest.approx(own, rel=1e-6)
     walker.point = [0.2, -0.1]
