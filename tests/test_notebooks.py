@@ -579,7 +579,7 @@ def test_40_by_hand_draws_seeds_and_pairs_as_the_library_does():
 
 
 def test_50_makes_and_registers_a_pair_without_files(tmp_path):
-    how = {"shape": [24, 24, 24], "io": 25, "lr": 0.005}
+    how = {"weights": "", "shape": [24, 24, 24], "io": 25, "lr": 0.005, "sigma": 3.0}
     notebook, solved = with_solutions("50_register_your_own", tmp_path, (1, 1), 1, out=str(tmp_path), **how)
     theirs, mine = map(float, re.search(r"SimpleITK (\S+), the library (\S+)", solved).groups())
     assert mine == pytest.approx(theirs, abs=1e-4)
