@@ -281,9 +281,7 @@ class RegisterYourOwn(Register):
     """Notebook 50: the same, and a pair of its own where no files are given."""
 
     fixed: str = Field("", description="image that stays; empty: a synthetic pair is made")
-    weights: str = Field(
-        "3d", description="2d, 3d, unigradicon, multigradicon, a file; empty: a network learns this pair"
-    )
+    weights: str = Field("3d", description="2d, 3d, unigradicon, multigradicon, a file; empty: learns this pair")
     shape: Shape = Field([64, 64, 64], description="grid that the network works on; 175 each for unigradicon")
     out: Folder = Field("runs/mine/registered", description="folder for the results")
     threads: Count = Field(1, description=THREADS)
