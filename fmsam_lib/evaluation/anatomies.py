@@ -81,8 +81,8 @@ def answer(
         test = stats.ttest_1samp(each, 0.0)
         low, high = test.confidence_interval(LEVEL)
         of_these = lines[-1]  # a new anatomy cannot be known better than these: a few alike would say so by chance
-        ends = {"low": min(float(low), of_these["low"]), "high": max(float(high), of_these["high"])}
-        lines.append(of_these | {"anatomy": NEW, "p": float(test.pvalue)} | ends)
+        ends = {"low": float(np.minimum(low, of_these["low"])), "high": float(np.maximum(high, of_these["high"]))}
+        lines.append(of_these | {"anatomy": NEW, "p": float(test.pvalue) if freedom else np.nan} | ends)
     table = pd.DataFrame(lines).assign(metric=metric, baseline=methods[0], treatment=methods[1])
     said = [verdict(*ends) if metric == "dice" else "" for ends in zip(table.low, table.high, strict=True)]
     return table.assign(verdict=said)[COLUMNS]

@@ -139,7 +139,10 @@ def test_the_picture_shows_both_contrasts_of_every_anatomy_over_the_band(done):
 
 def test_one_seed_decides_nothing():
     results, pairs = simulated(np.random.default_rng(0), seeds=1, effect=0.05)
-    sentence = answered(results, pairs).sentence
+    done = answered(results, pairs)
+    sentence = done.sentence
+    assert done.tables["answer"][["low", "high", "p"]].isna().all(axis=None)  # nor of a new anatomy
+    assert set(done.tables["answer"].verdict) == {"undecided"}
     assert sentence.endswith(
         "(1 seed, 281 test pairs). One seed decides nothing: another training may come out otherwise."
     )
