@@ -2,6 +2,7 @@
 # make test [SLOW=1]                       lint and run the tests; SLOW: those of minutes too
 # make lab                                 open the notebooks
 # make bench                               measure speed, beside the figures to reach
+# make site [EXECUTE=0]                    docs and executed notebooks as pages: runs/site/index.html
 # Each makes the environment first, in .venv, with the versions of constraints.txt.
 
 STUDY ?= quick
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export FMSAM_DATA := $(if $(DATA),$(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "$(DATA)"),)
 
-.PHONY: study test lab bench lint clean
+.PHONY: study test lab bench site lint clean
 
 study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study $(STUDY) $(if $(RUNS),--runs "$(RUNS)")
@@ -23,13 +24,19 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/codespell README.md docs fmsam_lib notebooks benchmarks studies tests
+	$(BIN)/codespell *.md docs fmsam_lib notebooks benchmarks studies tests
 
 lab: $(VENV)/ready
 	$(BIN)/python -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 bench: $(VENV)/peers # writes benchmarks/*.csv
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# Minutes the first time. A notebook that has not changed is not executed again (rm -r runs/site-executed: all are);
+# EXECUTE=0 executes none.
+site: $(VENV)/site
+	FMSAM_HEADLESS=1 $(BIN)/python -m sphinx -W --keep-going -n -q $(if $(filter 0,$(EXECUTE)),-D nb_execution_mode=off) -c docs . runs/site
+	@echo "runs/site/index.html"
 
 clean: # the environment and the caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .snakemake
@@ -47,4 +54,8 @@ $(VENV)/ready: pyproject.toml constraints.txt profiles/jupyter/overrides.json
 # What tests and benchmarks compare with. Without their dependencies, which bring a second torch; see benchmarks/peers.py.
 $(VENV)/peers: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt icon-registration unigradicon pytorch_optimizer
+	@touch $@
+
+$(VENV)/site: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
 	@touch $@

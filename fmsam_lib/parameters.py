@@ -87,7 +87,7 @@ class Train(Parameters):
     seed: Natural = Field(0, description="of the first weights and the order of the pairs")
     shape: Shape = Field([64, 64], description="samples along each axis")
     data: str = Field("", description=DATA)
-    weights: str = Field("", description='file to fine-tune, or "unigradicon", "multigradicon"; empty: random weights')
+    weights: str = Field("", description='file to fine-tune, or "2d", "3d", "unigradicon", ...; empty: random weights')
     down: Channels = Field([16, 32, 64], description="channels after each halving; with weights, the file decides")
     up: list[Count] = Field([], description="channels on the way up; empty: as down; with weights, the file decides")
     levels: Count = Field(3, description="resolutions: quarter, half, full; with weights, the file decides")
@@ -215,6 +215,7 @@ class Landscape(Parameters):
     eigenvalues: Natural = Field(1, description="of the Hessian, the largest; 0: none")
     probes: Natural = Field(4, description="random vectors for the Hessian's trace and spectrum; 0: none")
     lanczos_steps: Several = Field(20, description="for the spectrum")
+    by_hessian: bool = Field(False, description="draw the plane of the Hessian's two largest eigenvectors, too")
     threads: Count = Field(1, description=THREADS)
 
 
@@ -269,20 +270,19 @@ class Register(Registering):
     fixed_labels: str = Field("", description="label image of the fixed image, for Dice before and after")
     fixed_mask: str = Field("", description="where the fixed image counts, for instance optimisation and the measures")
     moving_mask: str = Field("", description="where the moving image counts")
-    weights: str = Field("unigradicon", description="unigradicon, multigradicon (downloaded once) or a file of weights")
+    weights: str = Field(
+        "unigradicon", description="2d, 3d, unigradicon, multigradicon (downloaded once) or a file of weights"
+    )
     out: str = Field("", description="folder for the results")
     threads: Natural = Field(0, description="processor threads; 0: as many as the machine has")
 
 
 class RegisterYourOwn(Register):
-    """Notebook 50: the same with the defaults of a small network that learns this pair alone."""
+    """Notebook 50: the same, and a pair of its own where no files are given."""
 
     fixed: str = Field("", description="image that stays; empty: a synthetic pair is made")
-    weights: str = Field("", description="unigradicon, multigradicon, a file; empty: a network learns this pair")
-    shape: Shape = Field([40, 40, 40], description="grid that the network works on; 175 each for unigradicon")
-    io: Natural = Field(100, description="steps of instance optimisation; 0 or 50 for a trained network")
-    lr: Positive = Field(2.0e-3, description="its learning rate; 2.0e-5 for a trained network")
-    sigma: Positive = Field(3.0, description="window of the similarity, samples of the grid; 5 for unigradicon")
+    weights: str = Field("3d", description="2d, 3d, unigradicon, multigradicon, a file; empty: learns this pair")
+    shape: Shape = Field([64, 64, 64], description="grid that the network works on; 175 each for unigradicon")
     out: Folder = Field("runs/mine/registered", description="folder for the results")
     threads: Count = Field(1, description=THREADS)
 

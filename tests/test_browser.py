@@ -127,7 +127,7 @@ def bottom_until(page, what):
     [
         ("00_start_here", "steps: int = 150", "steps: int = 10"),
         ("01_look_at_the_data", "shape: list = [64, 64, 64]", "shape: list = [32, 32, 32]"),
-        ("50_register_your_own", "io: int = 100", "io: int = 5"),
+        ("50_register_your_own", "shape: list = [64, 64, 64]", "shape: list = [32, 32, 32]"),
     ],
 )
 def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old, new):

@@ -16,29 +16,20 @@ import pytest
 import torch
 
 from fmsam_lib import SAM, parameters
+from fmsam_lib.evaluation.anatomies import NEW, THESE
 from fmsam_lib.phantoms.anatomies import DOMAINS
 from fmsam_lib.registration.command import main as register
 from tests.conftest import PROJECT
+from tests.test_parameters import KIND
 
 README = PROJECT / "README.md"
-PAGES = [README, *sorted((PROJECT / "docs").glob("*.md"))]
+PAGES = [README, PROJECT / "CHANGELOG.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 NAMES = [str(page.relative_to(PROJECT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PATHS = r"`((?:fmsam_lib|notebooks|studies|tests|figures|benchmarks|docs)/[\w./-]+)`"
 BESIDE = re.compile(r"-?\d\.\d+ \[-?\d\.\d+, -?\d\.\d+\]")  # a difference and its interval
-MODELS = {
-    "00": "Start",
-    "01": "Look",
-    "02": "ByHand",
-    "03": "Coarse",
-    "04": "Start",
-    "10": "Train",
-    "20": "Evaluate",
-    "30": "Landscape",
-    "35": "Between",
-    "40": "Compare",
-    "50": "RegisterYourOwn",
-    "60": "Doubt",
-}
+MODELS = {name[:2]: kind.__name__ for name, kind in KIND.items()}
 
 
 @pytest.fixture(params=PAGES, ids=NAMES)
@@ -65,10 +56,29 @@ def prose(page):
     return FENCE.sub("", page.read_text())
 
 
+def told(notebook):
+    """A notebook's Markdown cells, without what is fenced in them."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return FENCE.sub("", "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"))
+
+
 def anchors(page):
-    """The names that GitHub gives to a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    """The names that GitHub gives to a page's or a notebook's headings."""
+    text = told(page) if page.suffix == ".ipynb" else prose(page)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def local_links(text):
+    """Targets of links and pictures that are files of the project or headings."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    return [target for target in targets if not re.match(r"https?://", target)]
+
+
+def leads_somewhere(target, page):
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve() if path else page
+    return file.exists() and (not anchor or anchor in anchors(file))
 
 
 # --- README
@@ -78,28 +88,42 @@ def test_the_readme_is_short():
     assert len(README.read_bytes()) <= 9000
 
 
-def test_the_first_screen_has_the_answer_of_the_heldout_study(tables):
+def test_the_first_screen_has_the_answer():
     screen = README.read_text().split("\n## ")[0]
-    answer = tables.answer().set_index("Dice on").iloc[0]
-    said = BESIDE.findall(screen.split("<!-- table")[0])
-    assert said == [answer[tables.STEPS], answer[tables.COMPUTE]]
-    assert screen.index(said[0]) < 500
+    answer = pd.read_csv(PROJECT / "figures" / "unseen.csv").query("role == 'primary'").set_index("anatomy")
+    these, new = ("{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**answer.loc[name]) for name in (THESE, NEW))
+    assert screen.index(these) < 500
+    assert new in screen
+    assert f"{answer.seeds[THESE]} seeds" in screen
+    assert f"{answer.units[THESE]} test pairs" in screen
+    assert f"{100 * answer['mean'][THESE] / answer.mean_baseline[THESE]:+.1f} %" in screen
+    assert answer.verdict[THESE] in screen
 
 
 # --- links and names
 
 
 def test_every_link_and_picture_leads_somewhere(page):
-    text = prose(page)
-    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
-    assert targets
-    for target in targets:
-        if re.match(r"https?://", target):
-            continue
-        path, _, anchor = target.partition("#")
-        file = (page.parent / path).resolve() if path else page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), target
+    assert "](" in page.read_text()
+    assert not [target for target in local_links(prose(page)) if not leads_somewhere(target, page)]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_link_of_a_notebook_leads_somewhere(notebook):
+    text = told(notebook)
+    assert not [target for target in local_links(text) if not leads_somewhere(target, notebook)]
+    for name in re.findall(r"`(\d\d_\w+)`", text):
+        assert (PROJECT / "notebooks" / f"{name}.ipynb").exists(), name
+    for path in re.findall(PATHS, text):
+        assert (PROJECT / path).exists(), path
+
+
+@pytest.mark.parametrize("target", ["../docs/none.md", "../docs/register.md#none", "#none", "00_start.ipynb"])
+def test_a_link_of_a_notebook_to_nowhere_is_found(target):
+    notebook = PROJECT / "notebooks" / "60_when_not_to_trust_it.ipynb"
+    assert local_links(f"see [this]({target})") == [target]
+    assert not leads_somewhere(target, notebook)
+    assert "../docs/register.md#can-i-trust-it" in local_links(told(notebook))
 
 
 def test_every_page_is_linked_from_the_readme():
@@ -108,8 +132,7 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def test_every_path_that_is_named_exists(page):
-    rooms = "fmsam_lib|notebooks|studies|tests|figures|benchmarks|docs"
-    for path in re.findall(rf"`((?:{rooms})/[\w./-]+)`", page.read_text()):
+    for path in re.findall(PATHS, page.read_text()):
         assert (PROJECT / path).exists(), path
 
 
@@ -245,8 +268,11 @@ def test_command(command, where, capsys):
         with pytest.raises(SystemExit):
             register([*["apply"][: given[:1] == ["apply"]], "--help"])
         accepted(capsys.readouterr().out, given)
+    elif program == "pytest":
+        assert all((PROJECT / path).exists() for path in given if not path.startswith("-"))
     else:
-        assert command in ("conda env create -f environment.yml", "conda activate fmsam"), "how is this to be tested?"
+        known = ("conda env create -f environment.yml", "conda activate fmsam", ". .venv/bin/activate")
+        assert command in known, "how is this to be tested?"
 
 
 def accepted(help_text, given):

@@ -12,8 +12,11 @@ import papermill
 import pytest
 import SimpleITK
 import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from fmsam_lib.checking import ConfigError
+from fmsam_lib.evaluation.statistics import mean_interval
 from fmsam_lib.model.network import GradICON
 from tests.conftest import PROJECT, drawn
 
@@ -66,23 +69,29 @@ def test_00_registers_a_pair_better_than_nothing(tmp_path):
     assert pictures(notebook) >= 4  # pair, loss, result, explorer
 
 
-def with_solutions(name, into, **parameters):
-    """The notebook executed with the folded solutions of its exercises as further cells; what these printed."""
+def with_solutions(name, into, solved=(2, 3), guesses=3, further=(), **parameters):
+    """The notebook executed with the folded solutions of its exercises as further cells; what these printed.
+
+    solved, guesses: how many solutions it may have, and questions it must have. further: code to run behind them.
+    """
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     solutions = re.findall(r"<details><summary>Solution</summary>\n\n```python\n(.*?)```", text, re.S)
-    assert 2 <= len(solutions) <= 3
-    assert text.count("**Guess first:**") >= 3
+    assert solved[0] <= len(solutions) <= solved[1]
+    assert text.count("**Guess first:**") >= guesses
     assert (
         text.index("**You will learn**")
         < text.index("**Needs**")
         < text.index("**Takes**")
-        < text.index("## Exercises")
+        < text.index("## Exercise")
+        < text.index("## Read next")
     )
+    solutions += further
     notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in solutions]
-    nbformat.write(notebook, into / f"{name}.ipynb")
-    out = into / "executed.ipynb"
-    papermill.execute_notebook(into / f"{name}.ipynb", out, parameters, cwd=NOTEBOOKS, progress_bar=False)
+    into.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, into / "with_solutions.ipynb")
+    out = into / f"{name}.ipynb"
+    papermill.execute_notebook(into / "with_solutions.ipynb", out, parameters, cwd=NOTEBOOKS, progress_bar=False)
     executed = nbformat.read(out, 4)
     return executed, printed(nbformat.v4.new_notebook(cells=executed.cells[-len(solutions) :]))
 
@@ -209,14 +218,15 @@ def trained(once):
 
 def make_tiny_study(root):
     """Folders of a small study: trained networks, evaluated and measured by the notebooks; adam-2x only evaluated."""
-    test = {"test_domains": [DOMAIN, "heart-mr"], "threads": 1}
+    test, one = {"test_domains": [DOMAIN, "heart-mr"], "threads": 1}, {"solved": (1, 1), "guesses": 1}
     looks = {"shape": SHAPE, "pairs": 3, "corruptions": ["noise"], "corrupted_pairs": 2} | test
     execute("20_evaluate", root / "none", run="", out=str(root / "none"), methods=["none"], **looks)
     for optimizer in OPTIMIZERS:
         out = root / DOMAIN / optimizer / "seed0"
-        execute("10_train", out, out=str(out), optimizer=optimizer, snapshots=2, **TRAIN)
+        with_solutions("10_train", out, **one, out=str(out), optimizer=optimizer, snapshots=2, **TRAIN)
         methods = ["network", "network+io"] if optimizer == "sam" else ["network"]
-        execute("20_evaluate", out, run=str(out), out=str(out), methods=methods, io=15, fields=True, **looks)
+        how = {"methods": methods, "io": 15, "fields": True} | looks
+        with_solutions("20_evaluate", out, **one, run=str(out), out=str(out), **how)
         if optimizer == "adam-2x":
             continue
         (out / f".plane-{DOMAIN}.json").write_text(STALE)  # as an interrupted run of other weights leaves it
@@ -225,7 +235,8 @@ def make_tiny_study(root):
         execute("30_loss_landscape", out, run=str(out), out=str(out), **small, **test)
     out = root / DOMAIN / "between" / "seed0"
     both = {name: str(root / DOMAIN / o / "seed0") for name, o in (("baseline", "adam"), ("treatment", "sam"))}
-    execute("35_between_minima", out, out=str(out), pairs=2, path_points=5, plane_points=3, **both, **test)
+    small = {"pairs": 2, "path_points": 5, "plane_points": 3}
+    with_solutions("35_between_minima", out, **one, out=str(out), **small, **both, **test)
 
 
 def test_10_writes_a_run_that_learned(trained):
@@ -238,6 +249,24 @@ def test_10_writes_a_run_that_learned(trained):
         config = json.loads((run / "config.json").read_text())
         assert config["parameters"]["optimizer"] == optimizer
         assert {"commit", "cpu", "packages"} <= config["provenance"].keys()
+
+
+def test_10_counts_what_sam_costs(trained):
+    for optimizer, said in (("adam", "1.00 gradients a step, 40 in 40"), ("sam", "2.00 gradients a step, 80 in 40")):
+        notebook = nbformat.read(trained / DOMAIN / optimizer / "seed0/10_train.ipynb", 4)
+        assert f"{optimizer}: {said} steps" in printed(notebook)
+    notebook = nbformat.read(trained / DOMAIN / "adam-2x/seed0/10_train.ipynb", 4)
+    assert "adam-2x: 1.00 gradients a step, 80 in 80 steps" in printed(notebook)
+
+
+def test_20_names_the_worst_pair(trained):
+    run = trained / DOMAIN / "adam" / "seed0"
+    of_pairs = pd.read_csv(run / "results.csv").query("metric == 'dice'").groupby(["test_domain", "pair"]).value.mean()
+    text = printed(nbformat.read(run / "20_evaluate.ipynb", 4))
+    for domain in (DOMAIN, "heart-mr"):
+        values = of_pairs[domain]
+        said = f"mean Dice {values.mean():.3f}, worst {values.min():.3f} ({values.idxmin()})"
+        assert f"adam on {domain}: {said}" in text
 
 
 def test_20_writes_all_metrics_of_every_domain(trained):
@@ -307,6 +336,34 @@ def test_30_measures_the_same_directions_for_both(trained):
     assert tables[0].query("kind != 'spectrum'").alpha.equals(tables[1].query("kind != 'spectrum'").alpha)
 
 
+def test_30_by_hand_finds_what_the_library_finds(trained, tmp_path):
+    run = {"run": str(trained / DOMAIN / "sam" / "seed0"), "out": str(tmp_path), "test_domains": [DOMAIN], "pairs": 2}
+    small = {"line_points": 3, "plane_points": 3, "directions": 1, "draws": 2, "ascent_steps": 0, "lanczos_steps": 5}
+    how = {"measured_on": ["training"], "rhos": [0.01, 0.02], "probes": 2, "by_hessian": True}
+    further = [
+        "print('spans', *(square.max(axis=None) - square.min(axis=None) for square in squares.values()))",
+        "print('across', float(first @ second), 'shares', shares.share.sum())",
+        "middle = planes[(planes.alpha == 0) & (planes.beta == 0)].set_index('test_domain').value\n"
+        "print('means', middle.iloc[-1], middle.iloc[:-1].mean())",
+    ]
+    notebook, solved = with_solutions("30_loss_landscape", tmp_path, further=further, **run, **how, **small)
+    text = printed(notebook)
+    assert float(re.search(r"by hand and the library's: at most (\S+) apart", text)[1]) < 1e-6
+    mine, theirs = map(float, re.search(r"power iteration (\S+), the library's Lanczos (\S+)", text).groups())
+    assert mine == pytest.approx(theirs, rel=0.02)
+    plain, sharp = map(float, re.search(r"spans (\S+) (\S+)", solved).groups())
+    assert sharp > 20 * plain
+    across, shares = map(float, re.search(r"across (\S+) shares (\S+)", solved).groups())
+    assert (abs(across) < 1e-3, shares) == (True, pytest.approx(1, abs=1e-4))
+    together, mean = map(float, re.search(r"means (\S+) (\S+)", solved).groups())
+    assert together == pytest.approx(mean)
+    by_filter, by_number = map(float, re.findall(r"the loss rises by (\S+)", solved))
+    assert by_number > 2 * by_filter
+    by_hand, theirs = map(float, re.search(r"trace: (\S+);[^\n]*\nthe library's: (\S+) ", solved).groups())
+    assert by_hand == pytest.approx(theirs, rel=0.5)  # both are estimates of a few probes
+    assert sum(map(int, re.findall(r"(-?\d+)%", solved))) == pytest.approx(100, abs=3)
+
+
 def test_30_leaves_nothing_of_an_interrupted_run(trained):
     assert not list(trained.rglob(".plane-*"))
     assert pd.read_csv(trained / DOMAIN / "sam/seed0/landscape.csv").query("kind == 'plane'").value.max() < 9
@@ -356,6 +413,14 @@ def test_35_begins_and_ends_at_the_networks(trained):
     assert len(again) == len(path)
 
 
+def test_35_by_hand_finds_the_middle_of_the_path(trained):
+    text = printed(nbformat.read(trained / DOMAIN / "between/seed0/35_between_minima.ipynb", 4))
+    halfway = re.findall(r"^(\S+), halfway: by hand (\S+), on the path (\S+)$", text, re.M)
+    assert [domain for domain, *_ in halfway] == ["training", DOMAIN, "heart-mr"]
+    for _, by_hand, on_the_path in halfway:
+        assert float(by_hand) == pytest.approx(float(on_the_path), rel=1e-4)
+
+
 def test_35_shows_the_ways_on_the_plane(trained):
     run = trained / DOMAIN / "between/seed0"
     table = pd.read_csv(run / "between.csv")
@@ -400,7 +465,7 @@ landscape: {{}}
 @pytest.fixture(scope="module")
 def compared(trained):
     (trained / "tiny.yaml").write_text(STUDY)
-    return execute("40_compare", trained, study=str(trained / "tiny.yaml"), folder=str(trained))
+    return with_solutions("40_compare", trained, (1, 1), 1, study=str(trained / "tiny.yaml"), folder=str(trained))[0]
 
 
 def marked(notebook):
@@ -491,8 +556,33 @@ def test_40_keeps_every_figure_with_its_caption(trained, compared):
     assert set(table.n) == {2}  # adam and sam alone were measured
 
 
+def test_40_draws_the_librarys_interval_by_hand(trained, compared):
+    text = printed(compared)
+    assert "SAM minus Adam" in text
+    ends = re.search(r"by hand \[(\S+), (\S+)\], the library \[(\S+), (\S+)\]", text).groups()
+    low, high, theirs_low, theirs_high = map(float, ends)
+    assert [low, high] == pytest.approx([theirs_low, theirs_high], abs=0.1 * (theirs_high - theirs_low) + 1e-4)
+    held = {int(n): int(share) for n, share in re.findall(r"(\d) seed\(s\): .* in (\d+)% of", text)}
+    assert held[1] < 60 < held[2] < 85 < held[8]
+
+
+def test_40_by_hand_draws_seeds_and_pairs_as_the_library_does():
+    cells = nbformat.read(NOTEBOOKS / "40_compare.ipynb", 4).cells
+    there = {"np": np}
+    exec(next(cell.source for cell in cells if cell.source.startswith("def by_hand")), there)
+    random = np.random.default_rng(0)
+    gains = 0.02 * (random.normal(size=(4, 1)) + random.normal(size=12) + random.normal(size=(4, 12)))
+    rows = pd.DataFrame([(s, f"p{p}", v) for (s, p), v in np.ndenumerate(gains)], columns=["seed", "pair", "value"])
+    theirs = mean_interval(rows)
+    width = theirs.high - theirs.low
+    assert there["by_hand"](gains) == pytest.approx([theirs.low, theirs.high], abs=0.06 * width)
+
+
 def test_50_makes_and_registers_a_pair_without_files(tmp_path):
-    notebook = execute("50_register_your_own", tmp_path, out=str(tmp_path), shape=[24, 24, 24], io=25, lr=0.005)
+    how = {"weights": "", "shape": [24, 24, 24], "io": 25, "lr": 0.005, "sigma": 3.0}
+    notebook, solved = with_solutions("50_register_your_own", tmp_path, (1, 1), 1, out=str(tmp_path), **how)
+    theirs, mine = map(float, re.search(r"SimpleITK (\S+), the library (\S+)", solved).groups())
+    assert mine == pytest.approx(theirs, abs=1e-4)
     assert pictures(notebook) >= 4  # before, loss, overview, explorer
     dice = json.loads((tmp_path / "summary.json").read_text())["dice"].values()
     assert sum(d["after"] - d["before"] for d in dice) / len(dice) > 0.1
@@ -536,3 +626,53 @@ def test_a_wrong_value_stops_papermill_and_is_named(tmp_path):
     codes = [cell for cell in nbformat.read(tmp_path / "10_train.ipynb", 4).cells if cell.cell_type == "code"]
     failed = [i for i, cell in enumerate(codes) if any(o.output_type == "error" for o in cell.outputs)]
     assert failed[-1] == 2  # parameters, papermill's, check
+
+
+def outcome(name, cells, cwd=NOTEBOOKS, **given):
+    """What a person sees who runs these code cells (by number) of a notebook: the error, or "ran"."""
+    codes = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    for key, value in given.items():
+        codes[0] = re.sub(
+            rf"^({key}: \w+ = ).*?(?=  #)", lambda m, value=value: m[1] + repr(value), codes[0], flags=re.M
+        )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(codes[i]) for i in cells])
+    try:
+        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(cwd)}}).execute()
+    except CellExecutionError as error:
+        return f"{error.ename}: {error.evalue}"
+    return "ran"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "said"),
+    [
+        ("20_evaluate", "run", "expected a run of notebook 10_train in {}, got none: run 10_train"),
+        ("30_loss_landscape", "run", "expected a run of notebook 10_train in {}, got none: run 10_train"),
+        ("40_compare", "folder", "no results under {}: run the study first (make study STUDY=...)"),
+    ],
+)
+def test_a_folder_without_a_run_says_what_to_run_first(tmp_path, name, parameter, said):
+    there = tmp_path / "nothing"
+    given = {parameter: str(there)} | ({"out": str(tmp_path)} if parameter == "run" else {})
+    assert said.format(there) in outcome(name, [0, 1, 2], **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "checked"), [("10_train", "run"), ("20_evaluate", "settings"), ("30_loss_landscape", "settings")]
+)
+def test_cells_out_of_order_from_another_folder(tmp_path, name, checked):
+    assert outcome(name, [0, 1, 1], cwd=tmp_path) == "ran"  # the second cell once more
+    assert 'run the first code cell (it begins with "# Parameters")' in outcome(name, [1])
+    assert outcome(name, [2]) == f"NameError: name '{checked}' is not defined"  # docs/faq.md says what to do
+
+
+def test_the_questions_name_the_messages_that_newcomers_see():
+    rows = (PROJECT / "docs/faq.md").read_text().partition("## A notebook stops at once")[2].partition("\n## ")[0]
+    for message in (
+        "ModuleNotFoundError: No module named 'fmsam_lib'",
+        "NameError: name 'settings' is not defined",
+        "no parameter cell was run",
+        "expected a run of notebook 10_train",
+        "no results under",
+    ):
+        assert message in rows, message

@@ -35,7 +35,9 @@ def trained_with(folder: Path | str) -> Train:
         values = json.loads(path.read_text(encoding="utf-8"))["parameters"]
         absent = Train.model_fields.keys() - values.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"expected a run of notebook 10_train in {folder}, got {error!r}; train it first") from error
+        got = "none" if isinstance(error, FileNotFoundError) else repr(error)
+        way = "run 10_train with this folder as `out` first, or correct the path"
+        raise ConfigError(f"expected a run of notebook 10_train in {folder}, got {got}: {way}") from error
     if absent:
         raise ConfigError(f"expected every parameter in {path}, got none for {', '.join(sorted(absent))}; train anew")
     return read(Train, values, source=str(path))
