@@ -96,7 +96,10 @@ class Browser(widgets.VBox):
             options = [(name(one), one) for one in pairs.values[column].unique()]
             self.controls[field] = widgets.Dropdown(description=field, options=options, value=value)
             self.controls[field].observe(self._choose, "value")
-        self.menus, self.ends = widgets.HBox([*self.controls.values()], layout=ROW), [canvas.Canvas() for _ in range(3)]
+        self.menus = widgets.HBox([*self.controls.values()], layout=ROW)
+        self.ends = [
+            canvas.Canvas(layout={"flex": "1 1 260px", "width": "auto", "margin": "0 9px 0 0"}) for _ in range(3)
+        ]
         super().__init__()
         self._choose()
 

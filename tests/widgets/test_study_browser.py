@@ -204,7 +204,7 @@ def test_without_a_kernel_one_picture_of_three_pairs_stands_in_its_place(cells, 
     order = sam.sort_values(kind="stable").index[[0, 2, 5]]
     gains, *panels = picture.axes
     assert len(gains.lines[1].get_xdata()) == 6
-    titles = [f"{who}: {dice[name]:.3f}" for name in order for who, dice in (("Adam", adam), ("SAM", sam))]
+    titles = [f"{who}\n{dice[name]:.3f}" for name in order for who, dice in (("Adam", adam), ("SAM", sam))]
     assert [ax.get_title().split(",")[0] for ax in panels] == titles
     assert [ax.get_ylabel() for ax in panels[::2]] == [
         f"{end}\n{title(name)}" for end, name in zip(("worst", "median", "best"), order, strict=True)
