@@ -1,10 +1,16 @@
+import re
+
 import pytest
 import torch
 
 from fmsam_lib.checking import ConfigError
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.metrics import folding_percent, mean_dice
 from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.spatial import identity_map, jacobian_determinant
 from fmsam_lib.model.weights import from_icon, load, to_icon, unigradicon
+from tests.conftest import PROJECT
 from tests.model.test_network import images, small
 
 
@@ -135,3 +141,25 @@ def test_shipped_networks_have_names_and_are_those_that_were_shipped(tmp_path, m
     (tmp_path / "2d.pt").write_bytes((tmp_path / "2d.pt").read_bytes() + b"x")
     with pytest.raises(ValueError, match="got a file that was changed"):
         load("2d")
+
+
+@pytest.mark.parametrize("name", ["2d", "2d-sam", "3d"])
+def test_the_networks_that_come_with_fmsam_register_at_once(name):
+    assert weights.check(name)["fine"]
+    net = weights.pretrained(name)
+    assert net.dim == int(name[0])
+    assert set(net.about["seen"]) >= {"brain-mr", "lung-ct", "knee-mr", "abdomen-ct", "heart-mr"}
+    domain = open_domain("brain-mr", shape=net.shape)
+    for i in range(2):  # pairs of other subjects than those of its training
+        pair = domain.test_pair(i)
+        with torch.no_grad():
+            phi = net(pair.moving[None], pair.fixed[None]).map
+        assert mean_dice(pair, phi) > mean_dice(pair, identity_map(net.shape)) + 0.1
+        assert folding_percent(jacobian_determinant(phi)) < 0.1
+
+
+def test_the_page_of_the_networks_names_them_all():
+    page = (PROJECT / "docs/pretrained.md").read_text()
+    sizes = {name: sum(p.numel() for p in weights.pretrained(name).parameters()) for name in weights.shipped()}
+    rows = dict(re.findall(r"^\| `(\S+)` \|.*\| ([\d,]+) \| [\d.]+ MB \|$", page, re.MULTILINE))
+    assert {name: f"{size:,}" for name, size in sizes.items()} == rows
