@@ -9,6 +9,7 @@ the steps of Adam's, which is the same compute. docs/pretrained.md has what came
 """
 
 import argparse
+import itertools
 import os
 
 import pandas as pd
@@ -58,18 +59,18 @@ def ship(name: str, net: fm.GradICON) -> None:
         partial.write_text(f"{sha256(SHIPPED / f'{name}.pt')}\n")
 
 
-def judged(name: str, pairs: int = 60) -> pd.DataFrame:
+def judged(dim: int, pairs: int = 30) -> pd.DataFrame:
     """Dice and folding on every real set, on several grids, beside those without registration."""
-    net, (dim, _), lines = fm.pretrained(name), NETWORKS[name], []
-    for test in SETS[dim]:
-        for shape in GRIDS[dim]:
-            domain = fm.open_domain(test, shape=shape)
-            for method, of in (("before", None), (name, net)):
-                table = fm.evaluate(of, domain, pairs=pairs)
-                means = table.groupby(["metric", "pair"]).value.mean().groupby("metric").mean()
-                about = {"network": method, "tested on": test, "seen": test in DOMAINS[dim].split("+")}
-                about |= {"grid": "x".join(map(str, shape)), "pairs": table.pair.nunique()}
-                lines.append(about | {m: means.get(m) for m in ("dice", "folding_percent")})
+    methods = {"before": None} | {name: fm.pretrained(name) for name in shipped() if NETWORKS[name][0] == dim}
+    lines = []
+    for test, shape in itertools.product(SETS[dim], GRIDS[dim]):
+        domain = fm.open_domain(test, shape=shape)
+        for name, method in methods.items():
+            table = fm.evaluate(method, domain, pairs=pairs)
+            means = table.groupby(["metric", "pair"]).value.mean().groupby("metric").mean()
+            about = {"network": name, "tested on": test, "seen": test in DOMAINS[dim].split("+")}
+            about |= {"grid": " x ".join(map(str, shape)), "pairs": table.pair.nunique()}
+            lines.append(about | {metric: means.get(metric) for metric in ("dice", "folding_percent")})
     return pd.DataFrame(lines)
 
 
@@ -83,7 +84,7 @@ def main() -> None:
     for name in given.names:
         ship(name, trained(name, given.runs))
     if given.judge:
-        table = pd.concat([judged(name) for name in shipped()], ignore_index=True).drop_duplicates()
+        table = pd.concat([judged(dim) for dim in STAGES], ignore_index=True)
         made = provenance()
         write_csv(table.assign(commit=made["commit"], cpu=made["cpu"]), PROJECT / "figures" / "pretrained.csv")
 
