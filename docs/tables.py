@@ -76,7 +76,7 @@ def unseen() -> pd.DataFrame:
     for name, values in {"Adam, twice the steps": compute.mean_baseline, "SAM": compute.mean_treatment}.items():
         table[name] = values.map("{:.3f}".format).to_numpy()
     for name, of in {COMPUTE: compute, STEPS: steps.reindex(compute.index)}.items():
-        shown = of.apply(lambda row: interval(row), axis=1).str.replace(" [nan, nan]", "", regex=False)
+        shown = of.apply(interval, axis=1).str.replace(" [+nan, +nan]", "", regex=False)  # of one seed
         table[name.replace("95", "90")] = shown.to_numpy()
     return table.assign(verdict=compute.verdict.to_numpy())
 

@@ -74,7 +74,7 @@ def test_an_installed_wheel_has_every_room(tmp_path):
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     shutil.unpack_archive(next(source.glob("*.whl")), site, "zip")
     installed = {path.relative_to(site) for path in (site / "fmsam_lib").rglob("*") if path.is_file()}
-    kinds = ("*.py", "*.js", "*.css")
+    kinds = ("*.py", "*.js", "*.css", "*.pt", "*.sha256")
     own = {path.relative_to(PROJECT) for kind in kinds for path in (PROJECT / "fmsam_lib").rglob(kind)}
     assert installed == own | {Path("fmsam_lib/py.typed")}
     code = (

@@ -154,7 +154,7 @@ def test_the_networks_that_come_with_fmsam_register_at_once(name):
         pair = domain.test_pair(i)
         with torch.no_grad():
             phi = net(pair.moving[None], pair.fixed[None]).map
-        assert mean_dice(pair, phi) > mean_dice(pair, identity_map(net.shape)) + 0.1
+        assert mean_dice(pair, phi) > mean_dice(pair, identity_map(net.shape)) + 0.05
         assert folding_percent(jacobian_determinant(phi)) < 0.1
 
 
