@@ -508,6 +508,27 @@ def test_a_dragged_point_shows_the_loss_of_its_weights(lab, page, two_runs):
     shot(page, "walker", surface)
 
 
+def test_the_networks_that_come_with_fmsam_can_be_walked_between_without_a_run(lab, page):
+    opened_in_lab(lab, page, "30_loss_landscape", {"run": "nothing"})
+    page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
+    for _ in range(4):
+        page.keyboard.press("Shift+Enter")
+    surface = page.locator(".fmsam .surface")
+    bottom_until(page, surface)
+    page.get_by_role("button", name="go to SAM").click()
+    page.wait_for_function(
+        "() => { const { drawn, point } = document.querySelector('.fmsam .surface').dataset; "
+        "return drawn && drawn === point }"
+    )
+    before = facts(page)
+    surface.press("Shift+ArrowUp")
+    page.wait_for_function(
+        "old => document.querySelector('.fmsam table').innerText.indexOf(old) < 0", arg=before["(α, β)"]
+    )
+    assert float(facts(page)["total loss"]) > float(before["total loss"])  # away from a solution
+    shot(page, "shipped_walk", surface)
+
+
 def test_a_training_stopped_by_its_button_goes_on_to_the_same_weights(lab, page, tmp_path):
     import torch
 
