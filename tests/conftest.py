@@ -1,6 +1,8 @@
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: as many workers as cores, and kernels that they start
 
@@ -52,6 +54,16 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
         return there
 
     return folder
+
+
+def as_module(path: str) -> ModuleType:
+    """A script of the project that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, PROJECT / path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def drawn(figure: Path) -> bool:

@@ -1,6 +1,5 @@
 """README and docs: links lead somewhere, tables are those of the CSVs, commands and code run."""
 
-import importlib.util
 import inspect
 import json
 import os
@@ -19,7 +18,7 @@ from fmsam_lib import SAM, parameters
 from fmsam_lib.evaluation.anatomies import NEW, THESE
 from fmsam_lib.phantoms.anatomies import DOMAINS
 from fmsam_lib.registration.command import main as register
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, as_module
 from tests.test_parameters import KIND
 
 README = PROJECT / "README.md"
@@ -39,10 +38,7 @@ def page(request):
 
 @pytest.fixture(scope="module")
 def tables():
-    spec = importlib.util.spec_from_file_location("tables", PROJECT / "docs" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return as_module("docs/tables.py")
 
 
 def blocks(language):

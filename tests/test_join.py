@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import SimpleITK
 import yaml
 from docutils.utils.math.latex2mathml import tex2mathml
 
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, as_module
 from tests.test_environment import constraints, name_of
 
 ABOUT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -201,10 +200,7 @@ def test_colabs_cell_installs_what_the_library_imports_and_colab_lacks():
 
 @pytest.fixture(scope="module")
 def site():
-    spec = importlib.util.spec_from_file_location("conf", PROJECT / "docs" / "conf.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return as_module("docs/conf.py")
 
 
 def test_every_page_and_notebook_is_in_the_sites_contents_once(site):

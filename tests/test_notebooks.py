@@ -18,7 +18,7 @@ from nbclient.exceptions import CellExecutionError
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.evaluation.statistics import mean_interval
 from fmsam_lib.model.network import GradICON
-from tests.conftest import PROJECT, drawn
+from tests.conftest import PROJECT, as_module, drawn
 
 NOTEBOOKS = PROJECT / "notebooks"
 DOMAIN, SHAPE = "brain-mr", [32, 32]
@@ -676,3 +676,9 @@ def test_the_questions_name_the_messages_that_newcomers_see():
         "no results under",
     ):
         assert message in rows, message
+
+
+def test_30_starts_where_the_trainings_of_the_networks_that_ship_did():
+    code = "".join(cell.source for cell in nbformat.read(NOTEBOOKS / "30_loss_landscape.ipynb", 4).cells)
+    seed = as_module("studies/ship.py").COARSE["seed"]
+    assert re.findall(r"torch\.manual_seed\((\d+)\)  # of both trainings", code) == [str(seed)]

@@ -66,8 +66,7 @@ def climbing(
     that with parts of one pair each domain climbs by itself.
     """
     before, parts = state.gradients, [[batch] for batch in micro] if run.climb == "part" else [micro]
-    losses: list[Tensor] = []
-    rises: list[Tensor] = []
+    numbers: list[Tensor] = []
     total: dict[nn.Parameter, Tensor] = {}
     for part in parts:
         loss, finite = gradient(net, part, run, optimizer, state, share=run.sync_climb)  # at w
@@ -75,18 +74,18 @@ def climbing(
             break
         with sam.perturbed():  # at w + eps
             there, finite = gradient(net, part, run, optimizer, state)
-        sam.rise = there.total - loss.total
+        sam.rise = rise = there.total - loss.total
         if not finite:
             break
-        losses.append(torch.stack(list(loss)))
-        rises.append(there.total - loss.total)
+        numbers.append(torch.stack([*loss, rise]))
         if len(parts) > 1:
             found = {p: p.grad / len(parts) for p in net.parameters() if p.grad is not None}
             total = {p: total[p] + grad if total else grad for p, grad in found.items()}
     else:
         for p, summed in total.items():
             p.grad = summed
-        loss, sam.rise = Loss(*torch.stack(losses).mean(0)), torch.stack(rises).mean()
+        *means, sam.rise = torch.stack(numbers).mean(0)
+        loss = Loss(*means)
     state.gradients = before + min(2, state.gradients - before)  # of whole batches
     return loss, finite
 

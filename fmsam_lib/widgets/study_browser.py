@@ -97,13 +97,14 @@ class Browser(widgets.VBox):
             self.controls[field] = widgets.Dropdown(description=field, options=options, value=value)
             self.controls[field].observe(self._choose, "value")
         self.menus = widgets.HBox([*self.controls.values()], layout=ROW)
-        self.ends = [
-            canvas.Canvas(layout={"flex": "1 1 260px", "width": "auto", "margin": "0 9px 0 0"}) for _ in range(3)
-        ]
+        side = {"flex": "1 1 260px", "width": "auto", "margin": "0 9px 0 0"}
+        self.ends = [canvas.Canvas(layout=side) for _ in range(3)]
         super().__init__()
         self._choose()
 
     def _choose(self, change: Any = None) -> None:
+        if old := getattr(self, "plot", None):
+            old.close()
         choice = Choice(*(control.value for control in self.controls.values()))
         table = self.pairs.table(choice)
         if table.empty:

@@ -124,7 +124,9 @@ def test_where_less_is_better_the_worst_is_the_largest(root):
 def test_the_menus_choose_domain_seed_and_optimizer(root):
     drawn = []
     browser = browser_of(root, drawn=drawn)
+    before = browser.plot
     browser.controls["test"].value = "brain-mr"
+    assert before.comm is None  # closed, else each choice would stay in memory
     browser.controls["seed"].value = 0
     browser.controls["treatment"].value, browser.controls["baseline"].value = "adam", "sam"
     assert drawn[-1] == Choice("brain-mr", "brain-mr", 0, "sam", "adam")
