@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TextIO
 
 import pandas as pd
@@ -33,6 +34,11 @@ from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
 from fmsam_lib.training.checkpoint import trained_with
 
+# Ends the whole process group, in which Snakemake and its workers are too, when this process is no more, however it
+# ended: then nobody holds the other end of the pipe. A notebook's kernel looks by itself whether its parent is there.
+LAST = "trap '' INT TERM HUP; read _; kill -9 0"
+ROOM = 2**24  # bytes that a disk takes which is not full
+
 
 def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m fmsam_lib.study", description="Compute a whole study.")
@@ -46,22 +52,34 @@ def main() -> int:
     data = str(data_folder(given.data).resolve())
     study_file = PROJECT / "studies" / f"{given.study}.yaml"
     try:
-        study, left_out = preflight(read_study(study_file), data)
-        lock = locked(root)
-        work = jobs(study, root, data, study_file)
-        refuse_another(work, root)
+        return computed(study_file, root, data, given.cores)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, mostly
+        todo = "make room and run the same command again, or name another folder with --runs (make study RUNS=folder)"
+        print(f"error: nothing more can be written to {root} ({error.strerror or error}): {todo}", file=sys.stderr)
+        return 1
+
+
+def computed(study_file: Path, root: Path, data: str, cores: int) -> int:
+    """Compute what the study lacks, telling how far it is and what came out; the command's exit code.
+
+    Raises ConfigError, DataError before anything is computed; OSError where the folder `root` takes nothing more.
+    """
+    study, left_out = preflight(read_study(study_file), data)
+    lock = locked(root)
+    work = jobs(study, root, data, study_file)
+    refuse_another(work, root)
     write_if_new(root / "left_out.json", json.dumps(left_out))
     log = root / "sources.json"  # the version of the library that last ran each notebook; trainings record their own
     made_by = {job.name: sources() for job in plan(work, root) if job.notebook != "10_train"}
     write_if_new(log, json.dumps(read_json(log, {}) | made_by))
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
-        *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(given.cores)),
+        *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(cores)),
     ]
-    print(f"study {given.study} on {given.cores} cores; log: {root / 'snakemake.log'}", flush=True)
+    print(f"study {study_file.stem} on {cores} cores; log: {root / 'snakemake.log'}", flush=True)
     report, before = root / "report.html", root / "report_before.html"
     if report.exists() and not before.exists():  # until there is another of all runs
         shutil.copy(report, before)
@@ -70,6 +88,8 @@ def main() -> int:
         failed = [problem for *_, problems in executed(work, root) for problem in problems]
         for problem in failed:
             print(f"failed: {problem}", file=sys.stderr)
+        with TemporaryFile(dir=root) as room:
+            room.write(bytes(ROOM))
         told = (root / "snakemake.log").read_text(encoding="utf-8", errors="replace")
         if told.count("Error in rule") > len(failed) or not failed:
             print("\n".join(["failed outside a notebook; the log ends:", *told.splitlines()[-30:]]), file=sys.stderr)
@@ -152,27 +172,28 @@ def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: s
     own = {"JUPYTER_PATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     if not os.access(os.path.expanduser("~"), os.W_OK):  # Snakemake, Jupyter and Matplotlib keep things there
         own["HOME"] = str(root / ".snakemake" / "home")
-    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has children ignore it
-    with open(root / log, "w", encoding="utf-8") as file:
+    with (
+        open(root / log, "w", encoding="utf-8") as file,
+        subprocess.Popen(["sh", "-c", LAST], stdin=subprocess.PIPE, process_group=0) as last,
+    ):
         process = subprocess.Popen(
-            snakemake, stdout=file, stderr=file, pass_fds=[lock], process_group=0, env=os.environ | own
+            snakemake, stdout=file, stderr=file, pass_fds=[lock], process_group=last.pid, env=os.environ | own
         )
-    signal.signal(signal.SIGINT, interrupted)
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(every)
-            seconds, now = int(time.monotonic() - start), progress(work, root)
-            if work and now != told:
-                print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
-                told = now
-    except KeyboardInterrupt:  # trainings go on from their checkpoints next time
-        for sign, seconds in ((signal.SIGINT, 30), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                os.killpg(process.pid, sign)
-                process.wait(seconds)
-                break
-        raise
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(every)
+                seconds, now = int(time.monotonic() - start), progress(work, root)
+                if work and now != told:
+                    print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
+                    told = now
+        except KeyboardInterrupt:  # trainings go on from their checkpoints next time
+            for sign, seconds in ((signal.SIGINT, 30), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+                with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                    os.killpg(last.pid, sign)
+                    process.wait(seconds)
+                    break
+            raise
     return process.returncode == 0
 
 
@@ -182,7 +203,7 @@ def progress(work: list[Job], root: Path) -> str:
     parts = [f"{len(work) - len(left)} of {len(work)} notebooks done"]
     for job in left:
         history = root / job.folder / "history.jsonl"
-        lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+        lines = history.read_text(encoding="utf-8").split("\n")[:-1] if history.exists() else []  # the whole ones
         if job.notebook == "10_train" and lines:
             last = json.loads(lines[-1])
             parts.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
