@@ -92,6 +92,8 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         yield partial
+        with open(partial, "rb+") as written:  # on the disk before it has its name: else a power cut may empty both
+            os.fsync(written.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -4,15 +4,10 @@
 """
 
 import fcntl
-import os
-import random
-import resource
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
