@@ -134,11 +134,14 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
                 if not (Path(data) / "HippocampusMR").exists():
                     print(f"fetching HippocampusMR into {data}", flush=True)
                 fetch_hippocampus(data)  # returns at once where it is there already
-            open_domain(domain, shape=tuple(study.shape), data=data)
+            opened = open_domain(domain, shape=tuple(study.shape), data=data)
         except DataError as error:
             if domain in study.train_domains:
                 raise
             left_out[domain] = f"{domain} is left out of the tests: {error}"
+        else:
+            if domain in study.test_domains and not opened.test_count:
+                left_out[domain] = f"{domain} is left out of the tests: it has no test pairs"
     there = [domain for domain in study.test_domains if domain not in left_out]
     if not there:
         raise DataError("no test domain is there:\n- " + "\n- ".join(left_out.values()))
