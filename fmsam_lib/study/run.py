@@ -26,6 +26,7 @@ from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
+from fmsam_lib.model.weights import sha256
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import PROJECT, DataError, read_json, sources
 from fmsam_lib.study.file import read_study
@@ -72,9 +73,12 @@ def computed(study_file: Path, root: Path, data: str, cores: int) -> int:
     work = jobs(study, root, data, study_file)
     refuse_another(work, root)
     write_if_new(root / "left_out.json", json.dumps(left_out))
+    distrust(root)
+    left = plan(work, root)
     log = root / "sources.json"  # the version of the library that last ran each notebook; trainings record their own
-    made_by = {job.name: sources() for job in plan(work, root) if job.notebook != "10_train"}
+    made_by = {job.name: sources() for job in left if job.notebook != "10_train"}
     write_if_new(log, json.dumps(read_json(log, {}) | made_by))
+    remember([job for job in work if job not in left], root)
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
         *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(cores)),
@@ -84,6 +88,7 @@ def computed(study_file: Path, root: Path, data: str, cores: int) -> int:
     if report.exists() and not before.exists():  # until there is another of all runs
         shutil.copy(report, before)
     done = compute(snakemake, work, root, lock.fileno())
+    remember(work, root)
     if not done:
         failed = [problem for *_, problems in executed(work, root) for problem in problems]
         for problem in failed:
@@ -91,7 +96,10 @@ def computed(study_file: Path, root: Path, data: str, cores: int) -> int:
         with TemporaryFile(dir=root) as room:
             room.write(bytes(ROOM))
         told = (root / "snakemake.log").read_text(encoding="utf-8", errors="replace")
-        if told.count("Error in rule") > len(failed) or not failed:
+        if "DeadKernelError" in told:
+            todo = "mostly for want of memory. Fewer at a time (--cores 1) take less, as does save_memory in training"
+            print(f"failed: the process of a notebook was killed, {todo}", file=sys.stderr)
+        elif told.count("Error in rule") > len(failed) or not failed:
             print("\n".join(["failed outside a notebook; the log ends:", *told.splitlines()[-30:]]), file=sys.stderr)
         if not compute([*snakemake, "what_there_is"], [], root, lock.fileno(), "report.log"):
             print("error: there is no result to compare yet", file=sys.stderr)
@@ -166,6 +174,32 @@ def refuse_another(work: list[Job], root: Path) -> None:
         todo = "copy it to another name in studies/ and compute that; or delete these folders to train them anew."
         told = "Nothing was touched. To keep them, give the changed study another name: " + todo
         raise ConfigError("\n".join(["the study was changed after it ran; these trainings are done:", *found, told]))
+
+
+def distrust(root: Path) -> None:
+    """Move aside what is not as it was made, which is then made anew, and take no date from the future for one.
+
+    Snakemake fails where something is made of a newer file, which a clock that was put back leaves everywhere.
+    """
+    for name, mark in read_json(root / "made.json", {}).items():
+        if (path := root / name).exists() and mark_of(path) != mark:
+            aside = path.replace(path.with_name(f"damaged_{path.name}"))
+            print(f"{path} is not as it was made: that is {aside} now, and it is made again", file=sys.stderr)
+    now = time.time()
+    for path in root.rglob("*"):
+        if path.lstat().st_mtime > now:
+            os.utime(path, (now, now), follow_symlinks=False)
+
+
+def remember(work: list[Job], root: Path) -> None:
+    """Write down how the files that these jobs made are, for `distrust`; not the report."""
+    files = [file for job in work if job.folder for file in job.makes if (root / file).exists()]
+    write_if_new(root / "made.json", json.dumps({file: mark_of(root / file) for file in files}))
+
+
+def mark_of(path: Path) -> str:
+    """A table's hash; of weights, whose file has checksums that `weights.load` compares, the size."""
+    return sha256(path) if path.suffix == ".csv" else str(path.stat().st_size)
 
 
 def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: str = "snakemake.log") -> bool:

@@ -113,7 +113,7 @@ def save(folder: Path, run: Train, dataset, parts: dict[str, Any], state: State)
     parts: what has a `state_dict`, by name, None where a training has none: network, optimizer, SAM, averages.
     """
     states = {name: part and part.state_dict() for name, part in parts.items()}
-    with written_whole(folder / "checkpoint.pt") as partial:
+    with written_whole(folder / "checkpoint.pt", synced=True) as partial:
         torch.save(identity(run, dataset) | states | {"state": vars(state)}, partial)
 
 

@@ -4,10 +4,14 @@
 """
 
 import fcntl
+import os
+import random
+import resource
 import signal
 import subprocess
 import time
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -86,3 +90,171 @@ def test_ctrl_c_reaches_a_launcher_that_a_shell_started_in_the_background(study,
     assert said.splitlines()[-1] == "stopped; the same command goes on from here"
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_a_study_gives_the_same(study, undisturbed, tmp_path):
+    """SIGKILL and SIGTERM by turns, at moments of a seed, while it trains, evaluates or reports."""
+    rng = random.Random(20)
+    for sign, what in [(signal.SIGKILL, "10_train"), (signal.SIGTERM, "10_train"), (signal.SIGKILL, "20_evaluate")]:
+        process = study("--runs", str(tmp_path), run=subprocess.Popen)
+        workers(process, what)
+        time.sleep(rng.uniform(0, 8))
+        process.send_signal(sign)
+        process.communicate(timeout=60)
+        assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[sign]
+    process = study("--runs", str(tmp_path))
+    assert (process.returncode, process.stderr) == (0, "")
+    assert results(tmp_path / "one") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_a_sentence_and_with_room_again_the_study_goes_on(study, undisturbed, tmp_path):
+    """A real file system of 1.2 MB, then of 32: as it fills up, notebooks and tables are written by half."""
+    small = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(tmp_path)]
+    if subprocess.run(small, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        process = study("--runs", str(tmp_path))
+        assert process.returncode == 1
+        assert "Traceback" not in process.stderr
+        last = process.stderr.splitlines()[-1]
+        assert last.startswith(f"error: nothing more can be written to {tmp_path}/one (No space left on device): make")
+        subprocess.run(["mount", "-o", "remount,size=32m", str(tmp_path)], check=True)
+        process = study("--runs", str(tmp_path))
+        assert (process.returncode, process.stderr) == (0, "")
+        assert results(tmp_path / "one") == undisturbed
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+def test_a_folder_that_turns_read_only_under_way_ends_in_a_sentence(study, tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        process = study("--runs", str(tmp_path), run=subprocess.Popen)
+        workers(process, "papermill")
+        with open(tmp_path / "one/snakemake.log", "ab"):  # Snakemake has it open for writing too: no plain remount
+            subprocess.run(["mount", "-o", "remount,size=4k", str(tmp_path)], check=True)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "Traceback" not in said
+        assert said.splitlines()[-1].startswith(f"error: nothing more can be written to {tmp_path}/one (")
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(study, tmp_path_factory):
+    """A study that is computed, for faults that strike afterwards; every test leaves it so."""
+    runs = tmp_path_factory.mktemp("whole")
+    assert study("--runs", str(runs)).returncode == 0
+    return runs
+
+
+def cut(path, size=40):
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+def change_a_digit(path):
+    content = path.read_text()
+    where = content.rindex(".") + 2
+    path.write_text(content[:where] + str((int(content[where]) + 1) % 10) + content[where + 1 :])
+
+
+def drop_the_last_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.slow
+def test_what_is_damaged_afterwards_is_noticed_and_made_again(study, whole, undisturbed):
+    """The loss of a last write too: half a table, and one that ends where a line does, which no reader could notice."""
+    root = whole / "one"
+    run = root / "brain-mr/sam/seed0"
+    damage = {
+        root / "none/results.csv": drop_the_last_line, run / "results.csv": change_a_digit, run / "robustness.csv": cut,
+        run / "weights.pt": cut, root / "none/20_evaluate.ipynb": cut, root / "report.html": Path.unlink,
+        root / "sources.json": cut, root / "left_out.json": cut,
+    }  # fmt: skip
+    for path, how in damage.items():
+        how(path)
+    process = study("--runs", str(whole))
+    assert process.returncode == 0, process.stderr
+    named = [line.split(" is not as it was made")[0] for line in process.stderr.splitlines()]
+    assert {*named} == {str(path) for path in damage if path.suffix == ".csv" or path.name == "weights.pt"}
+    assert results(root) == undisturbed
+    assert (run / "damaged_weights.pt").exists()  # nothing is deleted
+
+
+@pytest.mark.slow
+def test_weights_of_which_a_bit_changed_are_not_evaluated(study, whole, undisturbed):
+    weights = whole / "one/brain-mr/sam/seed0/weights.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    (weights.parent / "results.csv").unlink()
+    weights.write_bytes(content)
+    process = study("--runs", str(whole))
+    assert process.returncode == 1
+    assert "weights.pt, got: " in process.stderr
+    assert "which is not as it was written; check the path, copy the file again or train anew" in process.stderr
+    weights.unlink()
+    assert study("--runs", str(whole)).returncode == 0
+    assert results(whole / "one") == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("days", [1, -10_000])
+def test_a_clock_that_was_wrong_changes_nothing(project, study, whole, undisturbed, days):
+    """All files are from the future, or from 1998; then one is computed anew, and the study asks for something else."""
+    root, then = whole / "one", time.time() + days * 86400
+    for path in root.rglob("*"):
+        os.utime(path, (then, then))
+    process = study("--runs", str(whole))
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "Nothing to be done" in (root / "snakemake.log").read_text()
+    for path in root.rglob("*"):
+        os.utime(path, (then, then))
+    (root / "none/results.csv").unlink()
+    process = study("--runs", str(whole))
+    assert (process.returncode, process.stderr) == (0, "")
+    assert results(root) == undisturbed
+    for path in root.rglob("*"):
+        os.utime(path, (then, then))
+    file = project / "studies/one.yaml"
+    file.write_text(yaml.safe_dump(ONE | {"evaluate": ONE["evaluate"] | {"pairs": 1}}), encoding="utf-8")
+    try:
+        assert study("--runs", str(whole)).returncode == 0
+        assert (root / "none/pairs.csv").read_text().count("\n") == 2  # the header and one pair
+    finally:
+        file.write_text(yaml.safe_dump(ONE), encoding="utf-8")
+    assert study("--runs", str(whole)).returncode == 0
+    assert results(root) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_notebooks_process_that_is_killed_is_told_as_want_of_memory(study, undisturbed, tmp_path):
+    process = study("--runs", str(tmp_path), "--cores", "1", run=subprocess.Popen)
+    while not (log := tmp_path / "one/brain-mr/sam/seed0/history.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    assert log
+    for child in workers(process, "ipykernel_launcher"):
+        if "ipykernel_launcher" in " ".join(command_of(child)):
+            child.kill()
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "failed: the process of a notebook was killed, mostly for want of memory" in said
+    assert "Traceback" not in said
+    process = study("--runs", str(tmp_path))
+    assert (process.returncode, process.stderr) == (0, "")
+    assert results(tmp_path / "one") == undisturbed
+
+
+@pytest.mark.slow
+def test_a_limit_of_memory_is_told(study, tmp_path):
+    """1.5 GB of address space: torch cannot even be imported, or the network cannot be computed."""
+    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (1_500_000_000, resource.RLIM_INFINITY))
+    process = study("--runs", str(tmp_path), preexec_fn=limit)
+    assert process.returncode
+    assert "emory" in process.stderr

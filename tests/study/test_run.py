@@ -285,6 +285,14 @@ def test_a_wrong_study_says_what_is_right(tmp_path, change, message):
         read_study(tmp_path / "s.yaml")
 
 
+def test_a_study_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "s.yaml").write_bytes("description: Étude".encode("latin-1"))
+    (tmp_path / "folder.yaml").mkdir()
+    for name, found in {"s": "'utf-8' codec can't decode byte", "folder": r"\[Errno 21\]"}.items():
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml is not valid YAML in UTF-8: {found}"):
+            read_study(tmp_path / f"{name}.yaml")
+
+
 def test_an_unknown_study_lists_the_known_ones(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study", "quikc"])
     assert main() == 2
