@@ -325,7 +325,18 @@ def test_arguments_of_the_command(tried, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("no image")
     (tmp_path / "a.csv").write_text("fixed,moving,name\nfixed.nii,moving.nii,a\nfixed.nii,nothing.nii,b\n")
     codes = set()
-    complete = ["--fixed", "fixed.nii", "--moving", "moving.nii", "--weights", "weights.pt", "--shape", "16", "16", "16"]
+    complete = [
+        "--fixed",
+        "fixed.nii",
+        "--moving",
+        "moving.nii",
+        "--weights",
+        "weights.pt",
+        "--shape",
+        "16",
+        "16",
+        "16",
+    ]
 
     def case(options, first, number):
         argv = [*complete, "--out", f"out{number}"] * first + [

@@ -128,23 +128,6 @@ def test_a_full_disk_ends_in_a_sentence_and_with_room_again_the_study_goes_on(st
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-@pytest.mark.slow
-def test_a_folder_that_turns_read_only_under_way_ends_in_a_sentence(study, tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode:
-        pytest.skip("only root may mount a file system")
-    try:
-        process = study("--runs", str(tmp_path), run=subprocess.Popen)
-        workers(process, "papermill")
-        with open(tmp_path / "one/snakemake.log", "ab"):  # Snakemake has it open for writing too: no plain remount
-            subprocess.run(["mount", "-o", "remount,size=4k", str(tmp_path)], check=True)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 1
-        assert "Traceback" not in said
-        assert said.splitlines()[-1].startswith(f"error: nothing more can be written to {tmp_path}/one (")
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
 @pytest.fixture(scope="module")
 def whole(study, tmp_path_factory):
     """A study that is computed, for faults that strike afterwards; every test leaves it so."""
