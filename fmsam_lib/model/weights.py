@@ -29,10 +29,8 @@ UNIGRADICON: dict[str, Any] = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64
 UNIGRADICON_SIDE = 175  # samples along each axis of the grid that it was trained on
 THEIR_NAMES = {"down": "downConvs", "up": "upConvs", "norm": "batchNorms", "last": "lastConv"}
 OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
-DAMAGED = (
-    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
+_BY_CONTENT = (EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+DAMAGED = (OSError, *_BY_CONTENT, pickle.UnpicklingError, zipfile.BadZipFile)
 
 RELEASES = "https://github.com/uncbiag/uniGradICON/releases/download"
 SHIPPED = Path(__file__).parent / "pretrained"

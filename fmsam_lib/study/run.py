@@ -35,8 +35,8 @@ from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
 from fmsam_lib.training.checkpoint import trained_with
 
-# Ends the whole process group, in which Snakemake and its workers are too, when this process is no more, however it
-# ended: then nobody holds the other end of the pipe. A notebook's kernel looks by itself whether its parent is there.
+# Ends the process group of Snakemake and its workers when nobody holds the other end of its pipe, so also when this
+# process was killed. A notebook's kernel looks by itself whether its parent is there.
 LAST = "trap '' INT TERM HUP; read _; kill -9 0"
 ROOM = 2**24  # bytes that a disk takes which is not full
 
@@ -177,10 +177,7 @@ def refuse_another(work: list[Job], root: Path) -> None:
 
 
 def distrust(root: Path) -> None:
-    """Move aside what is not as it was made, which is then made anew, and take no date from the future for one.
-
-    Snakemake fails where something is made of a newer file, which a clock that was put back leaves everywhere.
-    """
+    """Move aside what is not as it was made: it is made anew. Take back dates of the future: Snakemake fails at them."""
     for name, mark in read_json(root / "made.json", {}).items():
         if (path := root / name).exists() and mark_of(path) != mark:
             aside = path.replace(path.with_name(f"damaged_{path.name}"))

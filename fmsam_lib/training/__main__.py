@@ -12,7 +12,7 @@ from fmsam_lib.training.loop import device_of, fit, starting
 
 
 def ends_with_launcher() -> None:
-    """Waits for the end of standard input, whose other end `launch` holds: without it nobody wants the training."""
+    """Ends the process with its standard input, whose other end `launch` holds."""
     os.read(0, 1)  # sys.stdin would not let the interpreter end
     os._exit(1)
 

@@ -131,14 +131,13 @@ def resume(folder: Path, run: Train, dataset, parts: dict[str, Any]) -> State:
         return State()
     try:
         saved = whole(path)
-        refuse_another({name: saved[name] for name in now}, now, folder)
-    except ConfigError:
-        raise
+        there = {name: saved[name] for name in now}
     except DAMAGED as error:
         if parallel.rank() == 0:
             aside = path.replace(folder / "checkpoint_damaged.pt")
             warnings.warn(f"{path} cannot be read ({error}): it is {aside} now, and this trains anew", stacklevel=2)
         return State()
+    refuse_another(there, now, folder)
     for name, part in parts.items():
         if part is not None:
             part.load_state_dict(saved[name])

@@ -9,10 +9,9 @@ from types import FrameType
 
 @contextmanager
 def undoing(put_back: Callable[[], None]) -> Iterator[None]:
-    """Calls `put_back` when the block ends, however it does; it may be called again, and must then change nothing.
+    """Calls `put_back`, once or more, when the block ends, however it does.
 
-    Python lets a Ctrl-C into every line, those of a `finally` and of `__exit__` too, and whatever should come behind
-    does not. So it is the signal's handler that puts back, before it raises: of several, the last one does all of it.
+    A Ctrl-C may meet every line, also of a `finally`. So its handler puts back, before it raises.
     """
     before = signal.getsignal(signal.SIGINT)
     reached = callable(before) and threading.current_thread() is threading.main_thread()  # no other thread is
@@ -20,7 +19,7 @@ def undoing(put_back: Callable[[], None]) -> Iterator[None]:
     def interrupted(number: int, frame: FrameType | None) -> None:
         try:
             if callable(before):
-                before(number, frame)  # Python's own raises KeyboardInterrupt; one that does not lets the block go on
+                before(number, frame)  # Python's own raises KeyboardInterrupt; else the block goes on
         except BaseException:
             put_back()
             signal.signal(signal.SIGINT, before)
