@@ -177,7 +177,7 @@ def refuse_another(work: list[Job], root: Path) -> None:
 
 
 def distrust(root: Path) -> None:
-    """Move aside what is not as it was made: it is made anew. Take back dates of the future: Snakemake fails at them."""
+    """Move aside what is not as it was made: it is made anew. Take back dates of the future, where Snakemake fails."""
     for name, mark in read_json(root / "made.json", {}).items():
         if (path := root / name).exists() and mark_of(path) != mark:
             aside = path.replace(path.with_name(f"damaged_{path.name}"))
