@@ -1,5 +1,6 @@
 """What a study file may say, and the grid of runs that it means: train domain x optimizer x seed."""
 
+import hashlib
 import itertools
 import re
 import typing
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fmsam_lib.checking import Parameters, nearest
 from fmsam_lib.parameters import EQUAL_COMPUTE, Distinct, Method, Name, Names, Natural, Optimizer, Shape, Some
@@ -15,6 +16,8 @@ from fmsam_lib.plotting.cards import card
 
 BASELINE = "adam"  # the other optimizers are compared with it
 TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
+# No training domain's folder: what else lies in a study's.
+NO_FOLDER = re.compile(r"none|io|figures|\..*|.*[/\\].*|.*\.(csv|html|ipynb|json|log|pt|txt|yaml)")
 
 
 class Study(Parameters):
@@ -79,6 +82,48 @@ class Study(Parameters):
             raise ValueError(f"expected some of {', '.join(known)}; {'; '.join(unknown)}")
         return names
 
+    @model_validator(mode="after")
+    def _one_folder_each(self) -> "Study":
+        trains: dict[str, str] = {}
+        for train in self.train_domains:
+            name = self.folder_of(train)
+            if NO_FOLDER.fullmatch(name):
+                raise ValueError(f"train_domains: {name!r} cannot be a folder of the study: give it another name")
+            if other := trains.get(name.lower()):
+                told = f"{other} and {train} would both have the folder {name}"
+                raise ValueError(f"train_domains: {told}: leave one out or give the group another name")
+            trains[name.lower()] = train
+        return self
+
+    def members(self, one: str) -> list[str]:
+        """The domains of a group; a domain alone."""
+        return self.groups.get(one, [one])
+
+    def left_out(self, train: str) -> str:
+        """The domain or group that these training domains leave out; "" where they are no such training."""
+        every = {name for one in self.leave_one_out for name in self.members(one)} | {*self.always}
+        alone = (one for one in self.leave_one_out if {*train.split("+")} == every - {*self.members(one)})
+        return next(alone, "")
+
+    def short(self, train: str) -> str:
+        """A name of many training domains that fits a column: "all but heart", "4 domains"."""
+        if one := self.left_out(train):
+            return f"all but {one}"
+        size = train.count("+") + 1
+        alike = [other for other in self.train_domains if other.count("+") + 1 == size and not self.left_out(other)]
+        number = f" ({alike.index(train) + 1})" if train in alike[1:] else ""
+        return train if size < 3 else f"{size} domains{number}"
+
+    def folder_of(self, train: str) -> str:
+        """Their name in folders: "all-but-heart", "brain-mr-and-3-more-5d2c1f"; of one or two domains, themselves."""
+        first, *more = train.split("+")
+        digest = hashlib.sha256(train.encode()).hexdigest()[:6]
+        listed = train if len(more) < 2 else f"{first}-and-{len(more)}-more-{digest}"
+        return f"all-but-{one}" if (one := self.left_out(train)) else listed
+
+    def run(self, train: str, optimizer: str, seed: int) -> "Run":
+        return Run(train, optimizer, seed, f"{self.folder_of(train)}/{optimizer}/seed{seed}")
+
     def _repr_html_(self) -> str:
         """At the end of a cell: the grid, a training domain a row, an optimizer a column, seeds in the cells."""
         seeds = f"seeds {', '.join(map(str, self.seeds))}"
@@ -94,20 +139,17 @@ class Study(Parameters):
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid."""
+    """One cell of the grid, and its folder below the study's."""
 
     train_domain: str
     optimizer: str
     seed: int
-
-    @property
-    def folder(self) -> str:
-        return f"{self.train_domain}/{self.optimizer}/seed{self.seed}"
+    folder: str
 
 
 def grid(study: Study) -> list[Run]:
     """All runs of a study."""
-    return [Run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
+    return [study.run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
 
 
 def compared(study: Study) -> tuple[str, str]:
@@ -121,4 +163,4 @@ def twins(study: Study) -> list[tuple[Run, Run]]:
     """Runs of baseline and treatment with the same training domain and seed, so the same start."""
     names = compared(study)
     cells = itertools.product(study.train_domains, study.seeds)
-    return [(Run(d, names[0], s), Run(d, names[1], s)) for d, s in cells if names[0] != names[1]]
+    return [(study.run(d, names[0], s), study.run(d, names[1], s)) for d, s in cells if names[0] != names[1]]

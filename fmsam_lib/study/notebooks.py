@@ -95,7 +95,7 @@ def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
         if study.landscape is not None:
             add("30_loss_landscape", run.folder, study.landscape, tests, run=run)
     for a, b in twins(study) if study.landscape is not None else []:
-        between = Run(a.train_domain, "between", a.seed).folder
+        between = study.run(a.train_domain, "between", a.seed).folder
         add("35_between_minima", between, study.between, tests, baseline=a, treatment=b)
     asked = dict(zip(("baseline", "treatment"), compared(study), strict=True))
     report = asked | {"study": str(study_file), "folder": str(root), "data": data}
