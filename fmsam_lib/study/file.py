@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from fmsam_lib.checking import ConfigError, read
-from fmsam_lib.study.grid import Study
+from fmsam_lib.study.grid import Study, swept
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
 
 
@@ -26,8 +26,9 @@ def read_study(path: Path | str) -> Study:
         raise ConfigError(f"{path}: expected a mapping of {', '.join(Study.model_fields)}, got {values!r}")
     study = read(Study, values, source=str(path))
     try:
+        study = swept(study)
         work = jobs(study, Path("runs"), "", path)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}, {error}") from None
     for job in work:
         notebook = NOTEBOOKS[job.notebook]

@@ -1,13 +1,15 @@
-"""Grids: what the folders of runs are called."""
+"""Grids: what the folders of runs are called, and parameters that are lists of values."""
 
+import pandas as pd
 import pytest
 import yaml
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.study.file import read_study
-from fmsam_lib.study.grid import grid
+from fmsam_lib.study.grid import compared, grid
 from fmsam_lib.study.notebooks import jobs
 from tests.conftest import PROJECT
+from tests.study import report
 
 STUDY = {
     "description": "a grid",
@@ -81,5 +83,82 @@ def test_the_longest_folder_of_the_projects_studies_is_short():
     ],
 )
 def test_two_trainings_never_share_a_folder(study_of, change, said):
+    with pytest.raises(ConfigError, match=said):
+        study_of(**change)
+
+
+# --- sweeps
+
+
+def swept_values(study, *names):
+    """What every training takes of these parameters, by its optimizer's name."""
+    return {folder.split("/")[1]: tuple(of.get(name) for name in names) for folder, of in trainings(study).items()}
+
+
+def test_a_list_multiplies_the_optimizers_that_use_the_parameter(study_of):
+    study = study_of(optimizers=["adam", "adam-2x", "sam"], train={"steps": 10, "rho": [0.01, 0.03]})
+    expected = {"adam": None, "adam-2x": None, "sam-rho=0.01": 0.01, "sam-rho=0.03": 0.03}
+    assert swept_values(study, "rho", "steps") == {name: (rho, 10) for name, rho in expected.items()}
+    assert study.optimizers == list(expected)
+    assert {of["optimizer"] for of in trainings(study).values()} == {"adam", "adam-2x", "sam"}
+
+
+def test_lists_multiply_each_other_and_those_of_a_variant(study_of):
+    variants = {"wide": {"optimizer": "sam", "rho": [0.1, 0.2], "lr": 0.5}}
+    study = study_of(optimizers=["adam", "wide"], variants=variants, train={"lr": [0.001, 0.002], "clip": [0, 1.0]})
+    assert swept_values(study, "lr", "rho", "clip") == {
+        **{f"adam-clip={clip}-lr={lr}": (lr, None, clip) for lr in (0.001, 0.002) for clip in (0, 1.0)},
+        **{f"wide-clip={clip}-rho={rho}": (0.5, rho, clip) for clip in (0, 1.0) for rho in (0.1, 0.2)},
+    }
+
+
+def test_a_parameter_that_is_a_list_takes_a_list_of_lists(study_of):
+    train = {"down": [[4, 8], [4, 8, 8]], "precision": ["float32", "bf16"], "augment": [True]}
+    study = study_of(optimizers=["sam"], train=train)
+    assert swept_values(study, "down", "augment") == {
+        f"sam-augment=True-down={word}-precision={precision}": (down, True)
+        for word, down in (("4_8", [4, 8]), ("4_8_8", [4, 8, 8]))
+        for precision in ("float32", "bf16")
+    }
+    assert swept_values(study_of(optimizers=["sam"], train={"down": [4, 8]}), "down") == {"sam": ([4, 8],)}
+
+
+def test_files_are_named_safely_whatever_the_value(study_of):
+    names = study_of(optimizers=["sam"], train={"weights": ["2d", "a b/{c}:*.pt", ""], "lr": [1e-5, 1e16]}).optimizers
+    assert names == [f"sam-lr={lr}-weights={of}" for lr in ("1e-05", "1e_16") for of in ("2d", "a_b_c_.pt", "")]
+
+
+def test_a_sweep_is_compared_with_adam_of_the_same_values(study_of):
+    study = study_of(optimizers=["adam-2x", "adam", "sam"], train={"lr": [0.001, 0.002], "rho": [0.01, 0.03]})
+    assert compared(study) == ("adam-lr=0.001", "sam-lr=0.001-rho=0.01")
+    of = report.run("comparison", real=["compare_what"], study=study, results=made_up(study.optimizers))
+    told = {(b, t): equal for b, t, equal in of.differences[["baseline", "treatment", "equal"]].values}
+    assert told == {
+        (f"{base}-lr={lr}", f"sam-lr={lr}-rho={rho}"): equal
+        for lr in (0.001, 0.002)
+        for rho in (0.01, 0.03)
+        for base, equal in (("adam", "steps"), ("adam-2x", "compute"))
+    }
+
+
+def made_up(optimizers):
+    """Results of them all on one pair."""
+    about = {"train_domain": "brain-mr", "test_domain": "heart-mr", "seed": 0, "pair": "p", "label": "x"}
+    rows = [about | {"optimizer": name, "metric": "dice", "value": 0.5, "unit": "1"} for name in optimizers]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train": {"rho": []}}, r"sam: expected one value or more of each parameter, each once, got \{'rho': \[\]\}"),
+        ({"train": {"lr": [0.1, 0.1]}}, r"adam: expected one value or more of each parameter, each once"),
+        ({"train": {"roh": [0.1, 0.2]}}, r"(?s)section train.*roh: unknown; .*did you mean rho"),
+        ({"train": {"lr": [0.1, "1e-3"]}}, r"(?s)run brain-mr/adam-lr=1e-3/seed0.*write 1.0e-3"),
+        ({"train": {"seed": [0, 1]}}, "section train: the study itself sets seed"),
+        ({"train": {"down": [[4, 8], 8]}}, r"(?s)run brain-mr/adam-down=8/seed0.*down: expected a list, got 8"),
+    ],
+)
+def test_a_wrong_sweep_says_what_is_right(study_of, change, said):
     with pytest.raises(ConfigError, match=said):
         study_of(**change)
