@@ -27,7 +27,7 @@ from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import PROJECT, DataError, read_json, sources
-from fmsam_lib.study.file import read_study
+from fmsam_lib.study.file import placed, read_study
 from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
@@ -36,15 +36,14 @@ from fmsam_lib.training.checkpoint import trained_with
 
 def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m fmsam_lib.study", description="Compute a whole study.")
-    arguments.add_argument("study", help="name of a file in studies/, without .yaml")
+    arguments.add_argument("study", help="name of a file in studies/, without .yaml; or a path, with it")
     arguments.add_argument("--data", default="", help="folder of data sets (default: FMSAM_DATA, else data)")
     arguments.add_argument("--runs", default="runs", help="folder for the results (default: %(default)s)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     arguments.add_argument("--cores", type=int, default=cores, help="notebooks at a time (default: all cores allowed)")
     given = arguments.parse_args()
-    root = Path(given.runs).resolve() / given.study
+    study_file, root = placed(given.study, Path(given.runs))
     data = str(data_folder(given.data).resolve())
-    study_file = PROJECT / "studies" / f"{given.study}.yaml"
     try:
         study, left_out = preflight(read_study(study_file), data)
         lock = locked(root)
@@ -126,10 +125,17 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
 
 
 def refuse_another(work: list[Job], root: Path) -> None:
-    """Raise ConfigError where a finished training has other parameters than the study now gives it.
+    """Raise ConfigError where a finished training has other parameters than the study now gives it, or the study
+    that was computed here is another file, which is still there and says something else.
 
     Before anything is written: a newer parameter file would have Snakemake run the training again, which refuses.
     """
+    with contextlib.suppress(OSError, yaml.YAMLError, TypeError, KeyError):  # it was never computed here
+        this = Path(work[-1].values["study"])
+        other = Path(yaml.safe_load((root / f"{work[-1].name}.yaml").read_text(encoding="utf-8"))["study"])
+        if other != this and other.read_bytes() != this.read_bytes():
+            todo = "give one of them another name, or name another folder with --runs (make study RUNS=folder)"
+            raise ConfigError(f"{root} has the results of another study, {other}, not of {this}: {todo}")
     found = []
     for job in (job for job in work if job.notebook == "10_train" and (root / job.folder / "weights.pt").exists()):
         with contextlib.suppress(ConfigError):  # a record that cannot be read: `gather` names it

@@ -1,13 +1,16 @@
-"""Grids: what the folders of runs are called, and parameters that are lists of values."""
+"""Grids: study files anywhere, what the folders of runs are called, parameters that are lists of values."""
+
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
 from fmsam_lib.checking import ConfigError
-from fmsam_lib.study.file import read_study
+from fmsam_lib.study.file import placed, read_study
 from fmsam_lib.study.grid import compared, grid
-from fmsam_lib.study.notebooks import jobs
+from fmsam_lib.study.notebooks import jobs, plan
+from fmsam_lib.study.run import refuse_another
 from tests.conftest import PROJECT
 from tests.study import report
 
@@ -39,6 +42,37 @@ def study_of(tmp_path):
 def trainings(study):
     """What each training takes, by its folder."""
     return {job.folder: job.values for job in jobs(study, "R", "", "s.yaml") if job.notebook == "10_train"}
+
+
+# --- study files
+
+
+def test_a_study_file_lies_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.study #1.yaml").touch()
+    given = ("sub/../my.study #1.yaml", str(tmp_path / "my.study #1.yaml"))
+    for name in given:
+        assert placed(name, Path("out")) == (tmp_path / "my.study #1.yaml", tmp_path / "out/my.study #1")
+    for name in ("quick", "2025.10"):
+        assert placed(name, Path("out")) == (PROJECT / f"studies/{name}.yaml", tmp_path / "out" / name)
+
+
+@pytest.mark.parametrize("change", [{"seeds": [1]}, {"evaluate": {"pairs": 3}}, {"optimizers": ["adam"]}])
+def test_two_files_of_one_name_do_not_mix(study_of, tmp_path, change):
+    study, here, there = study_of(), tmp_path / "s.yaml", tmp_path / "other/s.yaml"
+    there.parent.mkdir()
+    there.write_text(yaml.safe_dump(STUDY | change))
+    root = tmp_path / "runs/s"
+    plan(jobs(study, root, "", here), root)
+    refuse_another(jobs(study, root, "", here), root)  # the same again
+    again = jobs(read_study(there), root, "", there)
+    with pytest.raises(ConfigError, match=rf"{root} has the results of another study, {here}, not of {there}: give"):
+        refuse_another(again, root)
+    there.write_bytes(here.read_bytes())  # a copy, as of a checkout
+    refuse_another(jobs(study, root, "", there), root)
+    there.write_text(yaml.safe_dump(STUDY | change))
+    here.unlink()  # moved
+    refuse_another(again, root)
 
 
 # --- folders
