@@ -1,5 +1,6 @@
 """Which notebooks a study runs, what each one takes and makes, and what they left."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from fmsam_lib.checking import ConfigError, Parameters
 from fmsam_lib.parameters import Between, Compare, Evaluate, Landscape, Train
 from fmsam_lib.records import read_json, written_whole
 from fmsam_lib.study.grid import Run, Study, compared, grid, twins
+
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text, seven times as fast
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,17 @@ def write_if_new(path: Path, text: str) -> None:
 
 
 def plan(work: list[Job], root: Path) -> list[Job]:
-    """Write every notebook's parameter file; the jobs that lack a file, or made theirs when they were asked another.
+    """Write `plan.json` and parameter files; the jobs that lack a file, or made theirs when they were asked another.
 
     Beside it, `<notebook>.asked.yaml`: of both files the one that says the same in another place, so Snakemake's input.
     """
     left = []
+    planned = [{name: getattr(job, name) for name in ("folder", "notebook", "needs", "makes")} for job in work[:-1]]
+    write_if_new(root / "plan.json", json.dumps(planned))
     for job in work:
         asked = root / f"{job.name}.asked.yaml"
-        write_if_new(root / f"{job.name}.yaml", yaml.safe_dump(job.values, sort_keys=False))
-        write_if_new(asked, yaml.safe_dump(job.asked, sort_keys=False))
+        write_if_new(root / f"{job.name}.yaml", yaml.dump(job.values, Dumper=DUMPER, sort_keys=False))
+        write_if_new(asked, yaml.dump(job.asked, Dumper=DUMPER, sort_keys=False))
         whole = all((root / file).exists() for file in (*job.needs, *job.makes))
         if not whole or (root / job.makes[0]).stat().st_mtime < asked.stat().st_mtime:
             left.append(job)
