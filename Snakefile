@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 notebooks = Path(workflow.basedir) / "notebooks"  # no rule's inputs: a checkout may move
-work = json.loads(Path("plan.json").read_text(encoding="utf-8"))
+*work, report = json.loads(Path("plan.json").read_text(encoding="utf-8"))
 jobs = {(job["folder"], job["notebook"]): job for job in work}
 python, there = shlex.quote(sys.executable), shlex.quote(str(notebooks))
 # The kernel `python3` is that of profiles/jupyter, which starts this interpreter, whatever a person's own is. Notebooks
@@ -28,7 +28,7 @@ rule study:
         [file for job in work for file in job["makes"]],
 
 
-for name, makes in {job["notebook"]: job["makes"] for job in work}.items():
+for name, first in {job["notebook"]: job for job in work}.items():
 
     rule:
         name:
@@ -38,9 +38,14 @@ for name, makes in {job["notebook"]: job["makes"] for job in work}.items():
             needs=lambda wildcards, name=name: jobs[wildcards.folder, name]["needs"],
         output:
             # Weights are not removed first, and come back where a training that is run again fails.
-            [(update if name == "10_train" else str)(f"{{folder}}/{Path(file).name}") for file in makes],
+            [(update if name == "10_train" else str)(f"{{folder}}/{Path(file).name}") for file in first["makes"]],
         log:
             f"{{folder}}/{name}.ipynb",
+        threads: lambda wildcards, name=name: jobs[wildcards.folder, name]["resources"]["threads"]
+        resources:
+            gpu=lambda wildcards, name=name: jobs[wildcards.folder, name]["resources"]["gpu"],
+            mem_mb=first["resources"]["mem_mb"],
+            runtime=first["resources"]["runtime"],
         shell:
             "{papermill} - {log:q} -f {wildcards.folder:q}/{rule}.yaml < {there}/{rule}.ipynb"
 
@@ -54,6 +59,10 @@ rule compare:
         "report.html",
     log:
         "40_compare.ipynb",
+    threads: report["resources"]["threads"]
+    resources:
+        mem_mb=report["resources"]["mem_mb"],
+        runtime=report["resources"]["runtime"],
     shell:
         "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output {output:q} {log:q}"
 

@@ -11,9 +11,22 @@ import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fmsam_lib.checking import Parameters, nearest
-from fmsam_lib.parameters import EQUAL_COMPUTE, Distinct, Method, Name, Names, Natural, Optimizer, Shape, Some, Train
+from fmsam_lib.parameters import (
+    EQUAL_COMPUTE,
+    Count,
+    Distinct,
+    Method,
+    Name,
+    Names,
+    Natural,
+    Optimizer,
+    Shape,
+    Some,
+    Train,
+)
 from fmsam_lib.plotting.cards import card
 
+NotebookName = Literal["10_train", "20_evaluate", "30_loss_landscape", "35_between_minima", "40_compare"]
 BASELINE = "adam"  # the other optimizers are compared with it
 TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
 CLIMBING = tuple(name for name in typing.get_args(Optimizer) if not name.startswith(BASELINE))
@@ -27,6 +40,15 @@ NO_NAME = re.compile(r"[^\w.-]+")  # of a file, whatever the system
 NO_FOLDER = re.compile(r"none|io|figures|\..*|.*[/\\].*|.*\.(csv|html|ipynb|json|log|pt|txt|yaml)")
 
 
+class Resources(Parameters):
+    """What a scheduler gives to one run of a notebook."""
+
+    cpus: Count | None = Field(None, description="cores; null: processes x threads of the notebook's section")
+    gpus: Natural | None = Field(None, description="null: one a process where a training's device is cuda")
+    memory_mb: Count = Field(4000, description="for all of its processes")
+    minutes: Count = Field(240, description="after which it is ended; a training goes on from its last checkpoint")
+
+
 class Study(Parameters):
     """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults.
 
@@ -35,7 +57,7 @@ class Study(Parameters):
     registrations without training, for the same tables: ANTs' SyN, instance optimisation alone. variants: further
     optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the training's
     parameters differs. landscape: null leaves out notebooks 30 and 35. train, variants: a list where the parameter is
-    none, `rho: [0.01, 0.03]`, multiplies the optimizers that use it (`swept`).
+    none, `rho: [0.01, 0.03]`, multiplies the optimizers that use it (`swept`). resources: by notebook, `Resources`.
     """
 
     description: str
@@ -53,6 +75,7 @@ class Study(Parameters):
     evaluate: dict[str, Any]
     landscape: dict[str, Any] | None
     between: dict[str, Any] = Field({})
+    resources: dict[NotebookName, dict[str, Any]] = Field({})
 
     @field_validator("train_domains")
     @classmethod

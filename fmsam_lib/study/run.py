@@ -40,7 +40,8 @@ def main() -> int:
     arguments.add_argument("--data", default="", help="folder of data sets (default: FMSAM_DATA, else data)")
     arguments.add_argument("--runs", default="runs", help="folder for the results (default: %(default)s)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    arguments.add_argument("--cores", type=int, default=cores, help="notebooks at a time (default: all cores allowed)")
+    arguments.add_argument("--cores", type=int, default=cores, help="of this machine to use (default: all allowed)")
+    arguments.add_argument("--profile", type=profile, help="slurm, or the folder of another Snakemake profile")
     given = arguments.parse_args()
     study_file, root = placed(given.study, Path(given.runs))
     data = str(data_folder(given.data).resolve())
@@ -58,9 +59,11 @@ def main() -> int:
     write_if_new(log, json.dumps(read_json(log, {}) | made_by))
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
-        *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(given.cores)),
+        *("--workflow-profile", str(PROJECT / "profiles" / "default")),
+        *(("--profile", given.profile) if given.profile else ("--cores", str(given.cores))),
     ]
-    print(f"study {given.study} on {given.cores} cores; log: {root / 'snakemake.log'}", flush=True)
+    where = f"with the profile {given.profile}" if given.profile else f"on {given.cores} cores"
+    print(f"study {study_file.stem} {where}; log: {root / 'snakemake.log'}", flush=True)
     report, before = root / "report.html", root / "report_before.html"
     if report.exists() and not before.exists():  # until there is another of all runs
         shutil.copy(report, before)
@@ -85,6 +88,15 @@ def main() -> int:
         print("What was computed is kept: mend the cause and run the same command again.", file=sys.stderr)
     print(f"report: {report}")
     return 0 if done and set(problems) <= set(left_out) else 1
+
+
+def profile(name: str) -> str:
+    """The folder of a Snakemake profile, by its name in `profiles/` or its path."""
+    found = [path for path in (PROJECT / "profiles" / name, Path(name).resolve()) if (path / "config.yaml").is_file()]
+    if not found:
+        told = f"no profile {name}: expected slurm, or a folder with a config.yaml for Snakemake"
+        raise argparse.ArgumentTypeError(told)
+    return str(found[0])
 
 
 def locked(root: Path) -> TextIO:

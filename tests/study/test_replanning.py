@@ -124,6 +124,7 @@ def test_prose_and_code_of_a_notebook_run_nothing(checkout):
             {f"{o}/{n}" for o in ("adam", "sam") for n in [*NOTEBOOKS][:3]} | {"between/35_between_minima"},
         ),
         ({"description": "other words"}, set()),
+        ({"resources": {"10_train": {"minutes": 5, "cpus": 2}}}, set()),
     ],
 )
 def test_a_parameter_runs_what_depends_on_it(checkout, change, expected):
