@@ -162,6 +162,25 @@ def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old,
     shot(page, notebook, explorer)
 
 
+def test_a_saved_notebook_shows_its_pictures_without_its_kernel(lab, page):
+    """Needs profiles/jupyter/overrides.json, which `make` puts into the environment."""
+    to_notebook(lab, page, "01_look_at_the_data")
+    edit_parameter(page, "shape: list = [64, 64, 64]", "shape: list = [32, 32, 32]")
+    run_all(page)
+    canvas = page.locator(".fmsam canvas")
+    bottom_until(page, canvas.last)
+    drawn = canvas.last.evaluate("e => e.toDataURL()")
+    page.wait_for_function("() => !document.querySelector('.jp-InputPrompt')?.innerText.includes('*')")
+    page.keyboard.press("Control+s")
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name="Shut Down Kernel", exact=True).click()
+    page.wait_for_timeout(2000)
+    page.goto(f"{lab}/lab/tree/notebooks/01_look_at_the_data.ipynb?reset&token={TOKEN}")
+    bottom_until(page, canvas.last)
+    assert canvas.last.evaluate("e => e.toDataURL()") == drawn
+    assert not page.get_by_text("model not found").count()
+
+
 def test_without_its_token_and_from_elsewhere_the_lab_answers_nobody(lab):
     """With the options that `make lab` gives: an address of its own and a token are Jupyter's defaults."""
     for path in ("/api/contents", "/api/kernels", "/api/contents?token=", "/api/contents?token=wrong"):
