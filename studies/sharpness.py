@@ -5,10 +5,12 @@
 
 Sharpness is the relative rise of the total loss at SAM's step, `(L(w + rho g / |g|) - L(w)) / L(w)`, with g the
 gradient of that domain alone, on its first 12 test pairs, in float64 and in eval mode (`flatness/sharpness.py`).
-Writes figures/sharpness_by_domain.csv, a row a run and test domain, and figures/sharpness_by_domain.png.
+Writes figures/sharpness_by_domain.csv, a row a run and domain, its figure, and figures/table_sharpness.csv.
 """
 
 import argparse
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from fmsam_lib.evaluation.statistics import CELL, per_pair, seen
 from fmsam_lib.flatness.landscape import batches_of
 from fmsam_lib.flatness.weight_space import WeightSpace, terms_on
 from fmsam_lib.model.weights import load
+from fmsam_lib.parameters import EQUAL_COMPUTE
 from fmsam_lib.plotting import slices, style
 from fmsam_lib.records import PROJECT, provenance, write_csv
 from fmsam_lib.training.checkpoint import trained_with
@@ -27,7 +30,8 @@ from fmsam_lib.training.checkpoint import trained_with
 OUT = PROJECT / "figures" / "sharpness_by_domain"
 RHOS = (0.001, 0.01)
 PAIRS = 12
-BASELINE = "adam-2x"
+RISE = "rise 0.01"
+KINDS = ("seen", "unseen")
 RUN = ["train_domain", "optimizer", "seed"]
 
 
@@ -61,53 +65,62 @@ def measure(study: Path) -> None:
             print(folder.relative_to(study), flush=True)
 
 
-def differences(table: pd.DataFrame, treatment: str) -> pd.DataFrame:
-    """Treatment against `BASELINE` on the same seed, training and test domain: log2 of the rises' ratio, and Dice."""
+def differences(table: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame:
+    """On the same seed, training and test domain: log2 of the ratio of the rises, and the difference of Dice."""
     keys = [*CELL, "seed"]
-    both = [table[table.optimizer == name].set_index(keys) for name in (BASELINE, treatment)]
+    both = [table[table.optimizer == name].set_index(keys) for name in (baseline, treatment)]
     a, b = (of.loc[both[0].index.intersection(both[1].index)] for of in both)
-    flatter = {f"log2 {rho:g}": np.log2(b[f"rise {rho:g}"] / a[f"rise {rho:g}"]) for rho in RHOS}
-    rows = pd.DataFrame(flatter | {"dice": b.dice - a.dice}).dropna().reset_index()
+    rows = pd.DataFrame({"ratio": np.log2(b[RISE] / a[RISE]), "dice": b.dice - a.dice}).dropna().reset_index()
     return rows.assign(kind=seen(rows))
 
 
-def told(rows: pd.DataFrame, column: str) -> dict:
-    """Mean over cells, and over the seeds' means its 90 % t interval; Kendall's tau of flatness and Dice, by seed."""
-    line = {}
-    for name in (column, "dice"):
-        seeds = rows.groupby("seed")[name].mean()
-        low, high = (
-            scipy.stats.t.interval(0.9, len(seeds) - 1, seeds.mean(), seeds.sem()) if len(seeds) > 1 else (np.nan,) * 2
-        )
-        line |= {name: seeds.mean(), f"{name} low": low, f"{name} high": high}
-    taus = [scipy.stats.kendalltau(-of[column], of.dice).statistic for _, of in rows.groupby("seed")]
-    return line | {"tau": np.mean(taus), "tau of seeds": " ".join(f"{tau:+.2f}" for tau in taus), "cells": len(rows)}
+def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> str:
+    """The mean of the seeds' means, with its 90 % t interval over seeds."""
+    seeds = rows.groupby("seed")[column].mean()
+    if len(seeds) < 2:
+        return told(seeds.mean())
+    low, high = scipy.stats.t.interval(0.9, len(seeds) - 1, seeds.mean(), seeds.sem())
+    return f"{told(seeds.mean())} [{told(low)}, {told(high)}]"
+
+
+def line(rows: pd.DataFrame) -> dict:
+    """tau: Kendall's, of flattening and the gain in Dice over the cells of a seed: above 0: they go together."""
+    taus = [scipy.stats.kendalltau(-of.ratio, of.dice).statistic for _, of in rows.groupby("seed")]
+    return {
+        "sharpness, ratio [90 %]": interval(rows, "ratio", lambda log: f"{2**log:.2f}"),
+        "Dice, difference [90 %]": interval(rows, "dice", "{:+.3f}".format),
+        "tau of each seed": ", ".join(f"{tau:+.2f}" for tau in taus),
+        "networks and domains": len(rows),
+    }
 
 
 def draw(table: pd.DataFrame) -> None:
-    treatments = [name for name in style.optimizers_of(table) if name not in ("adam", BASELINE)]
-    picture, panels = style.panels(2, 2, 3.6, sharex=True, sharey=True)
+    """A table of every comparison, and the figure of those at equal compute."""
+    others = [name for name in style.optimizers_of(table) if name not in ("adam", EQUAL_COMPUTE)]
+    pairs = [(EQUAL_COMPUTE, name) for name in others] + [("adam", name) for name in ("sam", EQUAL_COMPUTE)]
     lines = []
-    for ax, kind in zip(panels, ("seen", "unseen"), strict=True):
-        for name in treatments:
-            rows = differences(table, name).query("kind == @kind")
-            ax.plot(
-                2.0 ** rows["log2 0.01"], rows.dice, **style.look(name, treatments) | {"linestyle": ""}, markersize=5
-            )
-            lines.append({"optimizer": name, "domains": kind, **told(rows, "log2 0.01")})
+    for (baseline, treatment), kind in itertools.product(pairs, KINDS):
+        rows = differences(table, baseline, treatment).query("kind == @kind")
+        if len(rows):
+            versus = f"{style.name_of(treatment)} / {style.name_of(baseline)}"
+            lines.append({"compared": versus, "domains": kind, **line(rows)})
+    write_csv(pd.DataFrame(lines), PROJECT / "figures" / "table_sharpness.csv")
+    picture, panels = style.panels(2, 2, 3.6, sharex=True, sharey=True)
+    for ax, kind in zip(panels, KINDS, strict=True):
+        for name in others:
+            rows = differences(table, EQUAL_COMPUTE, name).query("kind == @kind")
+            ax.plot(2.0**rows.ratio, rows.dice, **style.look(name, others) | {"linestyle": ""}, markersize=5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set_title(f"{kind} domains", fontsize=10)
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
         style.open_up(ax)
-    panels[0].set_ylabel(f"Dice, minus {style.name_of(BASELINE)}")
-    picture.supxlabel(
-        f"sharpness of the domain, as a multiple of {style.name_of(BASELINE)}'s  (← flatter)", fontsize=10
-    )
-    style.legend(picture, treatments)
-    slices.save(picture, OUT)
-    Path(f"{OUT}.pdf").unlink()
-    print(pd.DataFrame(lines).to_string(index=False))
+    than = f"of {style.name_of(EQUAL_COMPUTE)}"
+    panels[0].set_ylabel(f"Dice, minus that {than}")
+    picture.supxlabel(f"sharpness on the domain, divided by that {than}  (← flatter)", fontsize=10)
+    style.legend(picture, others)
+    picture.savefig(f"{OUT}.png", dpi=slices.DPI, metadata={"Software": None})
 
 
 def main() -> None:
