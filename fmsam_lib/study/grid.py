@@ -11,19 +11,7 @@ import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fmsam_lib.checking import Parameters, nearest
-from fmsam_lib.parameters import (
-    EQUAL_COMPUTE,
-    Count,
-    Distinct,
-    Method,
-    Name,
-    Names,
-    Natural,
-    Optimizer,
-    Shape,
-    Some,
-    Train,
-)
+from fmsam_lib.parameters import EQUAL_COMPUTE, Count, Distinct, Method, Name, Natural, Optimizer, Shape, Some, Train
 from fmsam_lib.plotting.cards import card
 
 NotebookName = Literal["10_train", "20_evaluate", "30_loss_landscape", "35_between_minima", "40_compare"]
@@ -61,13 +49,13 @@ class Study(Parameters):
     """
 
     description: str
-    groups: dict[str, Names] = Field({})
+    groups: dict[str, Some[Name]] = Field({})
     always: Distinct[Name] = Field([])
     leave_one_out: Distinct[Name] = Field([])
     train_domains: Distinct[Name] = Field([])
-    test_domains: Names
+    test_domains: Some[Name]
     variants: dict[str, dict[str, Any]] = Field({})
-    optimizers: Names
+    optimizers: Some[Name]
     seeds: Some[Natural]
     shape: Shape
     baselines: Distinct[Literal["ants-syn", "io"]] = Field([])
