@@ -85,13 +85,19 @@ def _cpu() -> str:
 
 
 @contextmanager
-def written_whole(path: Path | str) -> Iterator[Path]:
-    """A path to write to that takes `path`'s place when the block ends well, and is removed when not."""
+def written_whole(path: Path | str, *, synced: bool = False) -> Iterator[Path]:
+    """A path to write to that takes `path`'s place when the block ends well, and is removed when not.
+
+    synced: it is on the disk before it has its name; else a power cut soon after may leave a file without its content.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         yield partial
+        if synced:
+            with open(partial, "rb+") as written:
+                os.fsync(written.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -116,5 +122,5 @@ def write_csv(table: pd.DataFrame, path: Path | str, columns: list[str] | None =
 
     how: further options of `DataFrame.to_csv`.
     """
-    with written_whole(path) as partial:
+    with written_whole(path, synced=True) as partial:
         table.reindex(columns=columns).to_csv(partial, index=False, lineterminator="\n", **how)

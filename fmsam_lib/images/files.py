@@ -133,24 +133,27 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
     content = _unzipped(path, where)
     kind = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
     if kind not in FORMATS:
-        try:  # NIfTI-2, FreeSurfer's .mgz, .nii.bz2
-            loaded: Any = nibabel.load(path)
-        except (*UNREADABLE, ImportError) as error:
-            other = stem(path) == path.name
-            todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do." if other else DAMAGED
-            raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
-        return _from_nibabel(loaded, where)
+        return _from_nibabel(_loaded(path, where), where)  # NIfTI-2, FreeSurfer's .mgz, .nii.bz2
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         if "orthonormal" in str(error):
-            loaded = nibabel.load(path)
-            _check_scale(loaded.affine[:3, :3], where)
+            _check_scale(_loaded(path, where).affine[:3, :3], where)
             raise data_error(where, "axes perpendicular to each other", "a sheared sform", UNSHEAR) from error
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
     if kind == "NiftiImageIO":
         _check_nifti(path, where, image, content)
     return image
+
+
+def _loaded(path: Path, where: str) -> Any:
+    """A file's image as nibabel reads it."""
+    try:
+        return nibabel.load(path)
+    except (*UNREADABLE, ImportError) as error:
+        other = stem(path) == path.name
+        todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do." if other else DAMAGED
+        raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
 
 
 def _check_nifti(path: Path, where: str, image: sitk.Image, content: bytes) -> None:
@@ -161,7 +164,7 @@ def _check_nifti(path: Path, where: str, image: sitk.Image, content: bytes) -> N
         raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
     if kind in (16, 64):  # float32, float64
         pair = offset < 348  # .hdr and .img
-        header: Any = nibabel.load(path).header if pair else nibabel.Nifti1Header(content[:348], check=False)
+        header: Any = _loaded(path, where).header if pair else nibabel.Nifti1Header(content[:348], check=False)
         stored = np.frombuffer(content, f"{header.endianness}f{bits // 8}", image.GetNumberOfPixels(), offset)
         _check_finite(stored, where)
 

@@ -14,6 +14,7 @@ from fmsam_lib.records import PROJECT, DataError, data_error
 
 MANIFEST_KEYS = ("name", "dimensions", "modality", "pairing", "training", "registration_val")
 LEARN2REG = {"tensorImageSize": "dimensions", "tensorImageShape": "dimensions", "pairings": "pairing"}  # as ours
+ENTRIES = ("training", "test")  # lists of images
 BESIDE = ("label", "mask", "keypoints")  # what an entry may name beside its image
 READ_AS = {  # what modalities are called, in capitals, letters and digits only
     "CT": "(CB|FB|LD|HR|CE)?CT",
@@ -87,6 +88,8 @@ def _checked(path: Path, content: dict) -> Manifest:
     folder, content = path.parent, {LEARN2REG.get(key, key): value for key, value in content.items()} | content
     missing = [key for key in MANIFEST_KEYS if key not in content]
     demand(not missing, f"the keys {', '.join(MANIFEST_KEYS)}", f"no {', '.join(missing)}", "Add what is missing.")
+    called = [content[key] for key in ("name", "pairing")]
+    demand(all(isinstance(word, str) for word in called) and called[0] != "", "text as name and pairing", called)
     # Learn2Reg says by modality what we say once.
     sizes, spoken = (
         said if isinstance(said := content[key], dict) else {"0": said} for key in ("dimensions", "modality")
@@ -95,21 +98,21 @@ def _checked(path: Path, content: dict) -> Manifest:
     demand(dimensions in ({2}, {3}), "dimensions 2 or 3", ", ".join(map(str, sorted(dimensions))))
     read_as = {int(number): _read_as(name) for number, name in spoken.items()}
     todo = "Write MR for images without Hounsfield units: each is scaled by its own range."
-    demand("" not in read_as.values(), "modalities to read as CT or MR", [*spoken.values()], todo)
+    demand(bool(read_as) and "" not in read_as.values(), "modalities to read as CT or MR", [*spoken.values()], todo)
     named = content.get("labels") or {}
     nested = [names for names in named.values() if isinstance(names, dict)] or [named]
     structures = [(int(number), name) for names in nested for number, name in names.items() if int(number) != 0]
     labels = dict(structures)
     fine = all(labels[number] == name and -(2**63) <= number < 2**63 for number, name in structures)
+    fine = fine and all(isinstance(name, str) for name in labels.values())
     demand(fine, "labels of at most 64 bits with one name each", structures)
 
     def image_pairs(key: str) -> list[tuple[Path, Path]]:
         return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content.get(key) or []]
 
-    listed = [*content["training"], *content.get("test", [])]
-    listed = [entry if isinstance(entry, dict) else {"image": entry} for entry in listed]
-    entries = {folder / entry["image"]: entry for entry in listed}
-    training = [folder / entry["image"] for entry in listed[: len(content["training"])]]
+    own, more = ([e if isinstance(e, dict) else {"image": e} for e in content.get(key) or []] for key in ENTRIES)
+    entries = {folder / entry["image"]: entry for entry in (*own, *more)}
+    training = [folder / entry["image"] for entry in own]
     training_pairs, test_pairs = image_pairs("training_paired_images") or None, image_pairs("registration_val")
     itself = [fixed.name for fixed, moving in [*(training_pairs or []), *test_pairs] if fixed == moving]
     demand(not itself, "pairs of two different images", f"{', '.join(itself[:3])} with itself", "Correct the pair.")
@@ -142,8 +145,8 @@ def _checked(path: Path, content: dict) -> Manifest:
         kind, name = f"{key.removesuffix('s')}s", f"{stem(image)}.csv" if key == "keypoints" else image.name
         file = image.parent.parent / image.parent.name.replace("images", kind) / name
         found = file if "images" in image.parent.name and file.is_file() and (labels or key != "label") else None
-        own = entries.get(image, {})
-        beside[key][image] = found if key not in own else folder / own[key] if own[key] else None
+        entry = entries.get(image, {})
+        beside[key][image] = found if key not in entry else folder / entry[key] if entry[key] else None
     files = [*images, *itertools.chain(*(of.values() for of in beside.values()))]
     absent = [str(file) for file in files if file and not file.is_file()]
     gone = f"{len(absent)} missing: {', '.join(absent[:3])}"

@@ -197,7 +197,7 @@ class GradICON(nn.Module):
         weights = {name: value.half() if half and name in parameters else value for name, value in weights.items()}
         saved = {"settings": self.settings, "weights": weights, "shape": self.shape and list(self.shape)}
         saved |= {"about": self.about} if self.about else {}
-        with written_whole(path) as partial, open(partial, "wb") as file:
+        with written_whole(path, synced=True) as partial, open(partial, "wb") as file:
             torch.save(saved, file)  # given a path, it would write that path's name into the file
 
 

@@ -14,6 +14,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +33,10 @@ UNIGRADICON: dict[str, Any] = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64
 UNIGRADICON_SIDE = 175  # samples along each axis of the grid that it was trained on
 THEIR_NAMES = {"down": "downConvs", "up": "upConvs", "norm": "batchNorms", "last": "lastConv"}
 OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
-DAMAGED = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError)
+DAMAGED = (
+    *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
 
 RELEASES = "https://github.com/uncbiag/uniGradICON/releases/download"
 SHIPPED = Path(__file__).parent / "pretrained"
@@ -64,7 +68,7 @@ def load(weights: Path | str) -> GradICON:
     """
     path = _file(weights)
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = whole(path)
         if isinstance(saved, dict) and "settings" in saved:
             net = GradICON(**saved["settings"])
             net.load_state_dict(saved["weights"])
@@ -79,6 +83,15 @@ def load(weights: Path | str) -> GradICON:
             "check the path, copy the file again or train anew"
         ) from error
     return net.eval()
+
+
+def whole(path: Path | str) -> Any:
+    """What torch saved, without pickle's code; its parts' checksums are compared, which torch does not do itself."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            if changed := parts.testzip():
+                raise ValueError(f"{changed}, which is not as it was written")
+    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def pretrained(name: str) -> GradICON:

@@ -18,7 +18,8 @@ def stop(*_) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    for sign in (signal.SIGTERM, signal.SIGINT):  # which a shell's `&` has its children ignore
+        signal.signal(sign, stop)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

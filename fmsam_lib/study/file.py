@@ -28,8 +28,8 @@ def read_study(path: Path | str) -> Study:
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"no study file {path}; known studies: {known}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, yaml.YAMLError, UnicodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of {', '.join(Study.model_fields)}, got {values!r}")
     study = read(Study, values, source=str(path))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TextIO
 
 import pandas as pd
@@ -25,6 +26,7 @@ from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
+from fmsam_lib.model.weights import sha256
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import PROJECT, DataError, read_json, sources
 from fmsam_lib.study.file import placed, read_study
@@ -32,6 +34,11 @@ from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
 from fmsam_lib.training.checkpoint import trained_with
+
+# Ends the whole process group, in which Snakemake and its workers are too, when this process is no more, however it
+# ended: then nobody holds the other end of the pipe. A notebook's kernel looks by itself whether its parent is there.
+LAST = "trap '' INT TERM HUP; read _; kill -9 0"
+ROOM = 2**24  # bytes that a disk takes which is not full
 
 
 def main() -> int:
@@ -46,34 +53,55 @@ def main() -> int:
     study_file, root = placed(given.study, Path(given.runs))
     data = str(data_folder(given.data).resolve())
     try:
-        study, left_out = preflight(read_study(study_file), data)
-        lock = locked(root)
-        work = jobs(study, root, data, study_file)
-        refuse_another(work, root)
+        return computed(study_file, root, data, given.cores, given.profile)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, mostly
+        todo = "make room and run the same command again, or name another folder with --runs (make study RUNS=folder)"
+        print(f"error: nothing more can be written to {root} ({error.strerror or error}): {todo}", file=sys.stderr)
+        return 1
+
+
+def computed(study_file: Path, root: Path, data: str, cores: int, profile: str | None) -> int:
+    """Compute what the study lacks, telling how far it is and what came out; the command's exit code.
+
+    Raises ConfigError, DataError before anything is computed; OSError where the folder `root` takes nothing more.
+    """
+    study, left_out = preflight(read_study(study_file), data)
+    lock = locked(root)
+    work = jobs(study, root, data, study_file)
+    refuse_another(work, root)
     write_if_new(root / "left_out.json", json.dumps(left_out))
+    distrust(root)
+    left = plan(work, root)
     log = root / "sources.json"  # the version of the library that last ran each notebook; trainings record their own
-    made_by = {job.name: sources() for job in plan(work, root) if job.notebook != "10_train"}
+    made_by = {job.name: sources() for job in left if job.notebook != "10_train"}
     write_if_new(log, json.dumps(read_json(log, {}) | made_by))
+    remember([job for job in work if job not in left], root)
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
         *("--workflow-profile", str(PROJECT / "profiles" / "default")),
-        *(("--profile", given.profile) if given.profile else ("--cores", str(given.cores))),
+        *(("--profile", profile) if profile else ("--cores", str(cores))),
     ]
-    where = f"with the profile {given.profile}" if given.profile else f"on {given.cores} cores"
+    where = f"with the profile {profile}" if profile else f"on {cores} cores"
     print(f"study {study_file.stem} {where}; log: {root / 'snakemake.log'}", flush=True)
     report, before = root / "report.html", root / "report_before.html"
     if report.exists() and not before.exists():  # until there is another of all runs
         shutil.copy(report, before)
     done = compute(snakemake, work, root, lock.fileno())
+    remember(work, root)
     if not done:
         failed = [problem for *_, problems in executed(work, root) for problem in problems]
         for problem in failed:
             print(f"failed: {problem}", file=sys.stderr)
+        with TemporaryFile(dir=root) as room:
+            room.write(bytes(ROOM))
         told = (root / "snakemake.log").read_text(encoding="utf-8", errors="replace")
-        if told.count("Error in rule") > len(failed) or not failed:
+        if "DeadKernelError" in told:
+            todo = "mostly for want of memory. Fewer at a time (--cores 1) take less, as does save_memory in training"
+            print(f"failed: the process of a notebook was killed, {todo}", file=sys.stderr)
+        elif told.count("Error in rule") > len(failed) or not failed:
             print("\n".join(["failed outside a notebook; the log ends:", *told.splitlines()[-30:]]), file=sys.stderr)
         if not compute([*snakemake, "what_there_is"], [], root, lock.fileno(), "report.log"):
             print("error: there is no result to compare yet", file=sys.stderr)
@@ -125,11 +153,14 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
                 if not (Path(data) / "HippocampusMR").exists():
                     print(f"fetching HippocampusMR into {data}", flush=True)
                 fetch_hippocampus(data)  # returns at once where it is there already
-            open_domain(domain, shape=tuple(study.shape), data=data)
+            opened = open_domain(domain, shape=tuple(study.shape), data=data)
         except DataError as error:
             if domain in study.train_domains:
                 raise
             left_out[domain] = f"{domain} is left out of the tests: {error}"
+        else:
+            if domain in study.test_domains and not opened.test_count:
+                left_out[domain] = f"{domain} is left out of the tests: it has no test pairs"
     there = [domain for domain in study.test_domains if domain not in left_out]
     if not there:
         raise DataError("no test domain is there:\n- " + "\n- ".join(left_out.values()))
@@ -163,6 +194,32 @@ def refuse_another(work: list[Job], root: Path) -> None:
         raise ConfigError("\n".join(["the study was changed after it ran; these trainings are done:", *found, told]))
 
 
+def distrust(root: Path) -> None:
+    """Move aside what is not as it was made, which is then made anew, and take no date from the future for one.
+
+    Snakemake fails where something is made of a newer file, which a clock that was put back leaves everywhere.
+    """
+    for name, mark in read_json(root / "made.json", {}).items():
+        if (path := root / name).exists() and mark_of(path) != mark:
+            aside = path.replace(path.with_name(f"damaged_{path.name}"))
+            print(f"{path} is not as it was made: that is {aside} now, and it is made again", file=sys.stderr)
+    now = time.time()
+    for path in root.rglob("*"):
+        if path.lstat().st_mtime > now:
+            os.utime(path, (now, now), follow_symlinks=False)
+
+
+def remember(work: list[Job], root: Path) -> None:
+    """Write down how the files that these jobs made are, for `distrust`; not the report."""
+    files = [file for job in work if job.folder for file in job.makes if (root / file).exists()]
+    write_if_new(root / "made.json", json.dumps({file: mark_of(root / file) for file in files}))
+
+
+def mark_of(path: Path) -> str:
+    """A table's hash; of weights, whose file has checksums that `weights.load` compares, the size."""
+    return sha256(path) if path.suffix == ".csv" else str(path.stat().st_size)
+
+
 def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: str = "snakemake.log") -> bool:
     """Run the graph, telling how far it is; whether all of it was done. The lock is Snakemake's, too."""
     start, told, every = time.monotonic(), "", 2 if sys.stdout.isatty() else 20
@@ -170,27 +227,28 @@ def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: s
     own = {"JUPYTER_PATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     if not os.access(os.path.expanduser("~"), os.W_OK):  # Snakemake, Jupyter and Matplotlib keep things there
         own["HOME"] = str(root / ".snakemake" / "home")
-    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has children ignore it
-    with open(root / log, "w", encoding="utf-8") as file:
+    with (
+        open(root / log, "w", encoding="utf-8") as file,
+        subprocess.Popen(["sh", "-c", LAST], stdin=subprocess.PIPE, process_group=0) as last,
+    ):
         process = subprocess.Popen(
-            snakemake, stdout=file, stderr=file, pass_fds=[lock], process_group=0, env=os.environ | own
+            snakemake, stdout=file, stderr=file, pass_fds=[lock], process_group=last.pid, env=os.environ | own
         )
-    signal.signal(signal.SIGINT, interrupted)
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(every)
-            seconds, now = int(time.monotonic() - start), progress(work, root)
-            if work and now != told:
-                print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
-                told = now
-    except KeyboardInterrupt:  # trainings go on from their checkpoints next time
-        for sign, seconds in ((signal.SIGINT, 30), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-                os.killpg(process.pid, sign)
-                process.wait(seconds)
-                break
-        raise
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(every)
+                seconds, now = int(time.monotonic() - start), progress(work, root)
+                if work and now != told:
+                    print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
+                    told = now
+        except KeyboardInterrupt:  # trainings go on from their checkpoints next time
+            for sign, seconds in ((signal.SIGINT, 30), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+                with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                    os.killpg(last.pid, sign)
+                    process.wait(seconds)
+                    break
+            raise
     return process.returncode == 0
 
 
@@ -200,7 +258,7 @@ def progress(work: list[Job], root: Path) -> str:
     parts = [f"{len(work) - len(left)} of {len(work)} notebooks done"]
     for job in left:
         history = root / job.folder / "history.jsonl"
-        lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+        lines = history.read_text(encoding="utf-8").split("\n")[:-1] if history.exists() else []  # the whole ones
         if job.notebook == "10_train" and lines:
             last = json.loads(lines[-1])
             parts.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")

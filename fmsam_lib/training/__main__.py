@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 
 import torch
 
@@ -9,7 +10,16 @@ from fmsam_lib.images.domains import open_domain
 from fmsam_lib.parameters import Train
 from fmsam_lib.training.loop import device_of, fit, starting
 
+
+def ends_with_launcher() -> None:
+    """Waits for the end of standard input, whose other end `launch` holds: without it nobody wants the training."""
+    os.read(0, 1)  # sys.stdin would not let the interpreter end
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    if sys.argv[2:] == ["attached"]:
+        threading.Thread(target=ends_with_launcher, daemon=True).start()
     run = Train.model_validate_json(sys.argv[1])
     on_gpu = device_of(run).type == "cuda"
     if on_gpu:

@@ -7,6 +7,7 @@ needs. `snapshots/`: weights on the way.
 import fcntl
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from torch.optim import Optimizer
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.weights import DAMAGED
+from fmsam_lib.model.weights import DAMAGED, whole
 from fmsam_lib.parameters import Train
-from fmsam_lib.records import provenance, write_json, written_whole
+from fmsam_lib.records import provenance, read_json, write_json, written_whole
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.losses import Loss
 from fmsam_lib.training.sam import SAM
@@ -96,7 +97,7 @@ def refuse_another(there: dict, now: dict, folder: Path) -> None:
 def record(folder: Path, run: Train, dataset, net: GradICON, state: State) -> None:
     """Parameters and provenance, once, to which a training that goes on adds where it did; the history up to there."""
     config = folder / "config.json"
-    there = json.loads(config.read_text(encoding="utf-8")) if state.step and config.exists() else {}
+    there = read_json(config, {}) if state.step else {}
     if not there:
         write_json(config, identity(run, dataset) | {"network": net.settings, "provenance": provenance()})
     elif state.step < run.updates:
@@ -112,25 +113,32 @@ def save(folder: Path, run: Train, dataset, parts: dict[str, Any], state: State)
     parts: what has a `state_dict`, by name, None where a training has none: network, optimizer, SAM, averages.
     """
     states = {name: part and part.state_dict() for name, part in parts.items()}
-    with written_whole(folder / "checkpoint.pt") as partial:
+    with written_whole(folder / "checkpoint.pt", synced=True) as partial:
         torch.save(identity(run, dataset) | states | {"state": vars(state)}, partial)
 
 
 def resume(folder: Path, run: Train, dataset, parts: dict[str, Any]) -> State:
     """Where to go on from; fills the parts (see `save`).
 
-    Raises ConfigError for a folder of a training with other parameters, and for a checkpoint that cannot be read.
+    From the start, with a warning, where the checkpoint cannot be read: that is kept beside, and is of no more use.
+    Raises ConfigError for a folder of a training with other parameters.
     """
-    config, path = folder / "config.json", folder / "checkpoint.pt"
-    if config.exists():
-        refuse_another(json.loads(config.read_text(encoding="utf-8")), identity(run, dataset), folder)
+    path, now = folder / "checkpoint.pt", identity(run, dataset)
+    there = read_json(folder / "config.json", {})
+    if now.keys() <= there.keys():  # else it is damaged: the checkpoint says whose it is
+        refuse_another(there, now, folder)
     if not path.exists():
         return State()
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = whole(path)
+        refuse_another({name: saved[name] for name in now}, now, folder)
+    except ConfigError:
+        raise
     except DAMAGED as error:
-        raise ConfigError(f"{path} cannot be read ({error}): delete it to train from the start") from error
-    refuse_another(saved, identity(run, dataset), folder)
+        if parallel.rank() == 0:
+            aside = path.replace(folder / "checkpoint_damaged.pt")
+            warnings.warn(f"{path} cannot be read ({error}): it is {aside} now, and this trains anew", stacklevel=2)
+        return State()
     for name, part in parts.items():
         if part is not None:
             part.load_state_dict(saved[name])

@@ -33,8 +33,10 @@ def launch(run: Train) -> None:
     Raises: RuntimeError when one fails (they say why on stderr).
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.processes)]
-    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", run.model_dump_json()]
-    if subprocess.run(command).returncode:
+    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", run.model_dump_json(), "attached"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:  # they end with the pipe, so with this process
+        process.wait()
+    if process.returncode:
         raise RuntimeError(f"the training in {run.out} failed in one of its {run.processes} processes: see above")
 
 

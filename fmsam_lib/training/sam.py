@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fmsam_lib.training.interruption import undoing
+
 FULL = (torch.float32, torch.float64)  # half precision is climbed and measured in float32
 
 
@@ -47,9 +49,9 @@ class SAM:
         else:
             sam.between()                     # LookSAM: bends the gradient in .grad
 
-    On every way out of the block, exceptions included, the weights are copied back from a saved clone, in place: bit
-    for bit what they were. The clone (LookSAM: and the kept direction) is the only copy of the weights, half
-    precision apart. Where the loss draws random numbers, see `remember`.
+    On every way out of the block, exceptions and any number of Ctrl-C included, the weights are copied back from a
+    saved clone, in place: bit for bit what they were. The clone (LookSAM: and the kept direction) is the only copy of
+    the weights, half precision apart. Where the loss draws random numbers, see `remember`.
 
     Gradient accumulation: all micro-batches before the block, then all of them inside. A loss scaled by a
     GradScaler climbs the same eps (the logged norms of gradients are then scaled too); one that overflowed makes
@@ -135,19 +137,22 @@ class SAM:
         after = _random_state(self.params) if first else []
         buffers = list(self.net.buffers()) if self.net is not None else []
         weights, statistics = ([tensor.detach().clone() for tensor in tensors] for tensors in (moved, buffers))
-        try:
+
+        @torch.no_grad()
+        def put_back() -> None:
+            torch._foreach_copy_(moved, weights)
+            if buffers:
+                torch._foreach_copy_(buffers, statistics)
+            if first:
+                _set_random_state(self.params, after)
+
+        with undoing(put_back):
             gradients = self._climb(moved, weights)
             if first:
                 _set_random_state(self.params, first)
             yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(moved, weights)
-                if buffers:
-                    torch._foreach_copy_(buffers, statistics)
-            del weights, statistics
-            if first:
-                _set_random_state(self.params, after)
+        weights.clear()  # their memory goes before LookSAM takes some
+        statistics.clear()
         self.gradient_norm_there = norm([p.grad for p in moved if p.grad is not None])
         went_wrong = self._rise is not None and not math.isfinite(self._rise)  # as the loop said inside the block
         if gradients is not None and 0 < self.gradient_norm_there < math.inf and not went_wrong:

@@ -12,12 +12,12 @@ from scipy.ndimage import map_coordinates
 
 from fmsam_lib.evaluation.comparison import comparison, gaps
 from fmsam_lib.evaluation.evaluate import evaluate
-from fmsam_lib.images.domains import open_domain
+from fmsam_lib.images.domains import open_domain, readable_test_pairs
 from fmsam_lib.images.manifest import read_manifest
 from fmsam_lib.metrics import learn2reg_field, measure
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.records import DataError
-from tests.images.test_files import GRID, image, label, own_cache, save, says  # noqa: F401
+from tests.images.test_files import GRID, dataset, image, label, own_cache, save, says  # noqa: F401
 
 NAMES = {"0": "background", "1": "left", "2": "right"}
 CANONICAL = np.diag([1.5, 2.0, 3.0, 1.0])
@@ -326,3 +326,51 @@ def test_what_lies_beside_images_by_chance_is_not_theirs(tmp_path):
     content |= {"registration_val": [{"fixed": files[2], "moving": files[3]}]}
     Path(tmp_path / "Own/Own_dataset.json").write_text(json.dumps(content))
     assert open_domain("Own", shape=GRID, data=tmp_path).check() == []
+
+
+@pytest.mark.parametrize("empty", [[], None])
+def test_a_data_set_without_test_pairs_says_so_and_can_be_trained_on(tmp_path, empty):
+    folder = dataset(tmp_path / "Own")
+    path = folder / "Own_dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"registration_val": empty}))
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    assert domain.test_count == 0
+    assert domain.check() == []
+    assert domain.training_pair(0).subjects[0] in ("p1", "p2", "p3")
+    none = r"Own: expected test pair 0, counted from 0, found 0 under registration_val\. Add some; without any"
+    for ask in (lambda: domain.test_pair(0), lambda: evaluate(None, domain), lambda: readable_test_pairs(domain, 2)):
+        with pytest.raises(DataError, match=none):
+            ask()
+
+
+def test_a_test_pair_beyond_the_last_one_is_named(tmp_path):
+    domain = open_domain("Own", shape=GRID, data=dataset(tmp_path / "Own").parent)
+    with pytest.raises(DataError, match="expected test pair 7, counted from 0, found 1 under registration_val"):
+        domain.test_pair(7)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": []}, None),
+        ({"test": None}, None),
+        ({"training_paired_images": None}, None),
+        ({"modality": {}}, "expected modalities to read as CT or MR, found []"),
+        ({"dimensions": {}}, "expected dimensions 2 or 3"),
+        ({"name": ""}, "expected text as name and pairing, found ['', 'inter-subject']"),
+        ({"name": 3}, "expected text as name and pairing, found [3, 'inter-subject']"),
+        ({"pairing": None}, "expected text as name and pairing, found ['Own', None]"),
+        ({"labels": {"1": None}}, "one name each, found [(1, None)]"),
+    ],
+)
+def test_empty_parts_of_a_manifest(tmp_path, change, said):
+    """Only testing needs no training images; what must be said is asked for."""
+    folder = dataset(tmp_path / "Own")
+    path = folder / "Own_dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if said:
+        with pytest.raises(DataError, match=says("Own_dataset.json: ", said)):
+            read_manifest(folder)
+        return
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    assert domain.test_pair(0).subjects == ("p8", "p9")

@@ -40,6 +40,17 @@ def test_damaged_and_missing_weights_are_named(tmp_path):
         load(path)
 
 
+def test_a_bit_that_changed_in_the_file_is_found(tmp_path):
+    """torch reads such a file without a word, to other numbers."""
+    net, path = small(2), tmp_path / "weights.pt"
+    net.save(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(net.steps[0].last.weight.detach().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"in .*weights\.pt, got: .*/data/\d+, which is not as it was written; check"):
+        load(path)
+
+
 def test_the_training_grid_is_kept(tmp_path):
     net = small(2)
     net.shape = (64, 48)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
@@ -21,6 +22,7 @@ import yaml
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.parameters import Evaluate
+from fmsam_lib.records import DataError
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.grid import grid, twins
 from fmsam_lib.study.notebooks import NOTEBOOKS, executed, jobs, plan
@@ -208,10 +210,22 @@ def test_every_file_is_made_by_one_notebook_alone():
 def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr("fmsam_lib.study.run.fetch_hippocampus", fetched.append)
-    monkeypatch.setattr("fmsam_lib.study.run.open_domain", lambda *given, **how: None)
+    monkeypatch.setattr("fmsam_lib.study.run.open_domain", lambda *given, **how: SimpleNamespace(test_count=1))
     study = study_of(tmp_path, leave_one_out=["HippocampusMR", "knee-mr", "brain-mr"], test_domains=["brain-mr"])
     preflight(study, str(tmp_path))
     assert fetched == [str(tmp_path)] * 2
+
+
+def test_a_data_set_without_test_pairs_is_left_out_of_the_tests_and_trained_on(tmp_path):
+    real_images(tmp_path / "Real")
+    manifest = tmp_path / "Real/Real_dataset.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"registration_val": []}))
+    study = study_of(tmp_path, train_domains=["Real"], test_domains=["Real", "brain-mr"])
+    found, left_out = preflight(study, str(tmp_path))
+    assert (found.train_domains, found.test_domains) == (["Real"], ["brain-mr"])
+    assert left_out == ["Real is left out of the tests: it has no test pairs"]
+    with pytest.raises(DataError, match=r"no test domain is there:\n- Real is left out .* no test pairs"):
+        preflight(study_of(tmp_path, train_domains=["Real"], test_domains=["Real"]), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +283,14 @@ def test_a_wrong_study_says_what_is_right(tmp_path, change, message):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | change))
     with pytest.raises(ConfigError, match=message):
         read_study(tmp_path / "s.yaml")
+
+
+def test_a_study_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "s.yaml").write_bytes("description: Étude".encode("latin-1"))
+    (tmp_path / "folder.yaml").mkdir()
+    for name, found in {"s": "'utf-8' codec can't decode byte", "folder": r"\[Errno 21\]"}.items():
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml is not valid YAML in UTF-8: {found}"):
+            read_study(tmp_path / f"{name}.yaml")
 
 
 def test_an_unknown_study_lists_the_known_ones(capsys, monkeypatch):

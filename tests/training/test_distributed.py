@@ -1,7 +1,11 @@
 """Two processes, really started, train what one trains."""
 
 import json
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -10,11 +14,12 @@ from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.model.weights import load
 from fmsam_lib.training import distributed as parallel
+from fmsam_lib.training.checkpoint import alone
 from fmsam_lib.training.loop import make_batches, starting, train
 from fmsam_lib.training.losses import Batch, objective
 from fmsam_lib.training.sam import norm
 from tests.images.test_files import dataset
-from tests.training.test_loop import run, tiny, weights
+from tests.training.test_loop import CODE, run, tiny, weights
 
 
 def test_alone_nothing_changes():
@@ -126,3 +131,23 @@ def test_a_failing_process_is_reported(tmp_path, capfd):
     with pytest.raises(RuntimeError, match="failed in one of its 2 processes"):
         run(tiny(tmp_path, batch=2, steps=30, processes=2, lr=1e30))
     assert "steps in a row" in capfd.readouterr().err
+
+
+def test_the_processes_of_a_training_end_with_the_one_that_started_them(tmp_path):
+    """A kernel that memory's end has killed, say: processes left over would hold the folder."""
+    settings = tiny(tmp_path, batch=2, steps=100_000, processes=2)
+    process = subprocess.Popen([sys.executable, "-c", CODE, json.dumps(settings.model_dump())])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "history.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3  # torchrun and its two
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    assert not alive
+    with alone(tmp_path):
+        pass

@@ -14,6 +14,7 @@ import sys
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,12 +200,50 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
     assert not list(tmp_path.rglob(".*.partial"))
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run(tiny(tmp_path, steps=1))
-    checkpoint = tmp_path / "checkpoint.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
-    with pytest.raises(ConfigError, match=r"checkpoint\.pt cannot be read"):
-        run(tiny(tmp_path, steps=1))
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def one_bit_changed(path):
+    """Of the weights: torch reads that without a word."""
+    content = bytearray(path.read_bytes())
+    content[content.index(next(iter(torch.load(path)["net"].values())).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+def of_something_else(path):
+    torch.save({"step": 12}, path)
+
+
+@pytest.mark.parametrize("damage", [cut_short, one_bit_changed, of_something_else, Path.unlink])
+def test_a_training_whose_checkpoint_is_damaged_starts_anew_to_the_same_weights(tmp_path, damage, monkeypatch):
+    whole, _ = run(tiny(tmp_path / "whole", steps=8))
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 4)
+    with interrupted_in_step(7, monkeypatch):
+        run(tiny(tmp_path / "run", steps=8))
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    damage(checkpoint)
+    damaged = checkpoint.read_bytes() if checkpoint.exists() else b""
+    with pytest.warns(match=r"checkpoint\.pt cannot be read .*trains anew") if damaged else contextlib.nullcontext():
+        net, history = run(tiny(tmp_path / "run", steps=8))
+    assert torch.equal(weights(net), weights(whole))
+    assert [line["step"] for line in history] == [8]
+    if damaged:  # what took computing is not deleted
+        assert (tmp_path / "run/checkpoint_damaged.pt").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("content", ["", '{"parameters": {"lr": 0.0', "[]", "{}"])
+def test_a_training_whose_record_is_damaged_goes_on_to_the_same_weights(tmp_path, content, monkeypatch):
+    whole, _ = run(tiny(tmp_path / "whole", steps=8))
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 4)
+    with interrupted_in_step(7, monkeypatch):
+        run(tiny(tmp_path / "run", steps=8))
+    (tmp_path / "run/config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"lr: 0.001 there, 0.01 now"):
+        run(tiny(tmp_path / "run", steps=8, lr=0.01))
+    net, _ = run(tiny(tmp_path / "run", steps=8))
+    assert torch.equal(weights(net), weights(whole))
+    assert json.loads((tmp_path / "run/config.json").read_text())["parameters"]["steps"] == 8
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sam"])
