@@ -1,4 +1,5 @@
-# make study [STUDY=quick] [DATA=folder] [RUNS=folder]   compute a study (see studies/)
+# make study [STUDY=quick] [DATA=folder] [RUNS=folder] [PROFILE=slurm]   compute a study: a name in studies/, or a path
+#                                          to a YAML file; here, or as docs/grid.md says on a cluster
 # make test [SLOW=1]                       lint and run the tests; SLOW: those of minutes too
 # make lab                                 open the notebooks
 # make bench                               measure speed, beside the figures to reach
@@ -15,7 +16,7 @@ export FMSAM_DATA := $(if $(DATA),$(shell $(PYTHON) -c 'import os, sys; print(os
 .PHONY: study test lab bench site lint clean
 
 study: $(VENV)/ready
-	$(BIN)/python -m fmsam_lib.study $(STUDY) $(if $(RUNS),--runs "$(RUNS)")
+	$(BIN)/python -m fmsam_lib.study "$(STUDY)" $(if $(RUNS),--runs "$(RUNS)") $(if $(PROFILE),--profile "$(PROFILE)")
 
 test: lint $(VENV)/peers
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow")

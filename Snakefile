@@ -1,19 +1,15 @@
 # A study as a graph of papermill notebooks. `python -m fmsam_lib.study NAME` writes the notebooks' parameter files and
-# calls this in the study's folder, from which all paths but the notebooks' count: what that is called is no matter. A
-# rule a notebook, of the table NOTEBOOKS; an executed notebook is a rule's log, so that it stays when the rule fails.
+# `plan.json` and calls this in the study's folder, from which all paths but the notebooks' count: what that is called is
+# no matter. A rule a notebook; an executed notebook is a rule's log, so that it stays when the rule fails. Every job on
+# another machine reads this again: it imports nothing that takes seconds, and not a study file that may have changed.
+import json
 import shlex
 import sys
 from pathlib import Path
 
-import yaml
-
-from fmsam_lib.study.file import read_study
-from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
-
 notebooks = Path(workflow.basedir) / "notebooks"  # no rule's inputs: a checkout may move
-study_file = Path(yaml.safe_load(Path("40_compare.yaml").read_text(encoding="utf-8"))["study"])
-*work, comparison = jobs(read_study(study_file), Path(), "", study_file)
-needs = {(job.folder, job.notebook): job.needs for job in work}
+*work, report = json.loads(Path("plan.json").read_text(encoding="utf-8"))
+jobs = {(job["folder"], job["notebook"]): job for job in work}
 python, there = shlex.quote(sys.executable), shlex.quote(str(notebooks))
 # The kernel `python3` is that of profiles/jupyter, which starts this interpreter, whatever a person's own is. Notebooks
 # come as standard input: papermill would fill in what stands in braces in a path.
@@ -28,22 +24,28 @@ wildcard_constraints:
 # Tables and weights are asked for too: Snakemake would not miss what was removed behind a report that is there.
 rule study:
     input:
-        [file for job in (*work, comparison) for file in job.makes],
+        "report.html",
+        [file for job in work for file in job["makes"]],
 
 
-for name in {job.notebook: None for job in work}:
+for name, first in {job["notebook"]: job for job in work}.items():
 
     rule:
         name:
             name
         input:
             f"{{folder}}/{name}.asked.yaml",
-            needs=lambda wildcards, name=name: needs[wildcards.folder, name],
+            needs=lambda wildcards, name=name: jobs[wildcards.folder, name]["needs"],
         output:
             # Weights are not removed first, and come back where a training that is run again fails.
-            [(update if name == "10_train" else str)(f"{{folder}}/{file}") for file in NOTEBOOKS[name].makes],
+            [(update if name == "10_train" else str)(f"{{folder}}/{Path(file).name}") for file in first["makes"]],
         log:
             f"{{folder}}/{name}.ipynb",
+        threads: lambda wildcards, name=name: jobs[wildcards.folder, name]["resources"]["threads"]
+        resources:
+            gpu=lambda wildcards, name=name: jobs[wildcards.folder, name]["resources"]["gpu"],
+            mem_mb=first["resources"]["mem_mb"],
+            runtime=first["resources"]["runtime"],
         shell:
             "{papermill} - {log:q} -f {wildcards.folder:q}/{rule}.yaml < {there}/{rule}.ipynb"
 
@@ -52,11 +54,15 @@ rule compare:
     input:
         "40_compare.asked.yaml",
         "left_out.json",
-        needs=comparison.needs,
+        needs=[job["makes"][0] for job in work],  # a notebook makes all of its files or none
     output:
         "report.html",
     log:
         "40_compare.ipynb",
+    threads: report["resources"]["threads"]
+    resources:
+        mem_mb=report["resources"]["mem_mb"],
+        runtime=report["resources"]["runtime"],
     shell:
         "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output {output:q} {log:q}"
 

@@ -33,6 +33,13 @@ def odd(value: int) -> int:
     return value
 
 
+def plain_name(name: str) -> str:
+    """A name that can be a folder's and a word of a command: Snakemake has its own use for braces."""
+    if name.startswith("-") or not name.isprintable() or {*"{}"} & {*name}:
+        raise ValueError("expected a name without braces, line breaks and a hyphen at its start")
+    return name
+
+
 def in_project(path: str) -> str:
     """Relative paths of results count from the project's folder, wherever a notebook was started."""
     return str(PROJECT / path) if path else ""
@@ -103,7 +110,8 @@ def _in_words(kind: type[Parameters], problem: Any) -> str:
         return f"{name}: unknown; known are {', '.join(kind.model_fields)}{nearest(name, kind.model_fields)}"
     if problem["type"] == "missing":
         return f"{name}: missing"
-    said = WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, ")).format(**of)
+    words = WORDS.get(problem["type"])  # a message that quotes a value is no template
+    said = words.format(**of) if words else problem["msg"].removeprefix("Value error, ")
     trick = " (YAML reads 1e-3 as text: write 1.0e-3)" if problem["type"] == "float_type" else ""
     if problem["type"] == "literal_error":
         said, trick = re.sub(r"'([\w+-]+)'", r"\1", said), nearest(str(value), re.findall("'([^']*)'", of["expected"]))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fmsam_lib.checking import Parameters, each_once, in_project, odd
+from fmsam_lib.checking import Parameters, each_once, in_project, odd, plain_name
 
 Natural = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -18,7 +18,7 @@ OddPoints = Annotated[Points, AfterValidator(odd)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(plain_name)]
 T = TypeVar("T")
 Distinct = Annotated[list[T], AfterValidator(each_once)]
 Some = Annotated[Distinct[T], Field(min_length=1)]

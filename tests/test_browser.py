@@ -2,11 +2,13 @@
 
 import os
 import re
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from contextlib import ExitStack, closing
 
@@ -34,6 +36,9 @@ pytestmark = [
 ]
 
 
+TOKEN = secrets.token_hex()
+
+
 def free_port() -> int:
     with closing(socket.socket()) as s:
         s.bind(("127.0.0.1", 0))
@@ -56,8 +61,8 @@ def lab(tmp_path_factory):
         f"--port={port}",
         "--port-retries=0",
     ]
-    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
-    own = {"PYTHONPATH": str(PROJECT), "HOME": str(folder), "FMSAM_HEADLESS": ""}
+    command += [f"--ServerApp.root_dir={folder}"]
+    own = {"PYTHONPATH": str(PROJECT), "HOME": str(folder), "FMSAM_HEADLESS": "", "JUPYTER_TOKEN": TOKEN}
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, env=os.environ | own, stdout=log, stderr=log)
     deadline = time.monotonic() + 90
@@ -98,7 +103,7 @@ def numbers(text):
 
 def to_notebook(lab, page, name):
     """Open it and wait for its kernel: cells that are run before are lost."""
-    page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?reset")
+    page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?reset&token={TOKEN}")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     page.get_by_text("| Idle").wait_for()
 
@@ -155,6 +160,39 @@ def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old,
     page.keyboard.press("ArrowRight")  # JupyterLab has its own use for arrows
     page.wait_for_function("([row, old]) => row.innerText !== old", arg=[place.element_handle(), there])
     shot(page, notebook, explorer)
+
+
+def test_a_saved_notebook_shows_its_pictures_without_its_kernel(lab, page):
+    """Needs profiles/jupyter/overrides.json, which `make` puts into the environment."""
+    to_notebook(lab, page, "01_look_at_the_data")
+    edit_parameter(page, "shape: list = [64, 64, 64]", "shape: list = [32, 32, 32]")
+    run_all(page)
+    canvas = page.locator(".fmsam canvas")
+    bottom_until(page, canvas.last)
+    drawn = canvas.last.evaluate("e => e.toDataURL()")
+    page.wait_for_function("() => !document.querySelector('.jp-InputPrompt')?.innerText.includes('*')")
+    page.keyboard.press("Control+s")
+    page.get_by_role("menuitem", name="Kernel", exact=True).click()
+    page.get_by_role("menuitem", name="Shut Down Kernel", exact=True).click()
+    page.wait_for_timeout(2000)
+    page.goto(f"{lab}/lab/tree/notebooks/01_look_at_the_data.ipynb?reset&token={TOKEN}")
+    bottom_until(page, canvas.last)
+    assert canvas.last.evaluate("e => e.toDataURL()") == drawn
+    assert not page.get_by_text("model not found").count()
+
+
+def test_without_its_token_and_from_elsewhere_the_lab_answers_nobody(lab):
+    """With the options that `make lab` gives: an address of its own and a token are Jupyter's defaults."""
+    for path in ("/api/contents", "/api/kernels", "/api/contents?token=", "/api/contents?token=wrong"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(lab + path, timeout=30)
+    urllib.request.urlopen(f"{lab}/api/contents?token={TOKEN}", timeout=30).close()
+    port = int(lab.rsplit(":", 1)[1])
+    for address in {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} | {
+        "127.0.0.2"
+    }:
+        with closing(socket.socket()) as s:
+            assert address == "127.0.0.1" or s.connect_ex((address, port)), address
 
 
 # The explorer alone, fed by a stand-in for the notebook: everything it draws is compared with `slices.cut`.

@@ -34,7 +34,7 @@ def comparison(
         values, units = per_pair(results, metric).assign(metric=metric), units_of(results, metric)
         for baseline, treatment in against:
             rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])]
-            equal = "compute" if baseline.partition("+")[0] == EQUAL_COMPUTE else "steps"
+            equal = "compute" if baseline.startswith(EQUAL_COMPUTE) else "steps"
             about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": equal}
             for train, test, group in _groups(rows):
                 unit = set(units[group.test_domain])

@@ -37,14 +37,15 @@ def fetch_hippocampus(folder: Path | str | None = None) -> Path:
 
 
 def _download_hippocampus(folder: Path, work: Path) -> Path:
-    from monai.apps import DecathlonDataset, download_and_extract  # here: importing MONAI takes seconds
+    from monai.apps import DecathlonDataset, download_url, extractall  # here: importing MONAI takes seconds
 
     task = "Task04_Hippocampus"
     where, by_hand = folder / "HippocampusMR", folder / f"{task}.tar"
     tar = by_hand if by_hand.is_file() else work / by_hand.name
     try:
         url, md5 = DecathlonDataset.resource[task], DecathlonDataset.md5[task]
-        download_and_extract(url, filepath=tar, output_dir=work, hash_val=md5, hash_type="md5")
+        download_url(url, tar, hash_val=md5, hash_type="md5")  # of a file that is there it checks the hash alone
+        extractall(tar, work)  # refuses links and what would lie outside
     except Exception as error:  # without network MONAI raises no narrower one
         todo = f"Without network, put {by_hand.name} into {folder}, or its imagesTr and labelsTr into {where}."
         expected, found = "task 4 of the Medical Segmentation Decathlon", f"{type(error).__name__}: {error}"

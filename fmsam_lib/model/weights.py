@@ -13,12 +13,16 @@ import copy
 import hashlib
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, build_opener
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.model.network import GradICON
@@ -126,7 +130,10 @@ def official(name: str) -> Path:
     if not path.exists():
         try:
             with written_whole(path) as partial:
-                torch.hub.download_url_to_file(OFFICIAL[name], str(partial))
+                with build_opener(SameScheme).open(OFFICIAL[name]) as source, open(partial, "wb") as file:
+                    size = int(source.headers["Content-Length"] or 0) or None
+                    with tqdm.wrapattr(source, "read", total=size, desc=name) as read:
+                        shutil.copyfileobj(read, file)
                 torch.load(partial, weights_only=True, mmap=True)  # a connection closed early passes for an end
                 path.with_suffix(".sha256").write_text(sha256(partial) + "\n", encoding="utf-8")
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -134,6 +141,15 @@ def official(name: str) -> Path:
                 f"expected to download {OFFICIAL[name]}, got: {error}; download it by hand and put it at {path}"
             ) from error
     return path
+
+
+class SameScheme(HTTPRedirectHandler):
+    """Follows no redirect from https to http, where anyone on the way may answer."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if urlsplit(newurl).scheme != req.type:
+            raise OSError(f"a redirect from {req.type} to {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def golden(net: GradICON) -> list[float]:

@@ -26,6 +26,8 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.records import written_whole
 
 WIDTH = 9.0  # inches; 900 pixels on a screen, the width of a README
+MOST_HIGH = 6.9  # inches; with `DPI` a file of at most 1,200 x 900 pixels
+DPI = 130
 FIXED_LINE: dict[str, Any] = {"colors": "#56B4E9", "linestyles": "solid", "linewidths": 1.3}
 WARPED_LINE: dict[str, Any] = {"colors": "#E69F00", "linestyles": "dashed", "linewidths": 1.3}
 GRID_LINE: dict[str, Any] = {"colors": "#F0E442", "linestyles": "solid", "linewidths": 0.9}
@@ -47,12 +49,18 @@ def png(figure: Figure, *, compression: int = 6) -> bytes:
     return buffer.getvalue()
 
 
+def fitting(figure: Figure) -> float:
+    """The dots an inch with which a figure fills 1,200 x 900 pixels at most."""
+    wide, high = figure.get_size_inches()
+    return float(min(DPI, 1200 / wide, 900 / high))
+
+
 def save(figure: Figure, path_without_suffix: str | Path) -> None:
-    """Write `<path>.png` (150 dpi) and `<path>.pdf` (vectors), whole or not at all; the same bytes every time."""
+    """Write `<path>.png` (at most 1,200 x 900) and `<path>.pdf`, whole or not at all; the same bytes every time."""
     path = Path(path_without_suffix)
     for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
         with written_whole(path.with_name(f"{path.name}.{suffix}")) as partial:
-            figure.savefig(partial, format=suffix, dpi=150, metadata=metadata)
+            figure.savefig(partial, format=suffix, dpi=fitting(figure), metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,7 @@ def registration(
     columns, rows = (2, 1) if phi_map is None else (3, 2)
     tall = (plane.size[1] + plane.step[1]) / (plane.size[0] + plane.step[0])
     high = rows * ((WIDTH - 0.5) / columns * min(tall, 1.4) + 0.3) + 0.5
-    figure = Picture(figsize=(WIDTH, high), layout="constrained")
+    figure = Picture(figsize=(WIDTH, min(high, MOST_HIGH)), layout="constrained")
     figure.suptitle(plane.name, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     titles = ["fixed", "moving", "warped", "checkerboard of fixed and warped", "deformation grid"]
@@ -263,7 +271,8 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
     planes = [cut(pair, phi_map, axis=axis) for axis in ((None,) if pair.fixed.dim() == 3 else (2, 1, 0))]
     tall = [(p.size[1] + p.step[1]) / (p.size[0] + p.step[0]) for p in planes]
     rows = [max(t, 0.25) for t in tall]
-    figure = Picture(figsize=(WIDTH, sum(WIDTH / 5 * row + 0.15 for row in rows) + 0.7), layout="constrained")
+    high = sum(WIDTH / 5 * row + 0.15 for row in rows) + 0.7
+    figure = Picture(figsize=(WIDTH, min(high, MOST_HIGH)), layout="constrained")
     figure.suptitle("\n".join([pair.title, *textwrap.wrap(said, 120)]), fontsize=11)
     axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
     for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):

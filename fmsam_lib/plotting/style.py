@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fmsam_lib.plotting.slices import WIDTH, Picture
+from fmsam_lib.plotting.slices import MOST_HIGH, WIDTH, Picture
 
 # Okabe and Ito's colours, and two dark ones, for colour-blind readers; marker and line do without colour.
 LOOKS: dict[str, dict[str, Any]] = {
@@ -107,10 +107,10 @@ def measured_on(test_domain: str) -> str:
 
 
 def panels(number: int, most: int, height: float, ylabel: str = "", **share) -> tuple[Figure, list[Axes]]:
-    """A figure of `number` panels, at most so many beside each other, `height` inches each."""
+    """A figure of `number` panels, at most so many beside each other, `height` inches each; lower where many rows."""
     columns = min(number, most)
     rows = math.ceil(number / columns)
-    figure = Picture(figsize=(WIDTH, rows * height + 0.4), layout="constrained")
+    figure = Picture(figsize=(WIDTH, min(rows * height + 0.4, MOST_HIGH)), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **share).flat)
     for ax in axes[number:]:
         ax.remove()

@@ -25,7 +25,7 @@ from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 from fmsam_lib.plotting.cards import card, regularity
-from fmsam_lib.plotting.slices import overview
+from fmsam_lib.plotting.slices import fitting, overview
 from fmsam_lib.records import data_error, write_json
 from fmsam_lib.registration.folder import ROLES, SUMMARY, staged
 from fmsam_lib.registration.start import index_to_lps
@@ -149,7 +149,7 @@ class Registration:
                 write(what, staging / name)
                 self.summary["files"].append(name)
             figure = overview(self.pair, self.phi.map, in_words(self.summary["verdict"]))
-            figure.savefig(staging / "overview.png", dpi=150, metadata={"Software": None})
+            figure.savefig(staging / "overview.png", dpi=fitting(figure), metadata={"Software": None})
             self.summary["files"] += ["overview.png", SUMMARY]
             write_json(staging / SUMMARY, self.summary)
         except (OSError, RuntimeError) as error:

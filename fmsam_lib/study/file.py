@@ -1,12 +1,20 @@
-"""A study file, read and checked."""
+"""A study file, found, read and checked."""
 
 from pathlib import Path
 
 import yaml
 
 from fmsam_lib.checking import ConfigError, read
-from fmsam_lib.study.grid import Study
+from fmsam_lib.records import PROJECT
+from fmsam_lib.study.grid import Study, swept
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
+
+
+def placed(study: str, runs: Path) -> tuple[Path, Path]:
+    """The file of a study, given by its name in `studies/` or by its path, and the folder for its results."""
+    by_path = Path(study).suffix in (".yaml", ".yml")
+    path = Path(study).resolve() if by_path else PROJECT / "studies" / f"{study}.yaml"
+    return path, runs.resolve() / (path.stem if by_path else study)
 
 
 def read_study(path: Path | str) -> Study:
@@ -26,8 +34,9 @@ def read_study(path: Path | str) -> Study:
         raise ConfigError(f"{path}: expected a mapping of {', '.join(Study.model_fields)}, got {values!r}")
     study = read(Study, values, source=str(path))
     try:
+        study = swept(study)
         work = jobs(study, Path("runs"), "", path)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}, {error}") from None
     for job in work:
         notebook = NOTEBOOKS[job.notebook]

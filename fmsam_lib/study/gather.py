@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from fmsam_lib.evaluation.comparison import gaps
+from fmsam_lib.evaluation.correlation import RUN as ABOUT
 from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, PAIRS, read_results, together
 from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
 from fmsam_lib.flatness.landscape import RUN, TRAINING
@@ -55,7 +55,7 @@ def gather(study: Study, folder: Path | str) -> Found:
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in READERS}
     configs: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
-    runs = {run.folder: asdict(run) for run in grid(study)}
+    runs = {run.folder: {name: getattr(run, name) for name in ABOUT} for run in grid(study)}
     made_by, by = read_json(folder / "sources.json", {}), {}
     _json(folder, "left_out.json", problems)
     for job in jobs(study, folder, "", Path())[:-1]:  # without the report

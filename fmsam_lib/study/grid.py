@@ -1,5 +1,6 @@
 """What a study file may say, and the grid of runs that it means: train domain x optimizer x seed."""
 
+import hashlib
 import itertools
 import re
 import typing
@@ -7,14 +8,33 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fmsam_lib.checking import Parameters, nearest
-from fmsam_lib.parameters import EQUAL_COMPUTE, Distinct, Method, Name, Names, Natural, Optimizer, Shape, Some
+from fmsam_lib.parameters import EQUAL_COMPUTE, Count, Distinct, Method, Name, Natural, Optimizer, Shape, Some, Train
 from fmsam_lib.plotting.cards import card
 
+NotebookName = Literal["10_train", "20_evaluate", "30_loss_landscape", "35_between_minima", "40_compare"]
 BASELINE = "adam"  # the other optimizers are compared with it
 TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
+CLIMBING = tuple(name for name in typing.get_args(Optimizer) if not name.startswith(BASELINE))
+USED_BY = {  # parameters that say nothing to the other optimizers
+    **dict.fromkeys(("rho", "rho_schedule", "sync_climb"), CLIMBING),
+    **dict.fromkeys(("climb", "late"), ("sam",)),
+    **{"every": ("sam-every", "looksam"), "alpha": ("looksam",)},
+}
+NO_NAME = re.compile(r"[^\w.-]+")  # of a file, whatever the system
+# No training domain's folder: what else lies in a study's.
+NO_FOLDER = re.compile(r"none|io|figures|\..*|.*[/\\].*|.*\.(csv|html|ipynb|json|log|pt|txt|yaml)")
+
+
+class Resources(Parameters):
+    """What a scheduler gives to one run of a notebook."""
+
+    cpus: Count | None = Field(None, description="cores; null: processes x threads of the notebook's section")
+    gpus: Natural | None = Field(None, description="null: one a process where a training's device is cuda")
+    memory_mb: Count = Field(4000, description="for all of its processes")
+    minutes: Count = Field(240, description="after which it is ended; a training goes on from its last checkpoint")
 
 
 class Study(Parameters):
@@ -24,17 +44,18 @@ class Study(Parameters):
     in turn: so many training domains more. always: domains that train along whichever is left out. baselines:
     registrations without training, for the same tables: ANTs' SyN, instance optimisation alone. variants: further
     optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the training's
-    parameters differs. landscape: null leaves out notebooks 30 and 35.
+    parameters differs. landscape: null leaves out notebooks 30 and 35. train, variants: a list where the parameter is
+    none, `rho: [0.01, 0.03]`, multiplies the optimizers that use it (`swept`). resources: by notebook, `Resources`.
     """
 
     description: str
-    groups: dict[str, Names] = Field({})
+    groups: dict[str, Some[Name]] = Field({})
     always: Distinct[Name] = Field([])
     leave_one_out: Distinct[Name] = Field([])
     train_domains: Distinct[Name] = Field([])
-    test_domains: Names
+    test_domains: Some[Name]
     variants: dict[str, dict[str, Any]] = Field({})
-    optimizers: Names
+    optimizers: Some[Name]
     seeds: Some[Natural]
     shape: Shape
     baselines: Distinct[Literal["ants-syn", "io"]] = Field([])
@@ -42,6 +63,7 @@ class Study(Parameters):
     evaluate: dict[str, Any]
     landscape: dict[str, Any] | None
     between: dict[str, Any] = Field({})
+    resources: dict[NotebookName, dict[str, Any]] = Field({})
 
     @field_validator("train_domains")
     @classmethod
@@ -79,6 +101,47 @@ class Study(Parameters):
             raise ValueError(f"expected some of {', '.join(known)}; {'; '.join(unknown)}")
         return names
 
+    @model_validator(mode="after")
+    def _one_folder_each(self) -> "Study":
+        trains: dict[str, str] = {}
+        for train in self.train_domains:
+            name = self.folder_of(train)
+            if NO_FOLDER.fullmatch(name):
+                raise ValueError(f"train_domains: {name!r} cannot be a folder of the study: give it another name")
+            if (other := trains.setdefault(name.lower(), train)) != train:
+                told = f"{other} and {train} would both have the folder {name}"
+                raise ValueError(f"train_domains: {told}: leave one out or give the group another name")
+        return self
+
+    def members(self, one: str) -> list[str]:
+        """The domains of a group; a domain alone."""
+        return self.groups.get(one, [one])
+
+    def left_out(self, train: str) -> str:
+        """The domain or group that these training domains leave out; "" where they are no such training."""
+        every = {name for one in self.leave_one_out for name in self.members(one)} | {*self.always}
+        alone = (one for one in self.leave_one_out if {*train.split("+")} == every - {*self.members(one)})
+        return next(alone, "")
+
+    def short(self, train: str) -> str:
+        """A name of many training domains that fits a column: "all but heart", "4 domains"."""
+        if one := self.left_out(train):
+            return f"all but {one}"
+        size = train.count("+") + 1
+        alike = [other for other in self.train_domains if other.count("+") + 1 == size and not self.left_out(other)]
+        number = f" ({alike.index(train) + 1})" if train in alike[1:] else ""
+        return train if size < 3 else f"{size} domains{number}"
+
+    def folder_of(self, train: str) -> str:
+        """Their name in folders: "all-but-heart", "brain-mr-and-3-more-5d2c1f"; of one or two domains, themselves."""
+        first, *more = train.split("+")
+        digest = hashlib.sha256(train.encode()).hexdigest()[:6]
+        listed = train if len(more) < 2 else f"{first}-and-{len(more)}-more-{digest}"
+        return f"all-but-{one}" if (one := self.left_out(train)) else listed
+
+    def run(self, train: str, optimizer: str, seed: int) -> "Run":
+        return Run(train, optimizer, seed, f"{self.folder_of(train)}/{optimizer}/seed{seed}")
+
     def _repr_html_(self) -> str:
         """At the end of a cell: the grid, a training domain a row, an optimizer a column, seeds in the cells."""
         seeds = f"seeds {', '.join(map(str, self.seeds))}"
@@ -94,31 +157,66 @@ class Study(Parameters):
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the grid."""
+    """One cell of the grid, and its folder below the study's."""
 
     train_domain: str
     optimizer: str
     seed: int
-
-    @property
-    def folder(self) -> str:
-        return f"{self.train_domain}/{self.optimizer}/seed{self.seed}"
+    folder: str
 
 
 def grid(study: Study) -> list[Run]:
     """All runs of a study."""
-    return [Run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
+    return [study.run(*cell) for cell in itertools.product(study.train_domains, study.optimizers, study.seeds)]
+
+
+def swept(study: Study) -> Study:
+    """The study with an optimizer for each combination of values where a parameter of the trainings has several.
+
+    It is a variant, "sam-lr=0.01-rho=0.03", whatever their order in the file. A parameter that is a list itself has
+    several where it is a list of lists. ValueError for values that are none, or the same twice.
+    """
+    common = {name: values for name, values in study.train.items() if _several(name, values)}
+    variants, optimizers = {**study.variants}, []
+    for optimizer in study.optimizers:
+        own = study.variants.get(optimizer, {"optimizer": optimizer})
+        used = {name: common[name] for name in common if own["optimizer"] in USED_BY.get(name, [own["optimizer"]])}
+        lists = {name: values for name, values in sorted((used | own).items()) if _several(name, values)}
+        for values in itertools.product(*lists.values()):
+            chosen = dict(zip(lists, values, strict=True))
+            words = (NO_NAME.sub("_", str(value)).strip("_") for value in values)
+            called = "-".join([optimizer, *(f"{name}={word}" for name, word in zip(lists, words, strict=True))])
+            variants |= {called: own | chosen} if chosen else {}
+            optimizers.append(called)
+        if not all(lists.values()) or len({*optimizers}) < len(optimizers):
+            raise ValueError(f"{optimizer}: expected one value or more of each parameter, each once, got {lists}")
+    train = {name: value for name, value in study.train.items() if name not in common}
+    return study.model_copy(update={"train": train, "variants": variants, "optimizers": optimizers})
+
+
+def _several(name: str, value: Any) -> bool:
+    """Whether this is not a parameter's value but a list of values."""
+    if name not in Train.model_fields or not isinstance(value, list):
+        return False
+    return typing.get_origin(Train.model_fields[name].annotation) is not list or any(isinstance(v, list) for v in value)
+
+
+def swept_from(optimizer: str) -> tuple[str, set[str]]:
+    """What a sweep made it from, and by which values: of "adam-2x-lr=0.1", "adam-2x" and {"lr=0.1"}."""
+    base, *values = re.split(r"-(?=\w+=)", optimizer)
+    return base, {*values}
 
 
 def compared(study: Study) -> tuple[str, str]:
     """Baseline and treatment of the report: Adam, and the first optimizer that is another one at the same steps."""
-    baseline = BASELINE if BASELINE in study.optimizers else study.optimizers[0]
-    others = [o for o in study.optimizers if o != baseline] or [baseline]
-    return baseline, next((o for o in others if o != EQUAL_COMPUTE), others[0])
+    bases = {optimizer: swept_from(optimizer)[0] for optimizer in study.optimizers}
+    baseline = next((optimizer for optimizer in bases if bases[optimizer] == BASELINE), study.optimizers[0])
+    others = [o for o in bases if bases[o] != bases[baseline]] or study.optimizers[1:] or [baseline]
+    return baseline, next((o for o in others if bases[o] != EQUAL_COMPUTE), others[0])
 
 
 def twins(study: Study) -> list[tuple[Run, Run]]:
     """Runs of baseline and treatment with the same training domain and seed, so the same start."""
     names = compared(study)
     cells = itertools.product(study.train_domains, study.seeds)
-    return [(Run(d, names[0], s), Run(d, names[1], s)) for d, s in cells if names[0] != names[1]]
+    return [(study.run(d, names[0], s), study.run(d, names[1], s)) for d, s in cells if names[0] != names[1]]

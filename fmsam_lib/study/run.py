@@ -29,7 +29,7 @@ from fmsam_lib.images.manifest import data_folder
 from fmsam_lib.model.weights import sha256
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import PROJECT, DataError, read_json, sources
-from fmsam_lib.study.file import read_study
+from fmsam_lib.study.file import placed, read_study
 from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
@@ -43,17 +43,17 @@ ROOM = 2**24  # bytes that a disk takes which is not full
 
 def main() -> int:
     arguments = argparse.ArgumentParser(prog="python -m fmsam_lib.study", description="Compute a whole study.")
-    arguments.add_argument("study", help="name of a file in studies/, without .yaml")
+    arguments.add_argument("study", help="name of a file in studies/, without .yaml; or a path, with it")
     arguments.add_argument("--data", default="", help="folder of data sets (default: FMSAM_DATA, else data)")
     arguments.add_argument("--runs", default="runs", help="folder for the results (default: %(default)s)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    arguments.add_argument("--cores", type=int, default=cores, help="notebooks at a time (default: all cores allowed)")
+    arguments.add_argument("--cores", type=int, default=cores, help="of this machine to use (default: all allowed)")
+    arguments.add_argument("--profile", type=profile, help="slurm, or the folder of another Snakemake profile")
     given = arguments.parse_args()
-    root = Path(given.runs).resolve() / given.study
+    study_file, root = placed(given.study, Path(given.runs))
     data = str(data_folder(given.data).resolve())
-    study_file = PROJECT / "studies" / f"{given.study}.yaml"
     try:
-        return computed(study_file, root, data, given.cores)
+        return computed(study_file, root, data, given.cores, given.profile)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +63,7 @@ def main() -> int:
         return 1
 
 
-def computed(study_file: Path, root: Path, data: str, cores: int) -> int:
+def computed(study_file: Path, root: Path, data: str, cores: int, profile: str | None) -> int:
     """Compute what the study lacks, telling how far it is and what came out; the command's exit code.
 
     Raises ConfigError, DataError before anything is computed; OSError where the folder `root` takes nothing more.
@@ -81,9 +81,11 @@ def computed(study_file: Path, root: Path, data: str, cores: int) -> int:
     remember([job for job in work if job not in left], root)
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
-        *("--profile", str(PROJECT / "profiles" / "default"), "--cores", str(cores)),
+        *("--workflow-profile", str(PROJECT / "profiles" / "default")),
+        *(("--profile", profile) if profile else ("--cores", str(cores))),
     ]
-    print(f"study {study_file.stem} on {cores} cores; log: {root / 'snakemake.log'}", flush=True)
+    where = f"with the profile {profile}" if profile else f"on {cores} cores"
+    print(f"study {study_file.stem} {where}; log: {root / 'snakemake.log'}", flush=True)
     report, before = root / "report.html", root / "report_before.html"
     if report.exists() and not before.exists():  # until there is another of all runs
         shutil.copy(report, before)
@@ -114,6 +116,15 @@ def computed(study_file: Path, root: Path, data: str, cores: int) -> int:
         print("What was computed is kept: mend the cause and run the same command again.", file=sys.stderr)
     print(f"report: {report}")
     return 0 if done and set(problems) <= set(left_out) else 1
+
+
+def profile(name: str) -> str:
+    """The folder of a Snakemake profile, by its name in `profiles/` or its path."""
+    found = [path for path in (PROJECT / "profiles" / name, Path(name).resolve()) if (path / "config.yaml").is_file()]
+    if not found:
+        told = f"no profile {name}: expected slurm, or a folder with a config.yaml for Snakemake"
+        raise argparse.ArgumentTypeError(told)
+    return str(found[0])
 
 
 def locked(root: Path) -> TextIO:
@@ -157,10 +168,17 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
 
 
 def refuse_another(work: list[Job], root: Path) -> None:
-    """Raise ConfigError where a finished training has other parameters than the study now gives it.
+    """Raise ConfigError where a finished training has other parameters than the study now gives it, or the study
+    that was computed here is another file, which is still there and says something else.
 
     Before anything is written: a newer parameter file would have Snakemake run the training again, which refuses.
     """
+    with contextlib.suppress(OSError, yaml.YAMLError, TypeError, KeyError):  # it was never computed here
+        this = Path(work[-1].values["study"])
+        other = Path(yaml.safe_load((root / f"{work[-1].name}.yaml").read_text(encoding="utf-8"))["study"])
+        if other != this and other.read_bytes() != this.read_bytes():
+            todo = "give one of them another name, or name another folder with --runs (make study RUNS=folder)"
+            raise ConfigError(f"{root} has the results of another study, {other}, not of {this}: {todo}")
     found = []
     for job in (job for job in work if job.notebook == "10_train" and (root / job.folder / "weights.pt").exists()):
         with contextlib.suppress(ConfigError):  # a record that cannot be read: `gather` names it

@@ -323,20 +323,23 @@ def decathlon(monkeypatch, tmp_path):
     tiny = save(tmp_path / "tiny.nii", image(shape=(2, 2, 2))).read_bytes()
     state.write = lambda folder: _decathlon_folder(folder, state.images, tiny)
 
-    def download_and_extract(url, filepath, output_dir, hash_val, hash_type):
+    def download_url(url, filepath, hash_val, hash_type):
         state.calls.append((url, Path(filepath).is_file()))
         if Path(filepath).is_file():
-            with tarfile.open(filepath) as tar:
-                tar.extractall(output_dir, filter="data")
             return
         if state.fail:
-            state.images = 20
-            state.write(Path(output_dir))  # what was there when the connection broke
+            Path(filepath).write_bytes(b"what was there when the connection broke")
             raise state.fail
-        state.write(Path(output_dir))
+        state.write(tmp_path / "published")
+        with tarfile.open(filepath, "w") as tar:
+            tar.add(tmp_path / "published/Task04_Hippocampus", "Task04_Hippocampus")
+
+    def extractall(filepath, output_dir):
+        with tarfile.open(filepath) as tar:
+            tar.extractall(output_dir, filter="data")
 
     table = types.SimpleNamespace(resource={"Task04_Hippocampus": "url"}, md5={"Task04_Hippocampus": "md5"})
-    apps = types.SimpleNamespace(DecathlonDataset=table, download_and_extract=download_and_extract)
+    apps = types.SimpleNamespace(DecathlonDataset=table, download_url=download_url, extractall=extractall)
     monkeypatch.setitem(sys.modules, "monai", types.ModuleType("monai"))
     monkeypatch.setitem(sys.modules, "monai.apps", apps)
     return state

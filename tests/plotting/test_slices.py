@@ -203,4 +203,12 @@ def test_saved_figures_are_the_same_bytes_every_time(tmp_path):
     for kind in ("pdf", "png"):
         one, two = ((tmp_path / name / f"figure.{kind}").read_bytes() for name in "ab")
         assert one == two
-    assert imread(tmp_path / "a" / "figure.png").shape[1] == 150 * slices.WIDTH
+    assert imread(tmp_path / "a" / "figure.png").shape[1] == slices.DPI * slices.WIDTH
+
+
+@pytest.mark.parametrize("size", [(9, 3), (9, 30), (20, 9), (3, 12)])
+def test_a_saved_figure_has_at_most_1200_by_900_pixels(size, tmp_path):
+    slices.save(slices.Picture(figsize=size), tmp_path / "figure")
+    high, wide, _ = imread(tmp_path / "figure.png").shape
+    assert high <= 900
+    assert wide <= 1200

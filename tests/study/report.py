@@ -9,6 +9,7 @@ import pandas as pd
 
 from fmsam_lib.parameters import Compare
 from fmsam_lib.study.gather import Found
+from fmsam_lib.study.grid import Study
 from tests.conftest import PROJECT
 
 CELLS = [
@@ -16,9 +17,8 @@ CELLS = [
     for cell in json.loads((PROJECT / "notebooks/40_compare.ipynb").read_text())["cells"]
     if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
 ]
-STUDY = SimpleNamespace(train_domains=["a"], test_domains=["a", "b"], optimizers=["adam", "sam"], seeds=[0, 1],
-                        shape=[32, 32], description="made up", groups={}, always=[], leave_one_out=[],
-                        variants={})  # fmt: skip
+STUDY = Study(train_domains=["a"], test_domains=["a", "b"], optimizers=["adam", "sam"], seeds=[0, 1], shape=[32, 32],
+              description="made up", train={}, evaluate={}, landscape=None)  # fmt: skip
 
 
 def defines(node):

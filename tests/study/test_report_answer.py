@@ -14,13 +14,13 @@ from tests.evaluation.test_anatomies import BOTH, DESIGN, GROUPS, simulated
 from tests.evaluation.test_comparison import made_up
 from tests.study.report import STUDY, run
 
-ANATOMIES = SimpleNamespace(**vars(STUDY) | {"groups": GROUPS, "leave_one_out": list(DESIGN)})
+ANATOMIES = STUDY.model_copy(update={"groups": GROUPS, "leave_one_out": list(DESIGN)})
 NONE = comparison(made_up().head(0), [])
 SECTIONS = ("contrasts", "sentence", "forest")
 
 
 def answered(results, pairs, against=(BOTH,), study=ANATOMIES, differences=NONE, **given):
-    study.train_domains = sorted(results.train_domain.unique())
+    study = study.model_copy(update={"train_domains": sorted(results.train_domain.unique())})
     given |= {"results": results, "pairs": pairs, "study": study, "differences": differences}
     return run(*SECTIONS, against=list(against), **given)
 
@@ -105,8 +105,8 @@ def test_dice_stands_over_the_gradients_that_were_spent(both):
         [{"optimizer": o, "seed": s, "gradient_evaluations": n} for o, n in spent.items() for s in range(10, 15)]
     )
     results = pd.concat([results, seen, before, after])
-    ANATOMIES.train_domains = trains
-    done = run("gradients", results=results, pairs=pairs, study=ANATOMIES, history=history)
+    study = ANATOMIES.model_copy(update={"train_domains": trains})
+    done = run("gradients", results=results, pairs=pairs, study=study, history=history)
     (axes,) = done.figures["gradients"].axes
     table = answer(both[0], pairs, GROUPS, BOTH).set_index("anatomy").loc[THESE]
     marks = {line.get_marker(): line for line in axes.lines if line.get_markerfacecolor() != "white"}
@@ -119,7 +119,7 @@ def test_dice_stands_over_the_gradients_that_were_spent(both):
     assert texts["Adam, twice the steps,\ntrained on it"] == pytest.approx(table.mean_baseline + 0.05, abs=1e-6)
     assert "EMA" in texts
     assert axes.get_xlabel().endswith("(below this picture: before registration 0.200)")
-    assert "gradients" not in run("gradients", results=before, pairs=pairs, study=ANATOMIES, history=history).figures
+    assert "gradients" not in run("gradients", results=before, pairs=pairs, study=study, history=history).figures
 
 
 def test_the_picture_shows_both_contrasts_of_every_anatomy_over_the_band(done):
@@ -169,7 +169,7 @@ def alone():
     results, pairs = simulated(np.random.default_rng(1))
     every = set(results.test_domain)
     results = results.assign(train_domain=["+".join(sorted(every - {test})) for test in results.test_domain])
-    return results, pairs.assign(subjects=""), SimpleNamespace(**vars(STUDY) | {"leave_one_out": sorted(every)})
+    return results, pairs.assign(subjects=""), STUDY.model_copy(update={"leave_one_out": sorted(every)})
 
 
 def test_domains_without_groups_and_synthetic_pairs_are_anatomies_of_their_own():
@@ -206,7 +206,7 @@ def test_runs_that_share_no_pairs_have_no_answer():
 
 def test_one_optimizer_has_no_answer():
     results, pairs = simulated(np.random.default_rng(0), seeds=2)
-    only = SimpleNamespace(**vars(ANATOMIES) | {"optimizers": ["sam"]})
+    only = ANATOMIES.model_copy(update={"optimizers": ["sam"]})
     settings = Compare(baseline="sam", treatment="sam")
     done = answered(results[results.optimizer == "sam"], pairs, against=[], study=only, settings=settings)
     assert done.sentence == "No answer: there is sam alone."
@@ -262,9 +262,9 @@ def test_many_training_domains_have_a_short_name_that_is_spelled_out_once():
     groups = {"heart": ["h1", "h2"], "knee": ["k"]}
     trains = ["k+b", "h1+h2+b", "a+b+c", "a+b+d", "a", "a+b"]
     told = {"groups": groups, "leave_one_out": ["heart", "knee"], "always": ["b"], "train_domains": trains}
-    done = run("about", study=SimpleNamespace(**vars(STUDY) | told), results=made_up(tests=("a",), train="a"))
+    done = run("about", study=(study := STUDY.model_copy(update=told)), results=made_up(tests=("a",), train="a"))
     names = ["all but heart", "all but knee", "3 domains", "3 domains (2)", "a", "a+b"]
-    assert [done.short(train) for train in trains] == names
+    assert [study.short(train) for train in trains] == names
     assert done.briefly("a+b+c/sam/seed0: gone; h1+h2+b") == "3 domains/sam/seed0: gone; all but knee"
     assert f"Trained on {', '.join(names)}; tested on" in done.about
     spelled = "Heart: h1, h2. Knee: k. Trained on always: b. 3 domains: a, b, c. 3 domains (2): a, b, d."

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -120,7 +119,7 @@ def test_methods_have_means_intervals_seconds_and_units():
     ],
 )
 def test_what_is_compared_with_what(optimizers, there, expected):
-    study = SimpleNamespace(**vars(STUDY) | {"optimizers": optimizers})
+    study = STUDY.model_copy(update={"optimizers": optimizers})
     results = pd.DataFrame({"optimizer": [*optimizers, *there]})
     assert run(study=study, results=results).compare_what() == expected
 
@@ -163,9 +162,12 @@ def test_the_tables_of_all_runs_are_written_together(settings, tmp_path):
     assert json.loads((tmp_path / "problems.json").read_text()) == []
 
 
-def config(optimizer="sam", **parameters):
+def config(optimizer="sam", train_domain="d", **parameters):
     made = {"commit": "abc", "cpu": "one", "cores": 2, "packages": {"torch": "2"}, "time": "now"}
-    return {"parameters": {"optimizer": optimizer, "threads": 1} | parameters, "provenance": made}
+    return {
+        "parameters": {"train_domain": train_domain, "optimizer": optimizer, "seed": 0, "threads": 1} | parameters,
+        "provenance": made,
+    }
 
 
 def provenance(**given):
@@ -200,7 +202,7 @@ def test_radii_have_a_line_for_seen_and_for_unseen_domains():
         for name in ("sam-0.1", "sam-0.2")
         for step in range(20)
     ]
-    configs = {f"a+b/sam-{rho}/seed0": config(rho=rho, lr=1e-3) for rho in (0.1, 0.2)}
+    configs = {f"all-but-c/sam-{rho}/seed0": config(train_domain="a+b", rho=rho, lr=1e-3) for rho in (0.1, 0.2)}
     results = pd.DataFrame(rows)[COLUMNS]
     table = run("radii", results=results, history=pd.DataFrame(history), configs=configs).radii
     assert table.optimizer.tolist() == ["sam"] * 4

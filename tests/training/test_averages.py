@@ -28,7 +28,8 @@ def vector(net):
 @pytest.mark.parametrize("optimizer", ["adam", "sam"])
 def test_averages_are_those_of_the_weights_of_every_step(tmp_path, optimizer):
     settings, dataset, _ = run(tmp_path, optimizer=optimizer)
-    steps = [torch.load(tmp_path / "snapshots" / f"step{step:06d}.pt").double() for step in range(1, 21)]
+    snapshots = [tmp_path / "snapshots" / f"step{step:06d}.pt" for step in range(1, 21)]
+    steps = [torch.load(snapshot, weights_only=True).double() for snapshot in snapshots]
     tail, ema = torch.stack(steps[15:]).mean(0), steps[0]
     for w in steps[1:]:
         ema = 0.999 * ema + 0.001 * w

@@ -957,7 +957,10 @@ def test_a_late_climb_leaves_the_steps_before_alone(tmp_path):
         }
         run = read(Train, given | {"sigma": 3.0, "rho": 0.03, "validation": 0} | changes)
         histories[name] = fit(starting(run), open_domain("brain-mr", shape=(16, 16)), run, progress=False)
-    adam, late, sam = ([torch.load(p) for p in sorted((tmp_path / name / "snapshots").iterdir())] for name in histories)
+    adam, late, sam = (
+        [torch.load(p, weights_only=True) for p in sorted((tmp_path / name / "snapshots").iterdir())]
+        for name in histories
+    )
     assert [torch.equal(a, b) for a, b in zip(adam, late, strict=True)] == [True, True, False, False]
     assert not torch.equal(adam[0], sam[0])
     assert histories["late"][-1]["gradient_evaluations"] == 6

@@ -14,7 +14,6 @@ from fmsam_lib.parameters import Compare
 from fmsam_lib.plotting import slices
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.gather import gather
-from fmsam_lib.study.grid import Run
 from fmsam_lib.widgets import study_browser
 from fmsam_lib.widgets.study_browser import Browser, Choice, Pairs, three_of
 from tests.study.report import run
@@ -30,8 +29,9 @@ def root(once):
 
 
 def pairs_of(root, folder=None, opened=OPENED, results=None, **how):
-    found = gather(read_study(root / "study.yaml"), root).results if results is None else results
-    return Pairs(found, lambda *run: (folder or root) / Run(*run).folder, opened, **how)
+    study = read_study(root / "study.yaml")
+    found = gather(study, root).results if results is None else results
+    return Pairs(found, lambda *run: (folder or root) / study.run(*run).folder, opened, **how)
 
 
 def browser_of(root, first=CHOICE, drawn=None, **how):

@@ -1,0 +1,139 @@
+"""Is a network flatter on the very domains where it registers better? Of every run of a study, on every test domain.
+
+    FMSAM_DATA=... python studies/sharpness.py runs/unseen      # a few seconds a run; goes on where it stopped
+    python studies/sharpness.py --draw                          # the figure and the table, from the recorded values
+
+Sharpness is the relative rise of the total loss at SAM's step, `(L(w + rho g / |g|) - L(w)) / L(w)`, with g the
+gradient of that domain alone, on its first 12 test pairs, in float64 and in eval mode (`flatness/sharpness.py`).
+Writes figures/sharpness_by_domain.csv, a row a run and domain, its figure, and figures/table_sharpness.csv.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+
+from fmsam_lib.evaluation.statistics import CELL, per_pair, seen
+from fmsam_lib.flatness.landscape import batches_of
+from fmsam_lib.flatness.weight_space import WeightSpace, terms_on
+from fmsam_lib.model.weights import load
+from fmsam_lib.parameters import EQUAL_COMPUTE
+from fmsam_lib.plotting import slices, style
+from fmsam_lib.records import PROJECT, provenance, write_csv
+from fmsam_lib.training.checkpoint import trained_with
+
+OUT = PROJECT / "figures" / "sharpness_by_domain"
+RHOS = (0.001, 0.01)
+PAIRS = 12
+RISE = "rise 0.01"
+KINDS = ("seen", "unseen")
+RUN = ["train_domain", "optimizer", "seed"]
+
+
+def measured(folder: Path) -> list[dict]:
+    """One run's sharpness and Dice on every domain that it was tested on."""
+    run, net = trained_with(folder), load(folder / "weights.pt")
+    dice = per_pair(pd.read_csv(folder / "results.csv"), "dice")
+    dice = dice[~dice.optimizer.str.contains("+", regex=False)].groupby("test_domain").value.mean()
+    rows = []
+    for domain, batch in batches_of(run, list(dice.index), pairs=PAIRS).items():
+        space = WeightSpace(net, terms_on(batch, torch.float64, **run.loss()), torch.float64)
+        loss, g = space.gradient(0)
+        rises = {f"rise {rho:g}": (space.values(rho / g.norm() * g)[0] - loss) / loss for rho in RHOS}
+        about = {"train_domain": run.train_domain, "optimizer": folder.parent.name, "seed": run.seed}
+        about |= {"test_domain": domain, "dice": dice.get(domain, np.nan), "loss": loss, "gradient": float(g.norm())}
+        rows.append(about | rises)
+    return rows
+
+
+def measure(study: Path) -> None:
+    table = pd.read_csv(f"{OUT}.csv") if Path(f"{OUT}.csv").exists() else pd.DataFrame(columns=RUN)
+    there = set(table[RUN].itertuples(index=False, name=None))
+    made = provenance()
+    for results in sorted(study.glob("*/*/seed*/results.csv")):
+        folder = results.parent
+        run = trained_with(folder)
+        if (run.train_domain, folder.parent.name, run.seed) not in there:
+            rows = pd.DataFrame(measured(folder)).assign(commit=made["commit"], cpu=made["cpu"])
+            table = pd.concat([table, rows], ignore_index=True)
+            write_csv(table, f"{OUT}.csv", float_format="%.6g")
+            print(folder.relative_to(study), flush=True)
+
+
+def differences(table: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame:
+    """On the same seed, training and test domain: log2 of the ratio of the rises, and the difference of Dice."""
+    keys = [*CELL, "seed"]
+    both = [table[table.optimizer == name].set_index(keys) for name in (baseline, treatment)]
+    a, b = (of.loc[both[0].index.intersection(both[1].index)] for of in both)
+    rows = pd.DataFrame({"ratio": np.log2(b[RISE] / a[RISE]), "dice": b.dice - a.dice}).dropna().reset_index()
+    return rows.assign(kind=seen(rows))
+
+
+def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> str:
+    """The mean of the seeds' means, with its 90 % t interval over seeds."""
+    seeds = rows.groupby("seed")[column].mean()
+    if len(seeds) < 2:
+        return told(seeds.mean())
+    low, high = scipy.stats.t.interval(0.9, len(seeds) - 1, seeds.mean(), seeds.sem())
+    return f"{told(seeds.mean())} [{told(low)}, {told(high)}]"
+
+
+def line(rows: pd.DataFrame) -> dict:
+    """tau: Kendall's, of flattening and the gain in Dice over the cells of a seed: above 0: they go together."""
+    taus = [scipy.stats.kendalltau(-of.ratio, of.dice).statistic for _, of in rows.groupby("seed")]
+    return {
+        "sharpness, ratio [90 %]": interval(rows, "ratio", lambda log: f"{2**log:.2f}"),
+        "Dice, difference [90 %]": interval(rows, "dice", "{:+.3f}".format),
+        "tau of each seed": ", ".join(f"{tau:+.2f}" for tau in taus),
+        "networks and domains": len(rows),
+    }
+
+
+def draw(table: pd.DataFrame) -> None:
+    """A table of every comparison, and the figure of those at equal compute."""
+    others = [name for name in style.optimizers_of(table) if name not in ("adam", EQUAL_COMPUTE)]
+    pairs = [(EQUAL_COMPUTE, name) for name in others] + [("adam", name) for name in ("sam", EQUAL_COMPUTE)]
+    lines = []
+    for (baseline, treatment), kind in itertools.product(pairs, KINDS):
+        rows = differences(table, baseline, treatment).query("kind == @kind")
+        if len(rows):
+            versus = f"{style.name_of(treatment)} / {style.name_of(baseline)}"
+            lines.append({"compared": versus, "domains": kind, **line(rows)})
+    write_csv(pd.DataFrame(lines), PROJECT / "figures" / "table_sharpness.csv")
+    picture, panels = style.panels(2, 2, 3.6, sharex=True, sharey=True)
+    for ax, kind in zip(panels, KINDS, strict=True):
+        for name in others:
+            rows = differences(table, EQUAL_COMPUTE, name).query("kind == @kind")
+            ax.plot(2.0**rows.ratio, rows.dice, **style.look(name, others) | {"linestyle": ""}, markersize=5)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_title(f"{kind} domains", fontsize=10)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        style.open_up(ax)
+    than = f"of {style.name_of(EQUAL_COMPUTE)}"
+    panels[0].set_ylabel(f"Dice, minus that {than}")
+    picture.supxlabel(f"sharpness on the domain, divided by that {than}  (← flatter)", fontsize=10)
+    style.legend(picture, others)
+    picture.savefig(f"{OUT}.png", dpi=slices.DPI, metadata={"Software": None})
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("study", nargs="?", type=Path, help="folder of a study")
+    arguments.add_argument("--draw", action="store_true")
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    if given.study:
+        measure(given.study)
+    if given.draw:
+        draw(pd.read_csv(f"{OUT}.csv"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A study on a cluster: Snakemake's executor cluster-generic and a stand-in scheduler; profiles and resources."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from fmsam_lib.checking import ConfigError
+from fmsam_lib.study.file import read_study
+from fmsam_lib.study.grid import NotebookName
+from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
+from fmsam_lib.study.run import main
+from tests.conftest import PROJECT
+from tests.study.test_replanning import Checkout
+from tests.study.test_sweeps import STUDY
+
+SCHEDULER = PROJECT / "tests/study/scheduler.py"
+TINY = STUDY | {
+    **{"optimizers": ["sam"], "test_domains": ["brain-mr"], "evaluate": {"pairs": 2, "corruptions": []}},
+    "train": {"down": [4, 8], "levels": 2, "steps": 400, "batch": 1, "validation": 0, "rho": [0.01, 0.02]},
+}
+
+
+# --- resources
+
+
+def resources_of(tmp_path, **changes):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(STUDY | changes))
+    return {job.name: job.resources for job in jobs(read_study(tmp_path / "s.yaml"), tmp_path, "", tmp_path)}
+
+
+def test_resources_are_the_notebooks_own_or_what_its_section_needs(tmp_path):
+    train = {"steps": 10, "batch": 4, "processes": [2, 4], "threads": 3, "device": "cuda"}
+    given = {"20_evaluate": {"cpus": 5, "gpus": 1, "minutes": 20}, "40_compare": {"memory_mb": 900}}
+    found = resources_of(tmp_path, optimizers=["sam"], train=train, resources=given)
+    default = {"threads": 1, "gpu": 0, "mem_mb": 4000, "runtime": 240}
+    assert found["brain-mr/sam-processes=2/seed0/10_train"] == default | {"threads": 6, "gpu": 2}
+    assert found["brain-mr/sam-processes=4/seed0/10_train"] == default | {"threads": 12, "gpu": 4}
+    assert found["none/20_evaluate"] == default | {"threads": 5, "gpu": 1, "runtime": 20}
+    assert found["40_compare"] == default | {"mem_mb": 900}
+    given = {"10_train": {"gpus": 0}}
+    assert resources_of(tmp_path, train=train, resources=given)["brain-mr/sam-processes=2/seed0/10_train"]["gpu"] == 0
+
+
+def test_every_notebook_has_resources():
+    assert tuple(NOTEBOOKS) == NotebookName.__args__
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"10_trian": {}}, r"resources: expected one of 10_train, .*got '10_trian' \(did you mean 10_train\?\)"),
+        ({"10_train": {"cpu": 2}}, r"(?s)section resources, notebook 10_train.*cpu: unknown; .*did you mean cpus"),
+        ({"10_train": {"minutes": 0}}, r"(?s)notebook 10_train.*minutes: expected at least 1, got 0"),
+        ({"10_train": {"memory_mb": "8 GB"}}, r"(?s)notebook 10_train.*memory_mb: expected a whole number, got '8 GB'"),
+    ],
+)
+def test_wrong_resources_say_what_is_right(tmp_path, given, said):
+    with pytest.raises(ConfigError, match=said):
+        resources_of(tmp_path, resources=given)
+
+
+# --- profiles
+
+
+def test_an_unknown_profile_is_an_error_before_anything_is_computed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["study", "smoke", "--runs", str(tmp_path), "--profile", "slrum"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "no profile slrum: expected slurm, or a folder with a config.yaml" in capsys.readouterr().err
+
+
+def test_slurm_is_given_the_resources_of_the_study(tmp_path, monkeypatch):
+    """A dry run: what sbatch would be asked for."""
+    pytest.importorskip("snakemake_executor_plugin_slurm")
+    checkout = Checkout(tmp_path)
+    checkout.plan(resources={"10_train": {"cpus": 3, "gpus": 1, "memory_mb": 9000, "minutes": 90}})
+    profiles = {"--profile": "slurm", "--workflow-profile": "default"}
+    given = [word for option, name in profiles.items() for word in (option, str(checkout.folder / "profiles" / name))]
+    told = checkout.snakemake("-n", *given).stdout
+    assert told.count("gpu=1, mem_mb=9000") + told.count("gpu=1, runtime=90, mem_mb=9000") == 2
+
+
+# --- a cluster
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The profile of a cluster that is served, its queue and the folder for runs, which it watches."""
+    pytest.importorskip("snakemake_executor_plugin_cluster_generic")
+    queue, profile, runs = tmp_path / "queue", tmp_path / "profile", tmp_path / "runs"
+    queue.mkdir()
+    profile.mkdir()
+    told = {"executor": "cluster-generic", "jobs": 4, "retries": 2, "latency-wait": 30}
+    for name in ("submit", "status", "cancel"):
+        script = profile / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(SCHEDULER), str(queue), name])} "$@"\n')
+        script.chmod(0o755)
+        told[f"cluster-generic-{name}-cmd"] = str(script)
+    (profile / "config.yaml").write_text(yaml.safe_dump(told | {"seconds-between-status-checks": 1}))
+    server = subprocess.Popen([sys.executable, SCHEDULER, queue, "serve", runs])
+    yield profile, queue, runs
+    server.terminate()
+    server.wait(30)
+
+
+def compute(study, runs, *more, run=subprocess.run):
+    command = [sys.executable, "-m", "fmsam_lib.study", str(study), "--runs", str(runs), *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, **pipes)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_node_and_answers_late_gives_the_same_bytes(cluster, tmp_path):
+    profile, queue, runs = cluster
+    study = tmp_path / "tiny.yaml"
+    study.write_text(yaml.safe_dump(TINY))
+    done = compute(study, runs, "--profile", str(profile))
+    root = runs / "tiny"
+    assert done.returncode == 0, done.stderr + (root / "snakemake.log").read_text()
+    assert done.stderr == ""
+    assert (queue / f"{(queue / 'lost').read_text()}.ended").read_text() == "failed"
+    assert len(list(queue.glob("*.job"))) == 7  # six notebooks, one of them twice
+    here = compute(study, tmp_path / "here")
+    assert here.returncode == 0, here.stderr
+    for name in ("results", "robustness", "comparison", "summary"):
+        assert (root / f"{name}.csv").read_bytes() == (tmp_path / f"here/tiny/{name}.csv").read_bytes(), name
+    assert compute(study, runs, "--profile", str(profile)).returncode == 0
+    assert len(list(queue.glob("*.job"))) == 7  # nothing is computed again
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_takes_its_jobs_off_the_cluster(cluster, tmp_path):
+    profile, queue, runs = cluster
+    (queue / "lost").touch()  # no node dies here
+    study = tmp_path / "long.yaml"
+    study.write_text(yaml.safe_dump(TINY | {"train": TINY["train"] | {"steps": 20000}}))
+    process = compute(study, runs, "--profile", str(profile), run=subprocess.Popen)
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("long/*/*/seed0/history.jsonl")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in said
+    started = {path.stem for path in queue.glob("*.started")}
+    deadline = time.monotonic() + 20
+    while {path.stem for path in queue.glob("*.ended")} < started:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert list(queue.glob("*.cancel"))
