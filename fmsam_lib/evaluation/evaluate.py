@@ -80,7 +80,7 @@ def measured(
     the problems, and the others go on. fields: a folder for Learn2Reg's displacement fields,
     `disp_<fixed>_<moving>.nii.gz`, on the grid of the evaluation.
     """
-    rows: list[dict] = []
+    rows: list[tuple] = []  # of many pairs: dicts would take thrice the room
     problems: list[str] = []
     costs, subjects = [], []
     bar = tqdm(range(min(pairs, domain.test_count)), disable=not progress, desc=domain.name, unit="pair")
@@ -91,7 +91,7 @@ def measured(
         except ValueError as error:
             problems.append(f"{domain.name}, {pair.name}: left out, {error}")
             continue
-        rows += [about | row for row in measure(pair, phi_map, inverse)]
+        rows += [(*about.values(), *row.values()) for row in measure(pair, phi_map, inverse)]
         subjects.append(about | {"subjects": "|".join(pair.subjects)})
         if phi_map is not None:
             costs.append(about | {"label": "", "metric": "seconds", "value": seconds, "unit": "s"})

@@ -67,7 +67,7 @@ def _store(entry: Path, sample: Sample) -> None:
     record = np.zeros(1, _layout(tuple(sample.image.shape[1:]), kind))
     for name, value in vars(sample).items():
         if value is not None:
-            record[name] = value
+            record[name] = np.asarray(value)
     record["checksum"] = _checksum(record.view(np.uint64))
     try:
         with written_whole(entry) as part:  # no reader ever meets half an entry

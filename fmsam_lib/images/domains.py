@@ -135,7 +135,7 @@ class SyntheticDomain:
 
 
 class FileDomain:
-    """Pairs of a manifest's files; each file is read once and then kept in memory."""
+    """Pairs of a manifest's files; those to train and validate on are read once and then kept in memory."""
 
     def __init__(self, manifest: Manifest, shape: tuple[int, ...], seed: int, subjects: int = 0):
         if len(shape) > manifest.dimensions:
@@ -173,7 +173,7 @@ class FileDomain:
         if index >= self.test_count:
             found, todo = f"{self.test_count} under registration_val", "Add some; without any, it is for training only."
             raise data_error(self.manifest.folder, f"test pair {index}, counted from 0", found, todo)
-        return self._pair(*self.manifest.test_pairs[index])
+        return self._pair(*self.manifest.test_pairs[index], keep=False)
 
     def check(self, *, training: bool = True, test: bool = True) -> list[str]:
         """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
@@ -187,7 +187,7 @@ class FileDomain:
                 problems.append(str(error))
         return [*dict.fromkeys(problems)]
 
-    def _sample(self, image: Path) -> tuple[Sample, Tensor | None, Tensor | None]:
+    def _sample(self, image: Path, keep: bool = True) -> tuple[Sample, Tensor | None, Tensor | None]:
         """An image, its landmarks `(L, D)` in unit coordinates and its mask `(1, *S)`, None where it has none."""
         if image not in self.samples:
             label, mask, keypoints = (self.manifest.beside[kind][image] for kind in BESIDE)
@@ -195,12 +195,15 @@ class FileDomain:
             sample = load(image, label, labels=self.labels, **options)
             inside = load(image, mask, **options).label if mask else None
             points = landmarks(keypoints, sample) if keypoints and len(self.shape) == self.manifest.dimensions else None
-            self.samples[image] = sample, points, None if inside is None or not inside.any() else inside != 0
+            read = sample, points, None if inside is None or not inside.any() else inside != 0
+            if not keep:
+                return read
+            self.samples[image] = read
         return self.samples[image]
 
-    def _pair(self, fixed_path: Path, moving_path: Path) -> Pair:
-        fixed, fixed_points, fixed_mask = self._sample(fixed_path)
-        moving, moving_points, moving_mask = self._sample(moving_path)
+    def _pair(self, fixed_path: Path, moving_path: Path, keep: bool = True) -> Pair:
+        fixed, fixed_points, fixed_mask = self._sample(fixed_path, keep)
+        moving, moving_points, moving_mask = self._sample(moving_path, keep)
         if fixed_points is None or moving_points is None:
             fixed_points = moving_points = None
         elif len(fixed_points) != len(moving_points):

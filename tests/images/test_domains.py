@@ -336,7 +336,7 @@ def decathlon(monkeypatch, tmp_path):
 
     def extractall(filepath, output_dir):
         with tarfile.open(filepath) as tar:
-            tar.extractall(output_dir, filter="data")
+            tar.extractall(output_dir, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
     table = types.SimpleNamespace(resource={"Task04_Hippocampus": "url"}, md5={"Task04_Hippocampus": "md5"})
     apps = types.SimpleNamespace(DecathlonDataset=table, download_url=download_url, extractall=extractall)

@@ -1,0 +1,57 @@
+"""What fmsam takes for granted about a machine: no module that Windows lacks, no torch with holes."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from tests.conftest import PROJECT
+from tests.test_environment import constraints, name_of
+
+# Modules that only POSIX systems have. The library may not import them; what it imports may, where it knows better.
+WITHOUT = """
+import builtins, sys
+real = builtins.__import__
+def without(name, globals=None, locals=None, fromlist=(), level=0):
+    if name in ("fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"):
+        if (globals or {}).get("__name__", "").split(".")[0] in ("fmsam_lib", "__main__"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return real(name, globals, locals, fromlist, level)
+builtins.__import__ = without
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="training.checkpoint takes its lock from fcntl")
+def test_all_but_computing_a_study_is_imported_where_posix_modules_are_missing():
+    paths = (path.relative_to(PROJECT) for path in (PROJECT / "fmsam_lib").rglob("*.py"))
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    # Computing a study takes Snakemake and process groups: Linux and macOS.
+    modules = [m for m in modules if not m.endswith("__main__") and m != "fmsam_lib.study.run"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([WITHOUT, *(f"import {module}" for module in sorted(modules))])],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_no_notebook_imports_what_windows_lacks(path):
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    nodes = [node for cell in cells for node in ast.walk(ast.parse("".join(cell["source"])))]
+    imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [line for line in imports if line.split()[1].split(".")[0] in ("fcntl", "resource", "pwd", "termios")]
+    assert not [line for line in imports if "study.run" in line]
+
+
+def test_every_dependency_has_a_lowest_version_that_is_not_above_the_tested_one():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = {name_of(wanted): wanted.partition(">=")[2] for wanted in project["dependencies"]}
+    assert all(lowest.values()), lowest
+    numbers = {name: [int(n) for n in version.split(".")] for name, version in lowest.items()}
+    pinned = {name: [int(n) for n in constraints()[name].split(".")] for name in numbers}
+    assert all(numbers[name] <= pinned[name] for name in numbers)
+    assert numbers["torch"] >= [2, 12]  # before 2.10, a file could break out of `weights_only` (CVE-2026-24747)
