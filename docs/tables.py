@@ -149,9 +149,16 @@ def pretrained() -> pd.DataFrame:
     return wide.reset_index().assign(seen=lambda table: table.seen.map({True: "yes", False: "no"}))
 
 
+def radii() -> pd.DataFrame:
+    """The relative rise of the loss at each form's step, in per cent, a radius a column."""
+    rows = pd.read_csv(FIGURES / "radii.csv")
+    table = rows.assign(rise=(100 * rows.rise).map("{:.1f} %".format)).pivot(index="form", columns="rho", values="rise")
+    return table.reindex(rows.form.unique()).fillna("").rename(columns="rho {:g}".format).reset_index()
+
+
 MADE = {
     f"table_{make.__name__}": make
-    for make in (unseen, pretrained, heldout, radius, tuning, robustness, flatness, correlation)
+    for make in (unseen, radii, pretrained, heldout, radius, tuning, robustness, flatness, correlation)
 }
 
 

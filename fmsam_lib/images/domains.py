@@ -187,7 +187,7 @@ class FileDomain:
                 problems.append(str(error))
         return [*dict.fromkeys(problems)]
 
-    def _sample(self, image: Path, keep: bool = True) -> tuple[Sample, Tensor | None, Tensor | None]:
+    def _sample(self, image: Path, *, keep: bool = True) -> tuple[Sample, Tensor | None, Tensor | None]:
         """An image, its landmarks `(L, D)` in unit coordinates and its mask `(1, *S)`, None where it has none."""
         if image not in self.samples:
             label, mask, keypoints = (self.manifest.beside[kind][image] for kind in BESIDE)
@@ -201,9 +201,9 @@ class FileDomain:
             self.samples[image] = read
         return self.samples[image]
 
-    def _pair(self, fixed_path: Path, moving_path: Path, keep: bool = True) -> Pair:
-        fixed, fixed_points, fixed_mask = self._sample(fixed_path, keep)
-        moving, moving_points, moving_mask = self._sample(moving_path, keep)
+    def _pair(self, fixed_path: Path, moving_path: Path, *, keep: bool = True) -> Pair:
+        fixed, fixed_points, fixed_mask = self._sample(fixed_path, keep=keep)
+        moving, moving_points, moving_mask = self._sample(moving_path, keep=keep)
         if fixed_points is None or moving_points is None:
             fixed_points = moving_points = None
         elif len(fixed_points) != len(moving_points):
