@@ -41,10 +41,9 @@ class Study(Parameters):
     """The grid train domain x optimizer x seed; the sections override the notebooks' own defaults.
 
     leave_one_out: domains, or names of `groups` of domains, of which all but one are trained on together, each left out
-    in turn: so many training domains more. always: domains that train along whichever is left out. baselines:
-    registrations without training, for the same tables: ANTs' SyN, instance optimisation alone. variants: further
-    optimizers by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else of the training's
-    parameters differs. landscape: null leaves out notebooks 30 and 35. train, variants: a list where the parameter is
+    in turn, or those of them that `only` names: so many training domains more. always: domains that train along
+    whichever is left out. baselines: registrations without training, for the same tables. variants: further optimizers
+    by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else differs. landscape: null leaves out notebooks 30 and 35. train, variants: a list where the parameter is
     none, `rho: [0.01, 0.03]`, multiplies the optimizers that use it (`swept`). resources: by notebook, `Resources`.
     """
 
@@ -52,6 +51,7 @@ class Study(Parameters):
     groups: dict[str, Some[Name]] = Field({})
     always: Distinct[Name] = Field([])
     leave_one_out: Distinct[Name] = Field([])
+    only: Distinct[Name] = Field([])
     train_domains: Distinct[Name] = Field([])
     test_domains: Some[Name]
     variants: dict[str, dict[str, Any]] = Field({})
@@ -75,7 +75,10 @@ class Study(Parameters):
         if len(left_out) == 1:
             raise ValueError(f"expected two domains or more in leave_one_out, not {left_out[0]} alone")
         groups, always = info.data.get("groups", {}), info.data.get("always", [])
-        kept = [[name for other in left_out if other != one for name in groups.get(other, [other])] for one in left_out]
+        turns = info.data.get("only") or left_out
+        if unknown := [one for one in turns if one not in left_out]:
+            raise ValueError(f"expected in only some of leave_one_out, not {', '.join(unknown)}")
+        kept = [[name for other in left_out if other != one for name in groups.get(other, [other])] for one in turns]
         others = ["+".join([*names, *always]) for names in kept]
         if not (given or others):
             raise ValueError("expected train_domains or leave_one_out: name what to train on")

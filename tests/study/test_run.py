@@ -97,6 +97,9 @@ def test_a_group_of_domains_is_left_out_as_a_whole(tmp_path):
     groups = {"head": ["brain-mr"], "chest": ["lung-ct", "heart-mr"]}
     study = study_of(tmp_path, groups=groups, always=["knee-mr"], leave_one_out=["head", "chest"], train_domains=None)
     assert study.train_domains == ["lung-ct+heart-mr+knee-mr", "brain-mr+knee-mr"]
+    study = study_of(tmp_path, groups=groups, leave_one_out=["head", "chest"], only=["chest"], train_domains=None)
+    assert study.train_domains == ["brain-mr"]
+    assert study.left_out("brain-mr") == "chest"
 
 
 def test_a_study_without_landscape_runs_no_notebook_of_it(tmp_path):
@@ -262,6 +265,7 @@ def test_a_data_set_without_test_pairs_is_left_out_of_the_tests_and_trained_on(t
         ({"variants": {"ants-syn": {"optimizer": "sam"}}}, "'ants-syn': expected .* none of adam, .*ants-syn"),
         ({"variants": {"between": {"optimizer": "sam"}}}, "'between': expected a name"),
         ({"leave_one_out": ["brain-mr"]}, "expected two domains or more in leave_one_out, not brain-mr alone"),
+        ({"leave_one_out": ["a", "b"], "only": ["b", "c"]}, "expected in only some of leave_one_out, not c"),
         ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
         ({"train_domains": []}, "expected train_domains or leave_one_out: name what to train on"),
         ({"baselines": ["syn"]}, "baselines: expected one of ants-syn or io, got 'syn'"),
