@@ -51,7 +51,7 @@ class Watched:
     def rows(self, what: str, unit: str) -> list[tuple]:
         """Growth over a hundred steps or pairs, by least squares, and the memory at the end."""
         done, memory, files = np.array(self.samples[len(self.samples) // 4 :]).T
-        slopes = {name: 100 * np.polyfit(done, y, 1)[0] for name, y in (("memory", memory), ("files", files))}
+        slopes = {name: round(100 * np.polyfit(done, y, 1)[0], 6) for name, y in (("memory", memory), ("files", files))}
         most = np.ptp(memory)
         return [
             (f"{what}: growth of memory", slopes["memory"], REACH["memory"], f"MB per 100 {unit}"),
@@ -131,7 +131,7 @@ def main() -> None:
         rows += evaluation(files, "pairs of files", pairs)
         rows += evaluation(open_domain("brain-mr", shape=SHAPE), "synthetic pairs", pairs)
     if len(sys.argv) == 1:
-        record(rows, __file__, threads=1, psutil=psutil.__version__)
+        record(rows, __file__, threads=1)
     else:  # a trial
         print(*rows, sep="\n")
 

@@ -1,14 +1,17 @@
 """What fmsam takes for granted about a machine: no module that Windows lacks, no torch with holes."""
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
 import tomllib
 
 import pytest
+import torch
 
-from tests.conftest import PROJECT
+from fmsam_lib.images.domains import open_domain
+from tests.conftest import PROJECT, as_module
 from tests.test_environment import constraints, name_of
 
 # Modules that only POSIX systems have. The library may not import them; what it imports may, where it knows better.
@@ -55,3 +58,28 @@ def test_every_dependency_has_a_lowest_version_that_is_not_above_the_tested_one(
     pinned = {name: [int(n) for n in constraints()[name].split(".")] for name in numbers}
     assert all(numbers[name] <= pinned[name] for name in numbers)
     assert numbers["torch"] >= [2, 12]  # before 2.10, a file could break out of `weights_only` (CVE-2026-24747)
+
+
+def test_without_a_gpu_its_benchmark_says_so_and_leaves_the_record(monkeypatch, capsys):
+    if not importlib.util.find_spec("icon_registration"):
+        pytest.skip("the peers are not installed: make .venv/peers")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    gpu = as_module("benchmarks/gpu.py")
+    monkeypatch.setattr(gpu, "record", None)  # would be called
+    gpu.main()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "benchmarks/gpu.csv stays as it is" in line
+
+
+def test_images_of_test_pairs_are_not_kept(tmp_path, monkeypatch):
+    """Else an evaluation's memory would grow with every pair."""
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path / "cache"))
+    longrun = as_module("benchmarks/longrun.py")
+    longrun.of_files(tmp_path, 3)
+    domain = open_domain("Files", shape=(32, 32), data=tmp_path)
+    first = domain.test_pair(0)
+    assert not domain.samples
+    domain.training_pair(0)
+    assert len(domain.samples) == 2
+    assert torch.equal(domain.test_pair(0).moving, first.moving)

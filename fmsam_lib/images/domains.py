@@ -182,7 +182,7 @@ class FileDomain:
         images = sorted({*self.manifest.training * training, *itertools.chain(*pairs)})
         for files in [*zip(images, strict=True), *pairs]:
             try:
-                self._pair(*files) if len(files) == 2 else self._sample(*files)
+                self._pair(*files) if len(files) == 2 else self._sample(files[0])
             except DataError as error:
                 problems.append(str(error))
         return [*dict.fromkeys(problems)]

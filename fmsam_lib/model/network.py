@@ -31,6 +31,7 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 Channels = tuple[int, ...]
 SLAB = 8  # planes at half resolution: small enough to stay in a processor's cache, large enough to fill it
+GPU_SLAB = 16  # each costs a GPU launches; memory grows with it. benchmarks/gpu.py tries several
 
 
 class UNet(nn.Module):
@@ -74,11 +75,11 @@ class UNet(nn.Module):
             return self.finish(x, skips[0])
         # The finest depth holds most of the memory. Without statistics to gather or gradients to keep it is made
         # slab by slab along the first axis, one plane more on either side for the kernels' reach.
-        slabs = []
-        for start in range(0, x.shape[2], SLAB):
-            first, end = max(start - 1, 0), start + SLAB + 1
+        slabs, planes = [], SLAB if x.device.type == "cpu" else GPU_SLAB
+        for start in range(0, x.shape[2], planes):
+            first, end = max(start - 1, 0), start + planes + 1
             slab = self.finish(x[:, :, first:end], skips[0][:, :, 2 * first : 2 * end])
-            slabs.append(slab[:, :, 2 * (start - first) :][:, :, : 2 * SLAB])
+            slabs.append(slab[:, :, 2 * (start - first) :][:, :, : 2 * planes])
         return torch.cat(slabs, 2)
 
     def ascend(self, depth: int, x: Tensor, skip: Tensor) -> Tensor:
