@@ -75,10 +75,7 @@ def opens_again(domain) -> bool:
 
 
 def readable(dataset, numbers: Iterable[int], problems: list[str]) -> Iterator[Pair]:
-    """The test pairs of these numbers; the reason is added to `problems` for one whose files cannot be read.
-
-    So it is where the domain has no test pair at all.
-    """
+    """The test pairs of these numbers; why one cannot be read, or that there is none, is added to `problems`."""
     for number in numbers if dataset.test_count else [0]:  # which says why
         try:
             pair = dataset.test_pair(number)

@@ -25,9 +25,7 @@ from fmsam_lib.model.spatial import identity_map, jacobian_determinant, warp, wa
 from fmsam_lib.pair import Pair
 from fmsam_lib.records import written_whole
 
-WIDTH = 9.0  # inches; 900 pixels on a screen, the width of a README
-MOST_HIGH = 6.9  # inches; with `DPI` a file of at most 1,200 x 900 pixels
-DPI = 130
+WIDTH, MOST_HIGH, DPI = 9.0, 6.9, 130  # inches, dots an inch: 1,200 x 900 pixels at most; 900 wide in a README
 FIXED_LINE: dict[str, Any] = {"colors": "#56B4E9", "linestyles": "solid", "linewidths": 1.3}
 WARPED_LINE: dict[str, Any] = {"colors": "#E69F00", "linestyles": "dashed", "linewidths": 1.3}
 GRID_LINE: dict[str, Any] = {"colors": "#F0E442", "linestyles": "solid", "linewidths": 0.9}
@@ -271,8 +269,8 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
     planes = [cut(pair, phi_map, axis=axis) for axis in ((None,) if pair.fixed.dim() == 3 else (2, 1, 0))]
     tall = [(p.size[1] + p.step[1]) / (p.size[0] + p.step[0]) for p in planes]
     rows = [max(t, 0.25) for t in tall]
-    high = sum(WIDTH / 5 * row + 0.15 for row in rows) + 0.7
-    figure = Picture(figsize=(WIDTH, min(high, MOST_HIGH)), layout="constrained")
+    high = min(WIDTH / 5 * sum(rows) + 0.15 * len(rows) + 0.7, MOST_HIGH)
+    figure = Picture(figsize=(WIDTH, high), layout="constrained")
     figure.suptitle("\n".join([pair.title, *textwrap.wrap(said, 120)]), fontsize=11)
     axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
     for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):

@@ -43,8 +43,9 @@ class Study(Parameters):
     leave_one_out: domains, or names of `groups` of domains, of which all but one are trained on together, each left out
     in turn, or those of them that `only` names: so many training domains more. always: domains that train along
     whichever is left out. baselines: registrations without training, for the same tables. variants: further optimizers
-    by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else differs. landscape: null leaves out notebooks 30 and 35. train, variants: a list where the parameter is
-    none, `rho: [0.01, 0.03]`, multiplies the optimizers that use it (`swept`). resources: by notebook, `Resources`.
+    by name, `{sam-0.03: {optimizer: sam, rho: 0.03}}`: an optimizer and what else differs. landscape: null leaves out
+    notebooks 30 and 35. train, variants: a list where the parameter is none, `rho: [0.01, 0.03]`, multiplies the
+    optimizers that use it (`swept`). resources: by notebook, `Resources`.
     """
 
     description: str
