@@ -27,7 +27,6 @@ builtins.__import__ = without
 """
 
 
-@pytest.mark.xfail(strict=True, reason="training.checkpoint takes its lock from fcntl")
 def test_all_but_computing_a_study_is_imported_where_posix_modules_are_missing():
     paths = (path.relative_to(PROJECT) for path in (PROJECT / "fmsam_lib").rglob("*.py"))
     modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]

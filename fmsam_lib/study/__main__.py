@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 
+if sys.platform == "win32":
+    sys.exit("error: a study needs Linux or macOS; on Windows, use WSL. Notebooks and fmsam-register do without it")
 # In another locale than UTF-8 it starts again: names of files, too, must be text to all alike.
 if __name__ == "__main__" and locale.getpreferredencoding(False).lower() != "utf-8":
     again = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]

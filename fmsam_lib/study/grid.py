@@ -25,7 +25,7 @@ USED_BY = {  # parameters that say nothing to the other optimizers
 }
 NO_NAME = re.compile(r"[^\w.-]+")  # of a file, whatever the system
 # No training domain's folder: what else lies in a study's.
-NO_FOLDER = re.compile(r"none|io|figures|\..*|.*[/\\].*|.*\.(csv|html|ipynb|json|log|pt|txt|yaml)")
+NO_FOLDER = re.compile(r"none|io|figures|[.-].*|.*[/\\{}\n].*|.*\.(csv|html|ipynb|json|log|pt|txt|yaml)")
 
 
 class Resources(Parameters):

@@ -4,7 +4,6 @@
 needs. `snapshots/`: weights on the way.
 """
 
-import fcntl
 import json
 import math
 import warnings
@@ -25,6 +24,11 @@ from fmsam_lib.records import provenance, read_json, write_json, written_whole
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.losses import Loss
 from fmsam_lib.training.sam import SAM
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two trainings out of one folder
+    fcntl = None  # type: ignore[assignment]
 
 MAY_DIFFER = ("out", "data", "save_memory", "snapshots", "threads", "device")  # the same training at another place
 
@@ -71,7 +75,8 @@ def alone(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
         try:
             if parallel.rank() == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for left in folder.rglob(".*.partial"):  # by one that was killed while it wrote
                     left.unlink()
         except BlockingIOError:
