@@ -26,7 +26,7 @@ from fmsam_lib.images import grid
 from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.parameters import Register, Registering
-from fmsam_lib.plotting.slices import overview
+from fmsam_lib.plotting.slices import fitting, overview
 from fmsam_lib.records import DataError
 from fmsam_lib.registration import command, result
 from fmsam_lib.registration.command import main, report
@@ -205,7 +205,7 @@ def test_what_is_written_has_the_fixed_files_geometry_and_the_forms_that_others_
     np.testing.assert_allclose(field.affine, nibabel.load(pair["fixed"]).affine, atol=1e-6)
     said = "verdict: {verdict}, {reason}".format(**result.summary["verdict"])
     expected = overview(result.pair, result.phi.map, said)
-    expected.savefig(tmp_path / "expected.png", dpi=150)
+    expected.savefig(tmp_path / "expected.png", dpi=fitting(expected))
     np.testing.assert_array_equal(*(imread(tmp_path / name) for name in ("out/overview.png", "expected.png")))
 
 

@@ -207,7 +207,7 @@ def cut_short(path):
 def one_bit_changed(path):
     """Of the weights: torch reads that without a word."""
     content = bytearray(path.read_bytes())
-    content[content.index(next(iter(torch.load(path)["net"].values())).numpy().tobytes())] ^= 1
+    content[content.index(next(iter(torch.load(path, weights_only=True)["net"].values())).numpy().tobytes())] ^= 1
     path.write_bytes(content)
 
 
