@@ -1,6 +1,6 @@
 """Files and arguments damaged at random: a sentence that says what to do, never a traceback, a hang, or half a result.
 
-A minute of it is in `make test`; `make test SLOW=1` tries ten times as many (FMSAM_EXAMPLES: so many of each kind).
+A minute of it is in `make test`: 200 cases of each kind, fewer of slow ones. FMSAM_EXAMPLES=2000 tries ten times as many.
 """
 
 import contextlib
@@ -35,15 +35,14 @@ from fmsam_lib.study.file import read_study
 from tests.images.test_files import dataset, save
 from tests.study.test_run import TINY
 
-QUICK, FULL = 200, 2000  # of each kind
 SECONDS = 60  # that a case may take on a slow machine, before it counts as a hang
 SHAPE = (8, 8, 8)
 
 
-@pytest.fixture(params=["quick", pytest.param("full", marks=pytest.mark.slow)])
-def tried(request):
+@pytest.fixture
+def tried():
     """`tried(case, strategy, ...)`: the case, given values of the strategies, so many times, the same in every run."""
-    number = int(os.environ.get("FMSAM_EXAMPLES") or (QUICK if request.param == "quick" else FULL))
+    number = int(os.environ.get("FMSAM_EXAMPLES") or 200)
 
     def run(case, *strategies, share=1.0):
         def limited(values):
