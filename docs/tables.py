@@ -149,6 +149,17 @@ def pretrained() -> pd.DataFrame:
     return wide.reset_index().assign(seen=lambda table: table.seen.map({True: "yes", False: "no"}))
 
 
+def longer() -> pd.DataFrame:
+    """Dice on anatomies never seen by the gradients that Adam and SAM spent, and the difference at equal compute."""
+    rows = pd.read_csv(FIGURES / "longer.csv").query("not seen")
+    rows = rows.groupby(["anatomy", "optimizer", "gradients"]).dice.mean().unstack([1, 2]).dropna()
+    rows.loc[f"mean of these {len(rows)}"] = rows.mean()
+    kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]
+    shown = {f"{name_of(o)}, {n:,}": rows[o, n].map("{:.3f}".format) for o, n in kinds}
+    shown |= {f"SAM - Adam, {n:,}": (rows["sam", n] - rows["adam", n]).map("{:+.3f}".format) for n in (8000, 16000)}
+    return pd.DataFrame(shown).rename_axis("anatomy, never seen").reset_index()
+
+
 def radii() -> pd.DataFrame:
     """The relative rise of the loss at each form's step, in per cent, a radius a column."""
     rows = pd.read_csv(FIGURES / "radii.csv")
@@ -158,7 +169,7 @@ def radii() -> pd.DataFrame:
 
 MADE = {
     f"table_{make.__name__}": make
-    for make in (unseen, radii, pretrained, heldout, radius, tuning, robustness, flatness, correlation)
+    for make in (unseen, longer, radii, pretrained, heldout, radius, tuning, robustness, flatness, correlation)
 }
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 import scipy.stats
 import torch
 
+from fmsam_lib.evaluation.correlation import RUN
 from fmsam_lib.evaluation.statistics import CELL, per_pair, seen
 from fmsam_lib.flatness.landscape import batches_of
 from fmsam_lib.flatness.weight_space import WeightSpace, terms_on
@@ -32,7 +33,6 @@ RHOS = (0.001, 0.01)
 PAIRS = 12
 RISE = "rise 0.01"
 KINDS = ("seen", "unseen")
-RUN = ["train_domain", "optimizer", "seed"]
 
 
 def measured(folder: Path) -> list[dict]:
