@@ -4,19 +4,22 @@
 
 For every data set of that anatomy: the network as it is, instance optimisation of each test pair (10 and 50 steps), and
 fine-tuning on 2, 5 and 20 subjects of its training images with Adam (400 steps) and with SAM (200, as many gradients).
-Rates and radius are those of docs/protocol.md. Writes figures/helps.csv, a row a network, set and means.
+Rates and radius are those of docs/protocol.md. And of every set: no registration, and ANTs SyN. Writes
+figures/helps.csv, a row a network, set and means.
 """
 
 import argparse
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from fmsam_lib.evaluation.baselines import instance_optimised
+from fmsam_lib.evaluation.baselines import ants_syn, instance_optimised
 from fmsam_lib.evaluation.evaluate import evaluate
 from fmsam_lib.images.domains import open_domain
-from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import EQUAL_COMPUTE, Train
 from fmsam_lib.records import PROJECT, provenance, write_csv
@@ -26,11 +29,13 @@ from fmsam_lib.training.loop import train
 OUT = PROJECT / "figures" / "helps.csv"
 PAIRS, GRADIENTS = 150, 400
 WITH = ["training", "seed", "test_domain", "means", "amount"]
+WITHOUT = {"none": None, "ants-syn": ants_syn}  # networks
 AMOUNTS = {"nothing": (0,), "io": (10, 50), "fine-tuned, adam": (2, 5, 20), "fine-tuned, sam": (2, 5, 20)}
 
 
-def helped(net: GradICON, run: Train, name: str, means: str, amount: int) -> pd.DataFrame:
+def helped(weights: Path, run: Train, name: str, means: str, amount: int) -> pd.DataFrame:
     """The metrics of all test pairs of a set, after the network got this much of this help."""
+    net = load(weights)
     domain = open_domain(name, shape=tuple(run.shape), subjects=amount if means.startswith("fine") else 0)
     if means == "io":
         return evaluate(lambda pair: instance_optimised(net, pair, run, steps=amount, lr=0.0003), domain, pairs=PAIRS)
@@ -43,25 +48,36 @@ def helped(net: GradICON, run: Train, name: str, means: str, amount: int) -> pd.
     return evaluate(net, domain, pairs=PAIRS)
 
 
-def measure(study: Path, seeds: list[int], trainings: list[str]) -> None:
-    table = pd.read_csv(OUT) if OUT.exists() else pd.DataFrame(columns=WITH)
-    done, made = set(table[WITH].itertuples(index=False, name=None)), provenance()
+def asked(study: Path, seeds: list[int], trainings: list[str]) -> Iterator[tuple[tuple, Callable[[], pd.DataFrame]]]:
+    """What to measure, by the columns `WITH`, and how: every network, seed by seed, then what needs none."""
     folders = [f for f in sorted(study.glob("*/*/seed*")) if f.parent.name in trainings and int(f.name[4:]) in seeds]
+    sets: dict[str, Train] = {}
     for folder in sorted(folders, key=lambda folder: int(folder.name[4:])):
         run = trained_with(folder)
         tested = pd.read_csv(folder / "results.csv").test_domain.unique()
-        asked = [(name, *of) for name in sorted({*tested} - {*run.train_domain.split("+")}) for of in AMOUNTS.items()]
-        for name, means, amount in [(name, means, n) for name, means, amounts in asked for n in amounts]:
-            keys = (folder.parent.name, run.seed, name, means, amount)
-            if keys in done:
-                continue
-            values = helped(load(folder / "weights.pt"), run, name, means, amount)
-            values = values.groupby(["metric", "pair"]).value.mean().groupby("metric")
-            row = dict(zip(WITH, keys, strict=True)) | values.mean()[["dice", "hd95", "folding_percent"]].to_dict()
-            row |= {"pairs": values.size()["dice"], "commit": made["commit"], "cpu": made["cpu"]}
-            table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
-            write_csv(table, OUT, float_format="%.6g")
-            print(*keys, f"{row['dice']:.4f}", flush=True)
+        new = sorted({*tested} - {*run.train_domain.split("+")})
+        sets |= dict.fromkeys(new, run)
+        for name, (means, amounts) in itertools.product(new, AMOUNTS.items()):
+            for amount in amounts:
+                of = functools.partial(helped, folder / "weights.pt", run, name, means, amount)
+                yield (folder.parent.name, run.seed, name, means, amount), of
+    for (name, run), (method, find) in itertools.product(sets.items(), WITHOUT.items()):
+        domain = open_domain(name, shape=tuple(run.shape))
+        yield (method, 0, name, "nothing", 0), functools.partial(evaluate, find, domain, pairs=PAIRS)
+
+
+def measure(study: Path, seeds: list[int], trainings: list[str]) -> None:
+    table = pd.read_csv(OUT) if OUT.exists() else pd.DataFrame(columns=WITH)
+    done, made = set(table[WITH].itertuples(index=False, name=None)), provenance()
+    for keys, of in asked(study, seeds, trainings):
+        if keys in done:
+            continue
+        values = of().groupby(["metric", "pair"]).value.mean().groupby("metric")
+        row = dict(zip(WITH, keys, strict=True)) | values.mean()[["dice", "hd95", "folding_percent"]].to_dict()
+        row |= {"pairs": values.size()["dice"], "commit": made["commit"], "cpu": made["cpu"]}
+        table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+        write_csv(table, OUT, float_format="%.6g")
+        print(*keys, f"{row['dice']:.4f}", flush=True)
 
 
 def main() -> None:
