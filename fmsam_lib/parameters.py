@@ -215,7 +215,7 @@ class Landscape(Parameters):
     eigenvalues: Natural = Field(1, description="of the Hessian, the largest; 0: none")
     probes: Natural = Field(4, description="random vectors for the Hessian's trace and spectrum; 0: none")
     lanczos_steps: Several = Field(20, description="for the spectrum")
-    by_hessian: bool = Field(False, description="draw the plane of the Hessian's two largest eigenvectors, too")
+    by_hessian: bool = Field(True, description="draw the plane of the Hessian's two largest eigenvectors, too")
     threads: Count = Field(1, description=THREADS)
 
 

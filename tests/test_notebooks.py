@@ -339,7 +339,7 @@ def test_30_measures_the_same_directions_for_both(trained):
 def test_30_by_hand_finds_what_the_library_finds(trained, tmp_path):
     run = {"run": str(trained / DOMAIN / "sam" / "seed0"), "out": str(tmp_path), "test_domains": [DOMAIN], "pairs": 2}
     small = {"line_points": 3, "plane_points": 3, "directions": 1, "draws": 2, "ascent_steps": 0, "lanczos_steps": 5}
-    how = {"measured_on": ["training"], "rhos": [0.01, 0.02], "probes": 2, "by_hessian": True}
+    how = {"measured_on": ["training"], "rhos": [0.01, 0.02], "probes": 2}
     further = [
         "print('spans', *(square.max(axis=None) - square.min(axis=None) for square in squares.values()))",
         "print('across', float(first @ second), 'shares', shares.share.sum())",
