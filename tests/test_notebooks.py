@@ -648,7 +648,7 @@ def outcome(name, cells, cwd=NOTEBOOKS, **given):
     [
         ("20_evaluate", "run", "expected a run of notebook 10_train in {}, got none: run 10_train"),
         ("30_loss_landscape", "run", "expected a run of notebook 10_train in {}, got none: run 10_train"),
-        ("40_compare", "folder", "no results under {}: run the study first (make study STUDY=...)"),
+        ("40_compare", "folder", "no results under {} of a run: run the study first (make study STUDY=...)"),
     ],
 )
 def test_a_folder_without_a_run_says_what_to_run_first(tmp_path, name, parameter, said):

@@ -67,8 +67,9 @@ def gather(study: Study, folder: Path | str) -> Found:
             _json(folder, f"{job.folder}/problems.json", problems)
             if job.name in made_by:
                 by[job.name] = made_by[job.name]
-    if not parts["results.csv"]:
-        raise DataError(f"no results under {folder}: run the study first (make study STUDY=...)")
+    if not any(part.train_domain.any() for part in parts["results.csv"]):  # without training there are others
+        told = f"no results under {folder} of a run: run the study first (make study STUDY=...)"
+        raise DataError("\n- ".join([told, *problems[:9]]))
     found = {Path(name).stem: together(parts[name], columns) for name, (_, columns) in READERS.items()}
     found["pairs"] = found["pairs"].drop_duplicates(ignore_index=True)
     if strange := sorted(set(found["results"].test_domain) - set(study.test_domains)):

@@ -240,6 +240,15 @@ def test_a_study_without_any_result_is_an_error(make, tmp_path):
         gather(study, root)
 
 
+def test_runs_that_cannot_be_read_are_named_where_no_other_is_left(make):
+    study, root = make()
+    for run in grid(study):
+        (root / run.folder / "results.csv").write_text("torn")
+    assert (root / "none" / "results.csv").exists()
+    with pytest.raises(DataError, match=r"no results under .*\n- a/adam/seed0/results\.csv: this cannot be read"):
+        gather(study, root)
+
+
 def test_variants_keep_their_names_with_instance_optimisation_too(make):
     study, root = make(optimizers=["adam", "sam-1"], variants={"sam-1": {"optimizer": "sam", "rho": 1.0}})
     path = root / "a/sam-1/seed0/results.csv"
