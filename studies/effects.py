@@ -5,7 +5,8 @@
 
 Of every run figures/dice.csv keeps the mean Dice of each test set, a row a network (averages of its weights, too) and
 set. An effect is a difference between networks of the same training and seed, on the sets that neither saw, averaged
-over trainings, seeds and sets. Writes figures/effects.csv, a row an effect and anatomy, its figure and its table.
+over trainings, seeds and sets. Writes figures/effects.csv, a row an effect and anatomy, its figure and its table, and
+figures/spent.png.
 """
 
 import argparse
@@ -157,6 +158,41 @@ def draw(table: pd.DataFrame) -> None:
     picture.savefig(FIGURES / "effects.png", dpi=slices.DPI, metadata={"Software": None})
 
 
+def spent(dice: pd.DataFrame, helps: pd.DataFrame) -> None:
+    """Mean Dice over the anatomies against the gradients spent, of the seed that has every length."""
+    runs = dice[
+        (dice.study == UNSEEN) & ~dice.optimizer.str.contains("+", regex=False) & dice.test_domain.isin(ANATOMY)
+    ]
+    seed = runs[runs.optimizer == "adam-4x"].seed.min()
+    rows = runs[runs.seed == seed].assign(
+        kind=lambda t: t.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY)
+    )
+    keys = ["kind", "seen", "gradients"]
+    means = (
+        rows.groupby([*keys, "anatomy", "test_domain"])
+        .dice.mean()
+        .groupby([*keys, "anatomy"])
+        .mean()
+        .groupby(keys)
+        .mean()
+    )
+    picture, (ax,) = style.panels(1, 1, 3.8, "Dice, mean of five anatomies")
+    for (kind, seen), line in means.groupby(level=[0, 1]):
+        look = style.LOOKS[kind] | {"linestyle": ":" if seen else "-", "markerfacecolor": "white" if seen else None}
+        told = "trained on the anatomy" if seen else "never saw it"
+        ax.plot(line.index.get_level_values(2), line, label=f"{style.name_of(kind)}, {told}", **look)
+    syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice
+    value = syn.groupby(ANATOMY).mean().mean()
+    ax.axhline(value, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
+    ax.set_xscale("log", base=2)
+    ticks = sorted(set(means.index.get_level_values(2)))
+    ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    ax.set_xlabel(f"gradients spent in training (seed {seed}); at as many, SAM has made half of Adam's steps")
+    style.open_up(ax)
+    picture.legend(loc="outside right center", frameon=False)
+    picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})
+
+
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """The effects as results.md has them."""
     rows = table.groupby(["kind", "effect"], sort=False).agg(
@@ -179,10 +215,12 @@ def main() -> None:
         parts = [part for part in (dice[dice.study != study.name], kept(study)) if len(part)]
         dice = pd.concat(parts).sort_values(COLUMNS[:-1])
         write_csv(dice, path, float_format="%.6g")
-    table = effects(dice, pd.read_csv(FIGURES / "helps.csv"))
+    helps = pd.read_csv(FIGURES / "helps.csv")
+    table = effects(dice, helps)
     write_csv(table, FIGURES / "effects.csv", float_format="%.6g")
     write_csv(shown(table), FIGURES / "table_effects.csv")
     draw(table)
+    spent(dice, helps)
 
 
 if __name__ == "__main__":
