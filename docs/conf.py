@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ABOUT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CODE = ABOUT["urls"]["Repository"] + "/blob/HEAD"
 
-PAGES = ["results", "protocol", "pretrained", "method", "model", "sam", "register", "benchmarks", "grid"]
+PAGES = ["results", "synthetic", "protocol", "pretrained", "method", "model", "sam", "register", "benchmarks", "grid"]
 PAGES += ["faults", "extending", "faq"]
 TEACHING = ["00_start_here", "01_look_at_the_data", "02_registration_by_hand", "03_the_network", "04_sam_explained"]
 TEACHING += ["60_when_not_to_trust_it"]
