@@ -1,12 +1,12 @@
 """What changes the Dice on an anatomy never seen, SAM in its forms and everything else, on one axis.
 
-    python studies/effects.py runs/unseen runs/forms runs/alone runs/few    # keeps the Dice of their runs
-    python studies/effects.py                                               # the table and the figure of what is kept
+    python studies/effects.py runs/unseen runs/forms runs/alone runs/few    # keeps what their runs measured
+    python studies/effects.py                                               # tables and figures of what is kept
 
-Of every run figures/dice.csv keeps the mean Dice of each test set, a row a network (averages of its weights, too) and
-set. An effect is a difference between networks of the same training and seed, on the sets that neither saw, averaged
-over trainings, seeds and sets. Writes figures/effects.csv, a row an effect and anatomy, its figure and its table, and
-figures/spent.png.
+Of every run figures/networks.csv keeps, a row a network (averages of its weights, too) and test set: the mean Dice,
+that of the worst 5 % of pairs, and other measures. An effect is a difference between networks of the same training and
+seed, on the sets that neither saw, averaged over trainings and sets. Writes figures/effects.csv, a row an effect,
+anatomy and seed; its figure and table; figures/spent.png; figures/table_arms.csv.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import scipy.stats
 import yaml
 
-from fmsam_lib.evaluation.anatomies import BAND
+from fmsam_lib.evaluation.anatomies import BAND, LEVEL
 from fmsam_lib.evaluation.evaluate import read_results
 from fmsam_lib.evaluation.statistics import per_pair
 from fmsam_lib.plotting import slices, style
@@ -26,45 +27,41 @@ from fmsam_lib.training.checkpoint import trained_with
 FIGURES = PROJECT / "figures"
 GROUPS = yaml.safe_load((PROJECT / "studies" / "unseen.yaml").read_text(encoding="utf-8"))["groups"]
 ANATOMY = {name: anatomy for anatomy, names in GROUPS.items() for name in names}
-COLUMNS = [
-    "study",
-    "train_domain",
-    "subjects",
-    "optimizer",
-    "seed",
-    "gradients",
-    "test_domain",
-    "seen",
-    "pairs",
-    "dice",
-]
-CELL = ["train_domain", "seed", "test_domain"]
-# name, the study and optimizer of the baseline, and of the treatment
-UNSEEN, ALONE, FORMS, FEW = "unseen", "alone", "forms", "few"
-SAM = {
-    "SAM, as tuned (rho 0.001)": ((UNSEEN, "adam-2x"), (UNSEEN, "sam")),
-    "SAM, as tuned, twice the gradients": ((UNSEEN, "adam-4x"), (UNSEEN, "sam-2x")),
-    "SAM, rho 0.01": ((FORMS, "adam-2x"), (FORMS, "sam-0.01")),
-    "SAM by part of the batch": ((FORMS, "adam-part"), (FORMS, "part-0.0064")),
-    "SAM by layer": ((FORMS, "adam-2x"), (FORMS, "layer-0.0014")),
-    "SAM, 15 subjects a set": ((FEW, "adam-2x-subjects=15"), (FEW, "sam-subjects=15")),
-    "SAM, 5 subjects a set": ((FEW, "adam-2x-subjects=5"), (FEW, "sam-subjects=5")),
-    "SAM, trained on one anatomy": ((ALONE, "adam-2x"), (ALONE, "sam")),
-    "SAM, rho 0.01, trained on one anatomy": ((ALONE, "adam-2x"), (ALONE, "sam-0.01")),
+ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", "test_domain", "seen", "pairs"]
+MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
+WORST = 0.05  # of the pairs
+BY_SAM, OTHER = "SAM minus Adam at equal compute", "Adam, with other help"
+TUNED = (("unseen", "adam-2x"), ("unseen", "sam"))
+# kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
+EFFECTS = {
+    (BY_SAM, "as tuned (rho 0.001)"): TUNED,
+    (BY_SAM, "Dice of the worst 5 % of pairs"): (*TUNED, "worst"),
+    (BY_SAM, "twice the gradients"): (("unseen", "adam-4x"), ("unseen", "sam-2x")),
+    (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
+    (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
+    (BY_SAM, "climb by part of the batch"): (("forms", "adam-part"), ("forms", "part-0.0064")),
+    (BY_SAM, "climb by layer"): (("forms", "adam-2x"), ("forms", "layer-0.0014")),
+    (BY_SAM, "15 subjects a set"): (("few", "adam-2x-subjects=15"), ("few", "sam-subjects=15")),
+    (BY_SAM, "5 subjects a set"): (("few", "adam-2x-subjects=5"), ("few", "sam-subjects=5")),
+    (BY_SAM, "trained on one anatomy"): (("alone", "adam-2x"), ("alone", "sam")),
+    (BY_SAM, "trained on one anatomy, rho 0.01"): (("alone", "adam-2x"), ("alone", "sam-0.01")),
+    (OTHER, "averaged weights (EMA)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+ema")),
+    (OTHER, "averaged weights (last quarter)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+tail")),
+    (OTHER, "BatchNorm's statistics of the new images"): (("unseen", "adam-2x"), ("unseen", "adam-2x+bn")),
+    (OTHER, "half the penalty (lambda 0.75)"): (("unseen", "adam-2x"), ("settings", "lambda-0.75")),
+    (OTHER, "twice the penalty (lambda 3)"): (("unseen", "adam-2x"), ("settings", "lambda-3")),
+    (OTHER, "no augmentation"): (("unseen", "adam-2x"), ("settings", "plain")),
+    (OTHER, "twice the channels"): (("unseen", "adam-2x"), ("settings", "wide")),
+    (OTHER, "8,000 gradients, not 4,000"): (("unseen", "adam"), ("unseen", "adam-2x")),
+    (OTHER, "16,000 gradients, not 8,000"): (("unseen", "adam-2x"), ("unseen", "adam-4x")),
 }
-OTHER = {
-    "averaged weights (EMA)": ((UNSEEN, "adam-2x"), (UNSEEN, "adam-2x+ema")),
-    "averaged weights (last quarter)": ((UNSEEN, "adam-2x"), (UNSEEN, "adam-2x+tail")),
-    "statistics of the new images": ((UNSEEN, "adam-2x"), (UNSEEN, "adam-2x+bn")),
-    "8,000 gradients, not 4,000": ((UNSEEN, "adam"), (UNSEEN, "adam-2x")),
-    "16,000 gradients, not 8,000": ((UNSEEN, "adam-2x"), (UNSEEN, "adam-4x")),
-}
-HELPS = {
-    "10 steps of instance optimisation": ("io", 10),
-    "50 steps of instance optimisation": ("io", 50),
-    "fine-tuned on 2 subjects": ("fine-tuned, adam", 2),
-    "fine-tuned on 5 subjects": ("fine-tuned, adam", 5),
-    "fine-tuned on 20 subjects": ("fine-tuned, adam", 20),
+ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
+HELPS = {  # network, means and amount: of the baseline, and of the treatment
+    (BY_SAM, "both after 50 steps of instance optimisation"): (("adam-2x", IO, 50), ("sam", IO, 50)),
+    (BY_SAM, "both fine-tuned on 5 subjects, with Adam"): (("adam-2x", TUNING, 5), ("sam", TUNING, 5)),
+    (BY_SAM, "fine-tuning Adam's network on 5 subjects"): (("adam-2x", TUNING, 5), ("adam-2x", "fine-tuned, sam", 5)),
+    **{(OTHER, f"{n} steps of instance optimisation"): (ADAM, ("adam-2x", IO, n)) for n in (10, 50)},
+    **{(OTHER, f"fine-tuned on {n} subjects"): (ADAM, ("adam-2x", TUNING, n)) for n in (2, 5, 20)},
 }
 
 
@@ -77,74 +74,89 @@ def trained_on(train_domain: str) -> str:
 
 
 def kept(study: Path) -> pd.DataFrame:
-    """The mean Dice of every network of a study on every set."""
+    """What every network of a study measured on every set."""
     rows = []
     for folder in sorted(file.parent for file in study.glob("*/*/seed*/results.csv")):
-        run = trained_with(folder)
+        run, results = trained_with(folder), read_results(folder / "results.csv")
         last = json.loads((folder / "history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        values = per_pair(read_results(folder / "results.csv"), "dice")
-        for (name, test), dice in values.groupby(["optimizer", "test_domain"]).value:
-            about = {
-                "study": study.name,
-                "train_domain": trained_on(run.train_domain),
-                "subjects": run.subjects,
-                "seed": run.seed,
-            }
-            after = name.partition("+")
-            about |= {"optimizer": folder.parent.name + "".join(after[1:]), "gradients": last["gradient_evaluations"]}
-            about |= {"test_domain": test, "seen": test in run.train_domain.split("+"), "pairs": len(dice)}
-            rows.append(about | {"dice": dice.mean()})
-    return pd.DataFrame(rows)[COLUMNS]
+        values = {name: per_pair(results, name) for name in MEASURES if name != "worst"}
+        values = {name: table.groupby(["optimizer", "test_domain"]).value for name, table in values.items()}
+        for (name, test), dice in values["dice"]:
+            about = {"study": study.name, "train_domain": trained_on(run.train_domain), "subjects": run.subjects}
+            after = "".join(name.partition("+")[1:])
+            about |= {"optimizer": folder.parent.name + after, "seed": run.seed, "pairs": len(dice)}
+            about |= {"gradients": last["gradient_evaluations"], "test_domain": test}
+            about |= {"seen": test in run.train_domain.split("+")}
+            found = {measure: table.get_group((name, test)).mean() for measure, table in values.items()}
+            rows.append(about | found | {"worst": dice.nsmallest(max(1, round(WORST * len(dice)))).mean()})
+    return pd.DataFrame(rows)[ABOUT + MEASURES]
 
 
-def paired(baseline: pd.Series, treatment: pd.Series) -> pd.DataFrame:
-    """By anatomy: the mean difference over its sets, trainings and seeds, and how many seeds there are."""
-    rows = pd.DataFrame({"baseline": baseline, "treatment": treatment}).dropna().reset_index()
-    rows = rows.assign(anatomy=rows.test_domain.map(ANATOMY), difference=rows.treatment - rows.baseline)
-    sets = rows.groupby(["anatomy", "test_domain"])[["baseline", "treatment", "difference"]].mean()
-    means = sets.groupby("anatomy").mean()
-    return means.assign(seeds=rows.groupby("anatomy").seed.nunique()).reset_index()
+def by_anatomy(values: pd.Series) -> pd.Series:
+    """The mean of every anatomy and seed, its sets averaged first; the index has seed and test_domain, at least."""
+    table = values.rename("value").reset_index()
+    table = table.assign(anatomy=table.test_domain.map(ANATOMY))
+    return table.groupby(["anatomy", "seed", "test_domain"]).value.mean().groupby(["anatomy", "seed"]).mean()
 
 
-def effects(dice: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
-    """Every effect that was measured, an anatomy a row."""
-    rows, unseen = [], dice[~dice.seen].set_index(["study", "optimizer"]).sort_index()
-    for kind, listed in (("SAM minus Adam at equal compute", SAM), ("Adam, with other help", OTHER)):
-        for name, keys in listed.items():
-            if all(key in unseen.index for key in keys):
-                of = [unseen.loc[[key]].set_index(CELL).dice for key in keys]
-                rows.append(paired(*of).assign(kind=kind, effect=name))
-    mine = helps[helps.training == "adam-2x"].set_index(["means", "amount"]).sort_index()
-    for name, key in HELPS.items():
-        of = [mine.loc[[one]].set_index(["seed", "test_domain"]).dice for one in (("nothing", 0), key)]
-        rows.append(paired(*of).assign(kind=kind, effect=name))
-    few = unseen.loc[[(ALONE, "adam-2x")]].groupby(["seed", "test_domain"]).dice.mean()
-    many = unseen.loc[[(UNSEEN, "adam")]].groupby(["seed", "test_domain"]).dice.mean()
-    rows.append(paired(few, many).assign(kind=kind, effect="trained on all other anatomies, not one"))
-    return pd.concat(rows, ignore_index=True)[
-        ["kind", "effect", "anatomy", "baseline", "treatment", "difference", "seeds"]
-    ]
+def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
+    """Every effect that was measured: an anatomy and seed a row."""
+    rows, unseen = {}, networks[~networks.seen].set_index(["study", "optimizer"]).sort_index()
+    for name, (*keys, measure) in {name: (*of, "dice")[:3] for name, of in EFFECTS.items()}.items():
+        if all(key in unseen.index for key in keys):
+            both = [unseen.loc[[key]].set_index(["train_domain", "seed", "test_domain"])[measure] for key in keys]
+            rows[name] = by_anatomy((both[1] - both[0]).dropna())
+    helped = helps.set_index(["training", "means", "amount"]).sort_index()
+    for name, keys in HELPS.items():
+        both = [helped.loc[[key]].set_index(["seed", "test_domain"]).dice for key in keys]
+        rows[name] = by_anatomy((both[1] - both[0]).dropna())
+    if ("alone", "adam-2x") in unseen.index:
+        both = [
+            by_anatomy(unseen.loc[[of]].set_index(["seed", "test_domain"]).dice)
+            for of in (("alone", "adam-2x"), ("unseen", "adam"))
+        ]
+        rows[OTHER, "trained on all other anatomies, not one"] = (both[1] - both[0]).dropna()
+    table = pd.concat(rows, names=["kind", "effect"]).rename("difference").reset_index()
+    return table.sort_values("kind", ascending=False, kind="stable")
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """An effect a row: the mean over anatomies, with a t interval over seeds where there are three or more."""
+    lines = []
+    for (kind, effect), mine in table.groupby(["kind", "effect"], sort=False):
+        seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
+        told = f"{each.mean():+.3f}"
+        if len(seeds) > 2:
+            told += " [{:+.3f}, {:+.3f}]".format(
+                *scipy.stats.t.interval(LEVEL, len(seeds) - 1, seeds.mean(), seeds.sem())
+            )
+        line = {"": kind, "what": effect, "change of Dice [90 %]": told}
+        line |= {
+            f"{name} anatomy": f"{each.loc[at]:+.3f} ({at})"
+            for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax()))
+        }
+        lines.append(line | {"anatomies": len(each), "seeds": len(seeds)})
+    return pd.DataFrame(lines)
 
 
 def draw(table: pd.DataFrame) -> None:
     """An effect a row, below the heading of its kind: anatomies as points, their mean as a bar, its value beside it."""
     rows = [(kind, name) for kind, mine in table.groupby("kind", sort=False) for name in ("", *mine.effect.unique())]
-    picture = slices.Picture(figsize=(8, 0.27 * len(rows) + 1.4), layout="constrained")
+    picture = slices.Picture(figsize=(8, 0.24 * len(rows) + 1.4), layout="constrained")
     ax, looks = picture.subplots(), dict(zip(sorted(GROUPS), [*style.LOOKS.values()][3:], strict=False))
     ax.axvspan(-BAND, BAND, color="#e6e6e6", zorder=0)
     ax.axvline(0, color="black", linewidth=1)
     for y, (kind, name) in enumerate(rows):
         mine = table[(table.kind == kind) & (table.effect == name)]
-        for line in mine.itertuples():
-            ax.plot(line.difference, y, markersize=4.5, **looks[line.anatomy] | {"linestyle": ""})
+        each = mine.groupby("anatomy").difference.mean()
+        for anatomy, difference in each.items():
+            ax.plot(difference, y, markersize=4.5, **looks[anatomy] | {"linestyle": ""})
         if name:
-            mean = mine.difference.mean()
-            ax.plot(mean, y, marker="|", markersize=15, markeredgewidth=3, color="black")
-            seeds = "1 seed" if mine.seeds.max() == 1 else f"{mine.seeds.max()} seeds"
-            ax.annotate(
-                f"{mean:+.3f}, {seeds}".replace("-", "−"), (1.02, y), xycoords=("axes fraction", "data"), va="center"
-            )
-    ax.set_yticks(range(len(rows)), [name or kind for kind, name in rows])
+            ax.plot(each.mean(), y, marker="|", markersize=13, markeredgewidth=3, color="black")
+            seeds = "1 seed" if mine.seed.nunique() == 1 else f"{mine.seed.nunique()} seeds"
+            told = f"{each.mean():+.3f}, {seeds}".replace("-", "−")
+            ax.annotate(told, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    ax.set_yticks(range(len(rows)), [name or kind for kind, name in rows], fontsize=9)
     for label, (_, name) in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_fontweight("normal" if name else "bold")
     ax.tick_params(axis="y", length=0)
@@ -153,29 +165,20 @@ def draw(table: pd.DataFrame) -> None:
     ax.spines[["top", "right", "left"]].set_visible(False)
     for name, look in looks.items():
         ax.plot([], [], label=name, **look | {"linestyle": ""})
-    ax.plot([], [], marker="|", markersize=13, markeredgewidth=3, color="black", linestyle="", label="mean")
+    ax.plot([], [], marker="|", markersize=12, markeredgewidth=3, color="black", linestyle="", label="mean")
     picture.legend(loc="outside upper center", ncols=6, frameon=False)
     picture.savefig(FIGURES / "effects.png", dpi=slices.DPI, metadata={"Software": None})
 
 
-def spent(dice: pd.DataFrame, helps: pd.DataFrame) -> None:
+def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     """Mean Dice over the anatomies against the gradients spent, of the seed that has every length."""
-    runs = dice[
-        (dice.study == UNSEEN) & ~dice.optimizer.str.contains("+", regex=False) & dice.test_domain.isin(ANATOMY)
-    ]
+    runs = networks[(networks.study == "unseen") & ~networks.optimizer.str.contains("+", regex=False)]
     seed = runs[runs.optimizer == "adam-4x"].seed.min()
-    rows = runs[runs.seed == seed].assign(
-        kind=lambda t: t.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY)
-    )
+    runs = runs[(runs.seed == seed) & runs.test_domain.isin(ANATOMY)]
+    runs = runs.assign(kind=runs.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY))
     keys = ["kind", "seen", "gradients"]
-    means = (
-        rows.groupby([*keys, "anatomy", "test_domain"])
-        .dice.mean()
-        .groupby([*keys, "anatomy"])
-        .mean()
-        .groupby(keys)
-        .mean()
-    )
+    sets = runs.groupby([*keys, "anatomy", "test_domain"]).dice.mean()
+    means = sets.groupby([*keys, "anatomy"]).mean().groupby(keys).mean()
     picture, (ax,) = style.panels(1, 1, 3.8, "Dice, mean of five anatomies")
     for (kind, seen), line in means.groupby(level=[0, 1]):
         look = style.LOOKS[kind] | {"linestyle": ":" if seen else "-", "markerfacecolor": "white" if seen else None}
@@ -193,34 +196,37 @@ def spent(dice: pd.DataFrame, helps: pd.DataFrame) -> None:
     picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})
 
 
-def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The effects as results.md has them."""
-    rows = table.groupby(["kind", "effect"], sort=False).agg(
-        change=("difference", "mean"), low=("difference", "min"), high=("difference", "max"),
-        anatomies=("anatomy", "nunique"), seeds=("seeds", "max"),
-    )  # fmt: skip
-    return (
-        rows.assign(**{n: rows[n].map("{:+.3f}".format) for n in ("change", "low", "high")})
-        .rename(columns={"change": "change of Dice", "low": "lowest anatomy", "high": "highest anatomy"})
-        .reset_index()
-    )
+def arms(networks: pd.DataFrame) -> pd.DataFrame:
+    """Every training of chest and knee left out, seed 10, on these two: are the arms alike in their transforms?"""
+    rows = networks[networks.study.isin(["unseen", "forms", "settings"]) & (networks.seed == 10) & ~networks.seen]
+    rows = rows[
+        rows.train_domain.isin(["all but chest", "all but knee"]) & ~rows.optimizer.str.contains("+", regex=False)
+    ]
+    rows = rows.drop_duplicates(["optimizer", "train_domain", "test_domain"])  # the arms that forms shares with unseen
+    rows = rows.assign(anatomy=rows.test_domain.map(ANATOMY))
+    keys = ["optimizer", "gradients"]
+    means = rows.groupby([*keys, "anatomy"], sort=False)[MEASURES].mean().groupby(keys, sort=False).mean()
+    digits = {"dice": 3, "worst": 3, "hd95": 2, "sdlogj": 3, "folding_percent": 3}
+    told = {name: means[name].map(f"{{:.{n}f}}".format) for name, n in digits.items()}
+    return pd.DataFrame(told).reset_index().sort_values("dice", ascending=False)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("studies", nargs="*", type=Path, help="folders of computed studies")
-    path = FIGURES / "dice.csv"
-    dice = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    path = FIGURES / "networks.csv"
+    networks = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=ABOUT + MEASURES)
     for study in arguments.parse_args().studies:
-        parts = [part for part in (dice[dice.study != study.name], kept(study)) if len(part)]
-        dice = pd.concat(parts).sort_values(COLUMNS[:-1])
-        write_csv(dice, path, float_format="%.6g")
+        parts = [part for part in (networks[networks.study != study.name], kept(study)) if len(part)]
+        networks = pd.concat(parts).sort_values(ABOUT[:-1])
+        write_csv(networks, path, float_format="%.5g")
     helps = pd.read_csv(FIGURES / "helps.csv")
-    table = effects(dice, helps)
-    write_csv(table, FIGURES / "effects.csv", float_format="%.6g")
+    table = effects(networks, helps)
+    write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
     write_csv(shown(table), FIGURES / "table_effects.csv")
+    write_csv(arms(networks), FIGURES / "table_arms.csv")
     draw(table)
-    spent(dice, helps)
+    spent(networks, helps)
 
 
 if __name__ == "__main__":
