@@ -30,13 +30,15 @@ ANATOMY = {name: anatomy for anatomy, names in GROUPS.items() for name in names}
 ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", "test_domain", "seen", "pairs"]
 MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
-BY_SAM, OTHER = "SAM minus Adam at equal compute", "Adam, with other help"
+BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with other help"
 TUNED = (("unseen", "adam-2x"), ("unseen", "sam"))
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
     (BY_SAM, "as tuned (rho 0.001)"): TUNED,
     (BY_SAM, "Dice of the worst 5 % of pairs"): (*TUNED, "worst"),
     (BY_SAM, "twice the gradients"): (("unseen", "adam-4x"), ("unseen", "sam-2x")),
+    (BY_SAM, "equal steps, 4,000"): (("unseen", "adam"), ("unseen", "sam")),
+    (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
     (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
     (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
     (BY_SAM, "climb by part of the batch"): (("forms", "adam-part"), ("forms", "part-0.0064")),
