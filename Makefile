@@ -3,6 +3,7 @@
 # make test [SLOW=1]                       lint and run the tests; SLOW: those of minutes too
 # make lab                                 open the notebooks
 # make bench                               measure speed, beside the figures to reach
+# make coverage [SLOW=1]                   which lines no test runs, in any process: half an hour
 # make site [EXECUTE=0]                    docs and executed notebooks as pages: runs/site/index.html
 # Each makes the environment first, in .venv, with the versions of constraints.txt.
 
@@ -13,13 +14,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 export FMSAM_DATA := $(if $(DATA),$(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "$(DATA)"),)
 
-.PHONY: study test lab bench site lint clean
+.PHONY: study test coverage lab bench site lint clean
 
 study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study "$(STUDY)" $(if $(RUNS),--runs "$(RUNS)") $(if $(PROFILE),--profile "$(PROFILE)")
 
 test: lint $(VENV)/peers
 	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow")
+
+coverage: $(VENV)/peers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check coverage
+	-$(BIN)/python -m coverage run -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow")
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --show-missing --skip-covered
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
