@@ -132,7 +132,11 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
             told += " [{:+.3f}, {:+.3f}]".format(
                 *scipy.stats.t.interval(LEVEL, len(seeds) - 1, seeds.mean(), seeds.sem())
             )
-        line = {"": kind, "what": effect, "change of Dice [90 %]": told}
+        line = {
+            "difference": "SAM - Adam" if kind == BY_SAM else "with it - without",
+            "of": effect,
+            "change of Dice [90 %]": told,
+        }
         line |= {
             f"{name} anatomy": f"{each.loc[at]:+.3f} ({at})"
             for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax()))

@@ -1,0 +1,72 @@
+"""The recorded effects on Dice never seen follow from what the networks measured; studies/effects.py."""
+
+import pandas as pd
+import pytest
+
+from tests.conftest import PROJECT, as_module
+
+FIGURES = PROJECT / "figures"
+
+
+@pytest.fixture(scope="module")
+def script():
+    return as_module("studies/effects.py")
+
+
+def test_the_recorded_effects_are_those_of_the_recorded_networks(script):
+    recorded = [pd.read_csv(FIGURES / f"{name}.csv") for name in ("networks", "helps", "effects")]
+    networks, helps, effects = recorded
+    found = script.effects(networks, helps).reset_index(drop=True)
+    pd.testing.assert_frame_equal(found, effects, rtol=1e-3, atol=2e-5)
+    table = pd.read_csv(FIGURES / "table_effects.csv", keep_default_na=False, dtype=str)
+    again = script.shown(found).astype(str)
+    pd.testing.assert_frame_equal(again.reset_index(drop=True), table)
+
+
+def networks_of(values):
+    """Rows of `networks.csv`: (study, optimizer, training, seed, test domain, seen, Dice)."""
+    names = ["study", "optimizer", "train_domain", "seed", "test_domain", "seen", "dice"]
+    table = pd.DataFrame(values, columns=names)
+    return table.assign(
+        subjects=0, gradients=8000, pairs=3, worst=table.dice - 0.1, hd95=1.0, sdlogj=0.1, folding_percent=0
+    )
+
+
+def test_an_effect_is_paired_and_every_anatomy_counts_once(script):
+    values = []
+    for seed, shift in ((1, 0.0), (2, 0.02)):
+        for name, training, gain in (
+            ("CardiacACDC", "all but heart", 0.03),
+            ("CardiacSunnybrook2D", "all but heart", 0.01),
+            ("SpineMR2D", "all but spine", -0.02),
+        ):
+            values.append(("unseen", "adam-2x", training, seed, name, False, 0.7 + shift))
+            values.append(("unseen", "sam", training, seed, name, False, 0.7 + shift + gain))
+    values.append(("unseen", "sam", "all but heart", 1, "SpineMR2D", True, 0.99))  # it saw the spine
+    values.append(("unseen", "sam", "all but spine", 3, "SpineMR2D", False, 0.99))  # no Adam with this seed
+    rows = [("adam-2x", 1, "SpineMR2D", "nothing", 0, 0.7), ("sam", 1, "SpineMR2D", "io", 50, 0.9)]
+    rows += [("adam-2x", 1, "SpineMR2D", "io", n, 0.7 + n / 1000) for n in (10, 50)]
+    for optimizer in ("adam", "sam"):
+        rows += [("adam-2x", 1, "SpineMR2D", f"fine-tuned, {optimizer}", n, 0.75) for n in (2, 5, 20)]
+    rows += [("sam", 1, "SpineMR2D", "fine-tuned, adam", 5, 0.75)]
+    helps = pd.DataFrame(rows, columns=["training", "seed", "test_domain", "means", "amount", "dice"])
+
+    table = script.effects(networks_of(values), helps).set_index(["effect", "anatomy", "seed"]).difference
+    tuned = table["as tuned (rho 0.001)"]
+    assert tuned.to_dict() == pytest.approx(
+        {("heart", 1): 0.02, ("heart", 2): 0.02, ("spine", 1): -0.02, ("spine", 2): -0.02}
+    )
+    assert table["10 steps of instance optimisation"].to_dict() == pytest.approx({("spine", 1): 0.01})
+    assert table["both after 50 steps of instance optimisation"].to_dict() == pytest.approx({("spine", 1): 0.15})
+    assert "rho 0.01" not in table.index  # of which there is no run
+    line = script.shown(table.reset_index().assign(kind="")).set_index("of").loc["as tuned (rho 0.001)"]
+    assert line["change of Dice [90 %]"] == "+0.000"  # two anatomies, alike in weight; two seeds have no interval
+    assert (line["lowest anatomy"], line["highest anatomy"]) == ("-0.020 (spine)", "+0.020 (heart)")
+
+
+def test_the_training_is_named_by_what_it_leaves_out(script):
+    groups = script.GROUPS
+    others = "+".join(name for one in groups if one != "knee" for name in groups[one])
+    assert script.trained_on(f"{others}+brain-mr") == "all but knee"
+    assert script.trained_on("SpineMR2D") == "SpineMR2D"
+    assert script.trained_on(others.replace("SpineMR2D+", "")) != "all but knee"  # the spine is left out, too
