@@ -1,6 +1,7 @@
 """Is a network flatter on the very domains where it registers better? Of every run of a study, on every test domain.
 
     FMSAM_DATA=... python studies/sharpness.py runs/unseen      # a few seconds a run; goes on where it stopped
+    FMSAM_DATA=... python studies/sharpness.py runs/forms
     python studies/sharpness.py --draw                          # the figure and the table, from the recorded values
 
 Sharpness is the relative rise of the total loss at SAM's step, `(L(w + rho g / |g|) - L(w)) / L(w)`, with g the
@@ -33,6 +34,10 @@ RHOS = (0.001, 0.01)
 PAIRS = 12
 RISE = "rise 0.01"
 KINDS = ("seen", "unseen")
+FORMS = {"layer-0.0014": "SAM by layer", "part-0.0064": "SAM by part", "sam-0.01": "SAM, rho 0.01"}
+FORMS |= {"adam-part": "Adam by part", "adam-4x": "Adam, four times the steps", "sam-2x": "SAM, twice the steps"}
+# Adam at equal compute; with as small batches in BatchNorm
+CONTROL = {"SAM by part": "Adam by part", "SAM, twice the steps": "Adam, four times the steps"}
 
 
 def measured(folder: Path) -> list[dict]:
@@ -96,9 +101,10 @@ def line(rows: pd.DataFrame) -> dict:
 
 def draw(table: pd.DataFrame) -> None:
     """A table of every comparison, and the figure of those at equal compute."""
-    others = [name for name in style.optimizers_of(table) if name not in ("adam", EQUAL_COMPUTE)]
-    pairs = [(EQUAL_COMPUTE, name) for name in others] + [("adam", name) for name in ("sam", EQUAL_COMPUTE)]
-    lines = []
+    table = table.replace({"optimizer": FORMS})
+    others = [name for name in style.optimizers_of(table) if not name.lower().startswith("adam")]
+    pairs = [(CONTROL.get(name, EQUAL_COMPUTE), name) for name in others]
+    pairs, lines = [*pairs, ("adam", "sam"), ("adam", EQUAL_COMPUTE)], []
     for (baseline, treatment), kind in itertools.product(pairs, KINDS):
         rows = differences(table, baseline, treatment).query("kind == @kind")
         if len(rows):
@@ -108,7 +114,7 @@ def draw(table: pd.DataFrame) -> None:
     picture, panels = style.panels(2, 2, 3.6, sharex=True, sharey=True)
     for ax, kind in zip(panels, KINDS, strict=True):
         for name in others:
-            rows = differences(table, EQUAL_COMPUTE, name).query("kind == @kind")
+            rows = differences(table, CONTROL.get(name, EQUAL_COMPUTE), name).query("kind == @kind")
             ax.plot(2.0**rows.ratio, rows.dice, **style.look(name, others) | {"linestyle": ""}, markersize=5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.axvline(1, color="black", linewidth=0.8)
