@@ -151,7 +151,10 @@ def pretrained() -> pd.DataFrame:
 
 def longer() -> pd.DataFrame:
     """Dice on anatomies never seen by the gradients that Adam and SAM spent, and the difference at equal compute."""
-    rows = pd.read_csv(FIGURES / "longer.csv").query("not seen")
+    rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen and seed == 10")
+    rows = rows[~rows.optimizer.str.contains("+", regex=False)].assign(
+        anatomy=rows.train_domain.str.removeprefix("all but "), optimizer=rows.optimizer.str.partition("-")[0]
+    )
     rows = rows.groupby(["anatomy", "optimizer", "gradients"]).dice.mean().unstack([1, 2]).dropna()
     rows.loc[f"mean of these {len(rows)}"] = rows.mean()
     kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]
