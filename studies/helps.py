@@ -73,7 +73,7 @@ def measure(study: Path, seeds: list[int], trainings: list[str]) -> None:
         if keys in done:
             continue
         values = of().groupby(["metric", "pair"]).value.mean().groupby("metric")
-        row = dict(zip(WITH, keys, strict=True)) | values.mean()[["dice", "hd95", "folding_percent"]].to_dict()
+        row = dict(zip(WITH, keys, strict=True)) | values.mean().reindex(["dice", "hd95", "folding_percent"]).to_dict()
         row |= {"pairs": values.size()["dice"], "commit": made["commit"], "cpu": made["cpu"]}
         table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
         write_csv(table, OUT, float_format="%.6g")
