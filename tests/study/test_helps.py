@@ -31,6 +31,6 @@ def test_every_help_is_measured_once_on_what_was_not_seen(tmp_path, monkeypatch)
     assert table.dice.nunique() >= 3  # fine-tuning with Adam or SAM changes it, each in its own way
 
     written = (tmp_path / "helps.csv").read_bytes()
-    monkeypatch.setattr(script, "helped", None)  # nothing is measured twice
+    monkeypatch.setattr(script, "helped", lambda *_: pytest.fail("measured twice"))
     script.measure(tmp_path / "study", [10], ["adam-2x"])
     assert (tmp_path / "helps.csv").read_bytes() == written
