@@ -61,7 +61,7 @@ ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
 HELPS = {  # network, means and amount: of the baseline, and of the treatment
     (BY_SAM, "both after 50 steps of instance optimisation"): (("adam-2x", IO, 50), ("sam", IO, 50)),
     (BY_SAM, "both fine-tuned on 5 subjects, with Adam"): (("adam-2x", TUNING, 5), ("sam", TUNING, 5)),
-    (BY_SAM, "fine-tuning Adam's network on 5 subjects"): (("adam-2x", TUNING, 5), ("adam-2x", "fine-tuned, sam", 5)),
+    (BY_SAM, "fine-tuned by SAM, not Adam, on 5 subjects"): (("adam-2x", TUNING, 5), ("adam-2x", "fine-tuned, sam", 5)),
     **{(OTHER, f"{n} steps of instance optimisation"): (ADAM, ("adam-2x", IO, n)) for n in (10, 50)},
     **{(OTHER, f"fine-tuned on {n} subjects"): (ADAM, ("adam-2x", TUNING, n)) for n in (2, 5, 20)},
 }
