@@ -148,7 +148,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 def draw(table: pd.DataFrame) -> None:
     """An effect a row, below the heading of its kind: anatomies as points, their mean as a bar, its value beside it."""
     rows = [(kind, name) for kind, mine in table.groupby("kind", sort=False) for name in ("", *mine.effect.unique())]
-    picture = slices.Picture(figsize=(8, 0.24 * len(rows) + 1.4), layout="constrained")
+    picture = slices.Picture(figsize=(8, min(0.24 * len(rows) + 1.4, slices.MOST_HIGH)), layout="constrained")
     ax, looks = picture.subplots(), dict(zip(sorted(GROUPS), [*style.LOOKS.values()][3:], strict=False))
     ax.axvspan(-BAND, BAND, color="#e6e6e6", zorder=0)
     ax.axvline(0, color="black", linewidth=1)
