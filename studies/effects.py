@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pandas as pd
 import scipy.stats
-import yaml
 
 from fmsam_lib.evaluation.anatomies import BAND, LEVEL
 from fmsam_lib.evaluation.evaluate import read_results
 from fmsam_lib.evaluation.statistics import per_pair
 from fmsam_lib.plotting import slices, style
 from fmsam_lib.records import PROJECT, write_csv
+from fmsam_lib.study.file import read_study
 from fmsam_lib.training.checkpoint import trained_with
 
 FIGURES = PROJECT / "figures"
-GROUPS = yaml.safe_load((PROJECT / "studies" / "unseen.yaml").read_text(encoding="utf-8"))["groups"]
-ANATOMY = {name: anatomy for anatomy, names in GROUPS.items() for name in names}
+UNSEEN = read_study(PROJECT / "studies" / "unseen.yaml")
+ANATOMY = {name: anatomy for anatomy, names in UNSEEN.groups.items() for name in names}
 ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", "test_domain", "seen", "pairs"]
 MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
@@ -68,11 +68,9 @@ HELPS = {  # network, means and amount: of the baseline, and of the treatment
 
 
 def trained_on(train_domain: str) -> str:
-    """The training sets; "all but heart" for all groups of `unseen` but one."""
-    names = set(train_domain.split("+"))
-    whole = [anatomy for anatomy, members in GROUPS.items() if names >= {*members}]
-    others = [anatomy for anatomy, members in GROUPS.items() if names.isdisjoint(members)]
-    return f"all but {others[0]}" if len(whole) == len(GROUPS) - 1 and len(others) == 1 else train_domain
+    """The training sets; "all but heart" where `unseen` leaves out one anatomy."""
+    one = UNSEEN.left_out(train_domain)
+    return f"all but {one}" if one else train_domain
 
 
 def kept(study: Path) -> pd.DataFrame:
@@ -127,9 +125,9 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for (kind, effect), mine in table.groupby(["kind", "effect"], sort=False):
         seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
-        told = f"{each.mean():+.3f}"
+        told = f"{each.mean():+z.3f}"
         if len(seeds) > 2:
-            told += " [{:+.3f}, {:+.3f}]".format(
+            told += " [{:+z.3f}, {:+z.3f}]".format(
                 *scipy.stats.t.interval(LEVEL, len(seeds) - 1, seeds.mean(), seeds.sem())
             )
         line = {
@@ -138,7 +136,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
             "change of Dice [90 %]": told,
         }
         line |= {
-            f"{name} anatomy": f"{each.loc[at]:+.3f} ({at})"
+            f"{name} anatomy": f"{each.loc[at]:+z.3f} ({at})"
             for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax()))
         }
         lines.append(line | {"anatomies": len(each), "seeds": len(seeds)})
@@ -149,7 +147,7 @@ def draw(table: pd.DataFrame) -> None:
     """An effect a row, below the heading of its kind: anatomies as points, their mean as a bar, its value beside it."""
     rows = [(kind, name) for kind, mine in table.groupby("kind", sort=False) for name in ("", *mine.effect.unique())]
     picture = slices.Picture(figsize=(8, min(0.24 * len(rows) + 1.4, slices.MOST_HIGH)), layout="constrained")
-    ax, looks = picture.subplots(), dict(zip(sorted(GROUPS), [*style.LOOKS.values()][3:], strict=False))
+    ax, looks = picture.subplots(), dict(zip(sorted(UNSEEN.groups), [*style.LOOKS.values()][3:], strict=False))
     ax.axvspan(-BAND, BAND, color="#e6e6e6", zorder=0)
     ax.axvline(0, color="black", linewidth=1)
     for y, (kind, name) in enumerate(rows):
@@ -160,7 +158,7 @@ def draw(table: pd.DataFrame) -> None:
         if name:
             ax.plot(each.mean(), y, marker="|", markersize=13, markeredgewidth=3, color="black")
             seeds = "1 seed" if mine.seed.nunique() == 1 else f"{mine.seed.nunique()} seeds"
-            told = f"{each.mean():+.3f}, {seeds}".replace("-", "−")
+            told = f"{each.mean():+z.3f}, {seeds}".replace("-", "−")
             ax.annotate(told, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [name or kind for kind, name in rows], fontsize=9)
     for label, (_, name) in zip(ax.get_yticklabels(), rows, strict=True):
@@ -214,7 +212,9 @@ def arms(networks: pd.DataFrame) -> pd.DataFrame:
     means = rows.groupby([*keys, "anatomy"], sort=False)[MEASURES].mean().groupby(keys, sort=False).mean()
     digits = {"dice": 3, "worst": 3, "hd95": 2, "sdlogj": 3, "folding_percent": 3}
     told = {name: means[name].map(f"{{:.{n}f}}".format) for name, n in digits.items()}
-    return pd.DataFrame(told).reset_index().sort_values("dice", ascending=False)
+    names = {"optimizer": "arm", "dice": "Dice", "worst": "Dice, worst 5 %", "hd95": "HD95, mm or samples"}
+    names |= {"sdlogj": "SDlogJ", "folding_percent": "folded, %"}
+    return pd.DataFrame(told).reset_index().sort_values("dice", ascending=False).rename(columns=names)
 
 
 def main() -> None:
