@@ -33,13 +33,13 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.training.checkpoint import State
 from fmsam_lib.training.loop import fit, starting
 from fmsam_lib.training.losses import Batch, jittered_points, lncc_loss
-from fmsam_lib.training.step import perturbation, train_step
+from fmsam_lib.training.step import Recorded, perturbation, train_step
 
 FULL = {name: [*value] if isinstance(value, tuple) else value for name, value in UNIGRADICON.items()}
 SIZES = {
     "full": {**FULL, "last_step": True}, "step": [(160, (0.25, 0.50)), (96, (0.20, 0.50))], "inference": 175,
     "small": {"down": [16, 32, 64], "up": [16, 32, 64], "levels": 3, "last_step": True},
-    "2-D": (64, 64), "3-D": (48, 64, 48), "lncc": [(2, 64, 0.10), (1, 128, 0.07)], "repeats": 10,
+    "2-D": (64, 64), "3-D": (48, 64, 48), "lncc": [(2, 64, 0.10), (1, 128, 0.07)], "repeats": 6,
 }  # fmt: skip
 TRIAL = SIZES | {
     "full": {"down": [4, 8], "up": [4, 8], "levels": 2, "last_step": True}, "step": [(32, (0, 0)), (24, (0, 0))],
@@ -48,7 +48,7 @@ TRIAL = SIZES | {
 }  # fmt: skip
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS has no deterministic kind
-SLABS = (128, 32, 16, 8)  # planes at half resolution
+SLABS = (128, 32, 8)  # planes at half resolution; the library takes 16
 
 Build = Callable[[], Callable[[], object]]  # makes a network and what goes with it; its result is one call to time
 
@@ -102,11 +102,12 @@ def peer_step(shape, widths: dict, batch: int, device: torch.device) -> Callable
 def our_step(shape, widths: dict, batch: int, device: torch.device, **more) -> Callable:
     run = settings(shape, widths, batch=batch, **more)
     net = starting(run).to(device).train()
-    net.precision = run.precision
+    net.precision, net.save_memory = run.precision, run.save_memory
     optimizer, sam, state = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True), perturbation(net, run), State()
     points = jittered_points(tuple(shape), torch.Generator().manual_seed(0))
     of = Batch(*images(shape, batch, device), points).to(device)
-    return lambda: train_step(net, [of], run, optimizer, sam, state)
+    recorded = Recorded(net, run) if device.type == "cuda" else None
+    return lambda: train_step(net, [of], run, optimizer, sam, state, recorded=recorded)
 
 
 def inference(shape, widths: dict, device: torch.device, ours: bool, precision: str = "float32") -> Callable:
@@ -123,13 +124,15 @@ def steps(size: dict, device: torch.device) -> list[dict]:
     for side, (seconds, memory) in size["step"]:
         peer, ours = (partial(f, (side,) * 3, size["full"], 1, device) for f in (peer_step, our_step))
         builds: dict[str, Build] = {"peer": peer}
-        for name in ("bf16", "fp16", "float32"):
-            builds[name] = partial(ours, optimizer="adam", precision=name)
+        ways = {name: {"precision": name} for name in ("bf16", "fp16", "float32")}
+        ways["bf16, save_memory"] = {"precision": "bf16", "save_memory": True}
+        for name, how in ways.items():
+            builds[name] = partial(ours, optimizer="adam", **how)
         if side == size["step"][-1][0]:
             builds["sam"] = partial(ours, optimizer="sam")
         found = measure(builds, device, size["repeats"])
-        for name in ("bf16", "fp16", "float32"):
-            reach = (seconds, memory) if name == "bf16" else (None, None)
+        for name in ways:
+            reach = (seconds, memory) if "bf16" in name else (None, None)
             for what, unit, at in (("time", "s", 0), ("peak memory", "GiB", 1)):
                 figure = f"full step, {side}^3, {name} / peer's float32: {what}"
                 rows.append(model.ratio(figure, found[name][at], found["peer"][at], reach[at], unit))
@@ -208,9 +211,11 @@ def twice(size: dict, device: torch.device) -> list[dict]:
             perturbation(net, run),
             State(),
         )
+        recorded = Recorded(net, run) if device.type == "cuda" else None
         for i in range(5):
             points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(i))
-            train_step(net, [Batch(*images(run.shape, 2, device), points).to(device)], run, optimizer, sam, state)
+            of = Batch(*images(run.shape, 2, device), points).to(device)
+            train_step(net, [of], run, optimizer, sam, state, recorded=recorded)
         return torch.nn.utils.parameters_to_vector(net.parameters()).detach()
 
     def mapped(name: str) -> torch.Tensor:

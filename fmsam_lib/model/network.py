@@ -86,7 +86,7 @@ class UNet(nn.Module):
         """From `x` at `depth` to twice its resolution, beside its `skip`."""
         y = self.up[depth](F.leaky_relu(x))
         coarse = fit_channels(x, y.shape[1]).contiguous(memory_format=CHANNELS_LAST[self.dim])
-        x = self.norm[depth](y.add_(F.interpolate(coarse, scale_factor=2, mode=LINEAR[self.dim])))
+        x = self.norm[depth](y.add_(doubled(coarse)))
         keep_layout(x)
         x = x[:, :, *[slice(0, n) for n in skip.shape[2:]]]  # odd sizes come back one too large
         return torch.cat([x, skip], 1)
@@ -94,17 +94,42 @@ class UNet(nn.Module):
     def finish(self, x: Tensor, skip: Tensor) -> Tensor:
         """The finest depth, and the displacement: `last` convolved in a way that is quicker for so few channels.
 
-        The kernel's three taps along the first axis become channels of one convolution that is flat along that
-        axis, and are added up afterwards, each from its neighbouring plane.
+        On a processor the kernel's three taps along the first axis become channels of one convolution that is flat
+        along that axis, and are added up afterwards, each from its neighbouring plane.
         """
-        x = self.ascend(0, x, skip)
         weight, bias = self.last.parameters()
+        flat = [0, 0] * (self.dim - 1)
+        if x.is_cuda:  # whose matrix units take channels by eights only: empty ones beside its own
+            spare = [*flat, 0, 0, 0, -self.last.in_channels % 8]
+            x, weight = self.ascend(0, x, F.pad(skip, spare)), F.pad(weight, [*spare, 0, -self.dim % 8])
+            y = FUNCTIONAL_CONV[self.dim](x, weight, padding=1)[:, : self.dim]
+            return (y + bias.view(1, -1, *[1] * self.dim)) / 10
+        x = self.ascend(0, x, skip)
         taps = weight.movedim(2, 0).flatten(0, 1).unsqueeze(2)
         taps = FUNCTIONAL_CONV[self.dim](x, taps, padding=(0, *[1] * (self.dim - 1)))
         before, here, after = keep_layout(taps).chunk(3, 1)
-        flat = [0, 0] * (self.dim - 1)
         y = F.pad(before[:, :, :-1], [*flat, 1, 0]) + here + F.pad(after[:, :, 1:], [*flat, 0, 1])
         return (y + bias.view(1, -1, *[1] * self.dim)) / 10
+
+
+def doubled(x: Tensor) -> Tensor:
+    """`x` in channels-last layout, upsampled linearly to twice the size."""
+    if not x.is_cuda:
+        return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2])
+    # torch's kernel knows neither that layout nor half precision: there, a product with a banded matrix along each axis
+    x = x.movedim(1, -1)
+    for axis in range(1, x.dim() - 1):
+        shape = x.shape
+        band = halfway_band(shape[axis], dtype=x.dtype, device=x.device)
+        x = (band @ x.reshape(shape[:axis].numel(), shape[axis], -1)).view(*shape[:axis], -1, *shape[axis + 1 :])
+    return x.movedim(-1, 1)
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def halfway_band(n: int, *, dtype, device) -> Tensor:
+    """`(2n, n)`: a quarter of a neighbour and three of the nearest sample, the border repeated."""
+    return F.interpolate(torch.eye(n)[None], scale_factor=2, mode="linear")[0].mT.contiguous().to(device, dtype)
 
 
 def keep_layout(x: Tensor) -> Tensor:

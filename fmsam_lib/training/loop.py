@@ -30,11 +30,12 @@ from fmsam_lib.training.augmentation import augment
 from fmsam_lib.training.averages import Averages
 from fmsam_lib.training.losses import Batch, batch_of, jittered_points, with_masks
 from fmsam_lib.training.seen import seen
-from fmsam_lib.training.step import perturbation, train_step
+from fmsam_lib.training.step import Recorded, perturbation, train_step
 
 LOG_EVERY, CHECKPOINT_EVERY, VALIDATE_EVERY = 10, 50, 100  # steps
 STATISTICS = 50  # of the last steps, whose batches give the averaged weights their BatchNorm's
-AHEAD = 2  # batches made while the network computes
+AHEAD = 2  # batches made while the network computes, for each thread that makes them
+GPU_THREADS = 4  # that make batches: a GPU is quicker than one
 GIVE_UP_AFTER = 10  # non-finite steps in a row
 
 Watch = Callable[[checkpoint.State, GradICON], bool]  # sees the training after a step; true to stop it there
@@ -140,13 +141,15 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
     optimizer = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True)
     sam = perturbation(net, run)
     averages = Averages(net, run.updates) if run.averages else None
+    how = {"recorded": Recorded(net, run)} if device.type == "cuda" and run.processes == 1 else {}
     parts = {"net": net, "optimizer": optimizer, "sam": sam, "averages": averages}
     state = checkpoint.resume(folder, run, dataset, parts)
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
     snapshots = snapshot_steps(run)
     if first:
         checkpoint.record(folder, run, dataset, net, state)
-    batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates))
+    threads = GPU_THREADS if device.type == "cuda" else 1
+    batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates), threads)
     logged, clock, waited = state.step, time.perf_counter(), 0.0
     shown: dict[str, float] = {}  # beside the bar
     label = f"{run.train_domain} {run.optimizer}"
@@ -162,7 +165,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             start = time.perf_counter()
             micro = next(batches)
             waited += time.perf_counter() - start
-            loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
+            loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state, **how)
             if state.in_a_row == GIVE_UP_AFTER:
                 where = f"{state.in_a_row} steps in a row, up to step {state.step}"
                 todo = f"try a smaller lr ({run.lr}) or rho ({run.rho})"
@@ -256,14 +259,15 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     return [batch_of(m, f, points) for m, f in zip(moving, fixed, strict=True)]
 
 
-def ahead(make: Callable[[int], list[Batch]], steps: range) -> Generator[list[Batch], None, None]:
-    """`make(step)` of every step, the next ones already at work in a thread of their own."""
-    with ThreadPoolExecutor(1, "batches") as pool:
-        pending = deque(pool.submit(make, step) for step in steps[:AHEAD])
+def ahead(make: Callable[[int], list[Batch]], steps: range, threads: int = 1) -> Generator[list[Batch], None, None]:
+    """`make(step)` of every step, the next ones already at work in threads of their own."""
+    count = AHEAD * threads
+    with ThreadPoolExecutor(threads, "batches") as pool:
+        pending = deque(pool.submit(make, step) for step in steps[:count])
         for step in steps:
             batch = pending.popleft().result()
-            if step + AHEAD in steps:
-                pending.append(pool.submit(make, step + AHEAD))
+            if step + count in steps:
+                pending.append(pool.submit(make, step + count))
             yield batch
 
 
