@@ -28,7 +28,8 @@ from fmsam_lib.plotting.style import NAMES, measure_name, name_of
 PROJECT = Path(__file__).resolve().parents[1]
 FIGURES = PROJECT / "figures"
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-ABOUT = ["steps", "seed", "commit", "cpu", "threads", "torch", "monai", "icon-registration", "unigradicon"]  # below it
+ABOUT = ["steps", "seed", "commit", "cpu", "threads", "torch", "device", "cuda", "monai"]  # below it
+ABOUT += ["icon-registration", "unigradicon"]
 STEPS, COMPUTE = "SAM - Adam, equal steps [95 %]", "SAM - Adam, equal compute [95 %]"
 
 

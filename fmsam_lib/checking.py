@@ -137,11 +137,11 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
     cells = [cell for cell in namespace["In"] if cell.startswith("# Parameters")]
     before = [*itertools.takewhile(_injected, cells)]
     if len(before) < len(cells) and (lost := [name for cell in before for name in _assigned(cell)]):
-        raise ConfigError(
-            f"the given {', '.join(lost)} came before the cell of defaults, which would take their place: that cell "
-            "has lost its tag. Tag the cell that begins with '# Parameters:' as `parameters` (in Jupyter: Property "
-            "Inspector, Cell Tags) and run the notebook again"
+        told = f"the given {', '.join(lost)} came before the cell of defaults, which would take their place"
+        todo = (
+            "tag the cell that begins with '# Parameters:' as `parameters` (in Jupyter: Property Inspector, Cell Tags)"
         )
+        raise ConfigError(f"{told}: that cell has lost its tag; {todo} and run the notebook again")
     groups = itertools.groupby(namespace["In"], lambda cell: cell.startswith("# Parameters"))
     given = [list(cells) for of_parameters, cells in groups if of_parameters]
     if not given:

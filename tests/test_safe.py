@@ -28,16 +28,16 @@ from papermill.parameterize import parameterize_notebook
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.flatness.mode_connectivity import trajectories
-from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.model import weights as networks
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import DataError
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.notebooks import jobs, plan
 from fmsam_lib.training.checkpoint import resume
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, as_module
 from tests.test_browser import CHROMIUM, FLAGS
 
+fetch_hippocampus = as_module("studies/fetch_hippocampus.py").fetch_hippocampus
 STUDY = {
     **{"description": "d", "train_domains": ["brain-mr"], "test_domains": ["brain-mr"], "optimizers": ["adam"]},
     **{"seeds": [0], "shape": [32, 32], "train": {}, "evaluate": {}, "landscape": None},

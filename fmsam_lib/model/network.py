@@ -46,11 +46,8 @@ class UNet(nn.Module):
     def __init__(self, dim: int, down: Channels, up: Channels):
         super().__init__()
         self.dim = dim
-        channels = (2, *down)
         above = (*up[1:], 0)  # what comes up from the next coarser depth, beside its skip
-        self.down = nn.ModuleList(
-            CONV[dim](i, o, kernel_size=3, padding=1, stride=2) for i, o in itertools.pairwise(channels)
-        )
+        self.down = nn.ModuleList(CONV[dim](i, o, 3, padding=1, stride=2) for i, o in itertools.pairwise((2, *down)))
         self.up = nn.ModuleList(
             CONV_TRANSPOSE[dim](skip + coarse, out, kernel_size=4, padding=1, stride=2)
             for skip, coarse, out in zip(down, above, up, strict=True)
@@ -101,31 +98,30 @@ class UNet(nn.Module):
         flat = [0, 0] * (self.dim - 1)
         if x.is_cuda:  # whose matrix units take channels by eights only: empty ones beside its own
             spare = [*flat, 0, 0, 0, -self.last.in_channels % 8]
-            x, weight = self.ascend(0, x, F.pad(skip, spare)), F.pad(weight, [*spare, 0, -self.dim % 8])
-            y = FUNCTIONAL_CONV[self.dim](x, weight, padding=1)[:, : self.dim]
-            return (y + bias.view(1, -1, *[1] * self.dim)) / 10
-        x = self.ascend(0, x, skip)
-        taps = weight.movedim(2, 0).flatten(0, 1).unsqueeze(2)
-        taps = FUNCTIONAL_CONV[self.dim](x, taps, padding=(0, *[1] * (self.dim - 1)))
-        before, here, after = keep_layout(taps).chunk(3, 1)
-        y = F.pad(before[:, :, :-1], [*flat, 1, 0]) + here + F.pad(after[:, :, 1:], [*flat, 0, 1])
+            wide = F.pad(weight, [*spare, 0, -self.dim % 8])
+            y = FUNCTIONAL_CONV[self.dim](self.ascend(0, x, F.pad(skip, spare)), wide, padding=1)[:, : self.dim]
+        else:
+            x = self.ascend(0, x, skip)
+            taps = weight.movedim(2, 0).flatten(0, 1).unsqueeze(2)
+            taps = FUNCTIONAL_CONV[self.dim](x, taps, padding=(0, *[1] * (self.dim - 1)))
+            before, here, after = keep_layout(taps).chunk(3, 1)
+            y = F.pad(before[:, :, :-1], [*flat, 1, 0]) + here + F.pad(after[:, :, 1:], [*flat, 0, 1])
         return (y + bias.view(1, -1, *[1] * self.dim)) / 10
 
 
 def doubled(x: Tensor) -> Tensor:
     """`x` in channels-last layout, upsampled linearly to twice the size."""
-    if not x.is_cuda:
+    if not (x.is_cuda and torch.is_grad_enabled()):
         return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2])
-    # torch's kernel knows neither that layout nor half precision: there, a product with a banded matrix along each axis
+    # The GPU's kernel takes neither that layout nor half precision, and its way back is slow and adds in any order.
     x = x.movedim(1, -1)
     for axis in range(1, x.dim() - 1):
-        shape = x.shape
-        band = halfway_band(shape[axis], dtype=x.dtype, device=x.device)
+        shape, band = x.shape, halfway_band(x.shape[axis], dtype=x.dtype, device=x.device)
         x = (band @ x.reshape(shape[:axis].numel(), shape[axis], -1)).view(*shape[:axis], -1, *shape[axis + 1 :])
     return x.movedim(-1, 1)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=128)
 @torch.inference_mode(False)
 def halfway_band(n: int, *, dtype, device) -> Tensor:
     """`(2n, n)`: a quarter of a neighbour and three of the nearest sample, the border repeated."""
@@ -165,7 +161,8 @@ class GradICON(nn.Module):
     With `net.save_memory = True` every step but the last computes its activations a second time on the way
     back instead of keeping them: the same gradients for a sixth more time. With `net.precision` "bf16" or "fp16" the
     steps' U-Nets compute in half precision (autocast); weights, maps and the loss stay in float32. With
-    `net.first_stage = True` the last step is left out, as in uniGradICON's first stage.
+    `net.first_stage = True` the last step is left out, as in uniGradICON's first stage. `net.recorded`: while it trains
+    on a GPU, `step.Recorded`.
     """
 
     def __init__(self, dim: int = 3, *, down: Channels, up: Channels | None = None, levels: int = 3, last_step=True):
@@ -174,15 +171,14 @@ class GradICON(nn.Module):
         if dim not in CONV:
             raise ValueError(f"expected dim 2 or 3, got {dim}")
         if len(up) != len(down) or min(*down, *up, levels) < 1:
-            raise ValueError(
-                f"expected levels >= 1 and as many `up` as `down` channels, all positive; "
-                f"got levels={levels}, down={tuple(down)}, up={tuple(up)}"
-            )
+            got = f"got levels={levels}, down={tuple(down)}, up={tuple(up)}"
+            raise ValueError(f"expected levels >= 1 and as many `up` as `down` channels, all positive; {got}")
         self.settings: dict[str, Any] = dict(dim=dim, down=list(down), up=list(up), levels=levels, last_step=last_step)
         self.dim, self.levels = dim, levels
         self.shape: tuple[int, ...] | None = None  # the grid that it was trained on
         self.about: dict[str, Any] = {}  # what goes with its weights: see `training.seen` and `weights.golden`
         self.save_memory, self.precision, self.first_stage = False, "float32", False
+        self.recorded: Callable[..., Tensor] | None = None
         self.scales = [*reversed(range(levels)), *([0] if last_step else [])]  # halvings before each step
         self.steps = nn.ModuleList(UNet(dim, tuple(down), tuple(up)) for _ in self.scales)
 
@@ -190,10 +186,11 @@ class GradICON(nn.Module):
         """moving, fixed: `(N, 1, *S)` in [0, 1], the same shape, 16 samples or more along each axis."""
         fits = fixed.dim() == self.dim + 2 and fixed.shape[1] == 1 and min(fixed.shape[2:]) >= 16
         if not fits or moving.shape != fixed.shape:
-            raise ValueError(
-                f"expected moving and fixed images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least "
-                f"16 samples a side, got {tuple(moving.shape)} and {tuple(fixed.shape)}: resample or pad smaller ones"
+            expected = (
+                f"moving and fixed images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least 16 samples"
             )
+            got = f"got {tuple(moving.shape)} and {tuple(fixed.shape)}: resample or pad smaller ones"
+            raise ValueError(f"expected {expected} a side, {got}")
         pyramid = [(moving, fixed)]
         for _ in range(self.levels - 1):
             pyramid.append((halve(pyramid[-1][0]), halve(pyramid[-1][1])))

@@ -76,10 +76,8 @@ def load(weights: Path | str) -> GradICON:
             net = from_icon(saved)
     except DAMAGED as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"expected weights saved by fmsam or by icon-registration in {path}, got: {reason}; "
-            "check the path, copy the file again or train anew"
-        ) from error
+        told = f"expected weights saved by fmsam or by icon-registration in {path}, got: {reason}"
+        raise ValueError(f"{told}; check the path, copy the file again or train anew") from error
     return net.eval()
 
 
@@ -115,9 +113,8 @@ def _file(weights: Path | str) -> Path:
         return Path(weights)
     path = SHIPPED / f"{weights}.pt"
     if path.with_suffix(".sha256").read_text(encoding="utf-8").split()[:1] != [sha256(path)]:
-        raise ValueError(
-            f"expected the weights that came with fmsam in {path}, got a file that was changed: install anew"
-        )
+        found = "a file that was changed: install anew"
+        raise ValueError(f"expected the weights that came with fmsam in {path}, got {found}")
     return path
 
 
@@ -137,9 +134,8 @@ def official(name: str) -> Path:
                 torch.load(partial, weights_only=True, mmap=True)  # a connection closed early passes for an end
                 path.with_suffix(".sha256").write_text(sha256(partial) + "\n", encoding="utf-8")
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise OSError(
-                f"expected to download {OFFICIAL[name]}, got: {error}; download it by hand and put it at {path}"
-            ) from error
+            todo = f"download it by hand and put it at {path}"
+            raise OSError(f"expected to download {OFFICIAL[name]}, got: {error}; {todo}") from error
     return path
 
 
@@ -160,12 +156,8 @@ def golden(net: GradICON) -> list[float]:
     waves = [(0.5 + 0.5 * torch.sin(9 * x + x.flip(1) * phase).prod(1, keepdim=True)).float() for phase in (2, 3)]
     with torch.no_grad():
         found = voxels(net(*waves).map - identity_map(shape), shape)
-    return (
-        found[(slice(None), slice(None), *(slice(n // 8, None, max(1, n // 4)) for n in shape))]
-        .flatten()
-        .double()
-        .tolist()
-    )
+    some = (slice(n // 8, None, max(1, n // 4)) for n in shape)
+    return found[(slice(None), slice(None), *some)].flatten().double().tolist()
 
 
 def check(weights: Path | str) -> dict[str, Any]:

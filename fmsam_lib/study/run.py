@@ -24,7 +24,6 @@ import yaml
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import open_domain
-from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder
 from fmsam_lib.model.weights import sha256
 from fmsam_lib.parameters import Train
@@ -149,10 +148,10 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     left_out = {}
     for domain in dict.fromkeys([*study.train_domains, *study.test_domains]):
         try:
-            if "HippocampusMR" in domain.split("+"):
-                if not (Path(data) / "HippocampusMR").exists():
-                    print(f"fetching HippocampusMR into {data}", flush=True)
-                fetch_hippocampus(data)  # returns at once where it is there already
+            fetched = (Path(data) / "HippocampusMR/HippocampusMR_dataset.json").is_file()
+            if "HippocampusMR" in domain.split("+") and not fetched:
+                print(f"fetching HippocampusMR into {data}", flush=True)
+                subprocess.run([sys.executable, PROJECT / "studies/fetch_hippocampus.py", data], check=False)
             opened = open_domain(domain, shape=tuple(study.shape), data=data)
         except DataError as error:
             if domain in study.train_domains:

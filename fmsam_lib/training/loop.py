@@ -124,6 +124,7 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True, watch: Wat
         with checkpoint.alone(folder):
             return _fit(net, dataset, run, folder, progress and parallel.rank() == 0, watch)
     finally:
+        net.recorded = None
         torch.set_num_threads(threads)
 
 
@@ -141,7 +142,6 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
     optimizer = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True)
     sam = perturbation(net, run)
     averages = Averages(net, run.updates) if run.averages else None
-    how = {"recorded": Recorded(net, run)} if device.type == "cuda" and run.processes == 1 else {}
     parts = {"net": net, "optimizer": optimizer, "sam": sam, "averages": averages}
     state = checkpoint.resume(folder, run, dataset, parts)
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
@@ -149,6 +149,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
     if first:
         checkpoint.record(folder, run, dataset, net, state)
     threads = GPU_THREADS if device.type == "cuda" else 1
+    net.recorded = Recorded(net, run) if device.type == "cuda" and run.processes == 1 else None
     batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates), threads)
     logged, clock, waited = state.step, time.perf_counter(), 0.0
     shown: dict[str, float] = {}  # beside the bar
@@ -165,7 +166,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             start = time.perf_counter()
             micro = next(batches)
             waited += time.perf_counter() - start
-            loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state, **how)
+            loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
             if state.in_a_row == GIVE_UP_AFTER:
                 where = f"{state.in_a_row} steps in a row, up to step {state.step}"
                 todo = f"try a smaller lr ({run.lr}) or rho ({run.rho})"

@@ -30,22 +30,17 @@ def perturbation(net: GradICON, run: Train) -> SAM | None:
     return SAM(params, run.rho, net=net, **options[run.optimizer]) if run.optimizer in options else None
 
 
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # one for all: cuBLAS keeps 32 MB for each
-
-
 class Recorded:
-    """The loss of a batch and the way back through it as one CUDA graph a kind of batch, played again for every other.
+    """A batch's loss and gradient as one CUDA graph, played again for every batch of its kind.
 
-    A small network's step is a thousand short kernels, for which the processor takes five times as long to ask as the
-    GPU to compute. Another kind: of other shapes, with masks or without, in uniGradICON's first stage. Belongs to
-    a network that stays where it is in memory, as `fit` leaves it.
+    A small network's step is a thousand kernels, which the processor takes five times as long to ask for as the GPU to
+    compute. Kinds differ in shapes, masks and uniGradICON's first stage. The network has to stay where it is in memory.
     """
 
+    side = staticmethod(functools.cache(torch.cuda.Stream))  # one stream for all: cuBLAS keeps 32 MB for each
+
     def __init__(self, net: GradICON, run: Train):
-        self.net, self.run, self.pool = net, run, torch.cuda.graph_pool_handle()
-        self.kinds: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor, Tensor, dict[nn.Parameter, Tensor]]] = {}
+        self.net, self.run, self.kinds = net, run, dict[tuple, tuple]()
 
     def __call__(self, batch: Batch, factor: float) -> Tensor:
         """The loss's three numbers; the gradient of `factor` times the loss is added to `.grad`."""
@@ -57,7 +52,7 @@ class Recorded:
             if now is not None:
                 there.copy_(now)
         factors.fill_(factor)
-        before = [p.grad.clone() for p in gradients if p.grad is not None]
+        before = [p.grad.clone() for p in gradients if p.grad is not None]  # of the batch's parts so far
         graph.replay()
         if before:
             torch._foreach_add_([*gradients.values()], before)
@@ -65,53 +60,47 @@ class Recorded:
             p.grad = gradient
         return loss.clone()
 
-    def record(self, batch: Batch):
-        batch = Batch._make(part if part is None else part.clone() for part in batch)
-        factors, params = torch.ones((), device=batch.moving.device), [*self.net.parameters()]
-        before = [p.grad for p in params]
-        self.net.zero_grad()
+    def record(self, batch: Batch) -> tuple:
+        """The graph, the tensors that it reads, and what it leaves: numbers and gradients by parameter."""
+        given = Batch._make(part if part is None else part.clone() for part in batch)
+        factors = batch.points.new_ones(())
+        before, stream = {p: p.grad for p in self.net.parameters()}, self.side()
 
         def both_ways() -> Tensor:
-            loss = objective(self.net, batch, joint=self.run.joint, **self.run.loss())
+            self.net.zero_grad()
+            loss = objective(self.net, given, joint=self.run.joint, **self.run.loss())
             (loss.total * factors).backward()
             return torch.stack([part.detach() for part in loss])
 
-        stream = side_stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with BuffersKept(self.net), torch.cuda.stream(stream):  # what is made once, and cuDNN's choices
-            for _ in range(2):
-                both_ways()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.net.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with BuffersKept(self.net):
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # before: bands and grids are made, cuDNN chooses
+                    both_ways()
+            torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             loss = both_ways()
-        gradients = {p: p.grad for p in params if p.grad is not None}
-        for p, gradient in zip(params, before, strict=True):
+        gradients = {p: p.grad for p in before if p.grad is not None}
+        for p, gradient in before.items():
             p.grad = gradient
-        return graph, batch, factors, loss, gradients
+        return graph, given, factors, loss, gradients
+
+    def __deepcopy__(self, _) -> None:
+        """A copy of the network lies elsewhere in memory."""
 
 
 def train_step(
-    net: GradICON,
-    micro: list[Batch],
-    run: Train,
-    optimizer: Optimizer,
-    sam: SAM | None,
-    state: State,
-    *,
-    recorded: Recorded | None = None,
+    net: GradICON, micro: list[Batch], run: Train, optimizer: Optimizer, sam: SAM | None, state: State
 ) -> Loss:
     """One update; the loss at w. Where something is not finite, weights and buffers stay, and `state` counts it.
 
     micro: the parts of the batch, one after the other; the gradient is that of their mean, and of all processes'.
-    recorded: what computes the network's gradients on a GPU.
     """
     statistics = BuffersKept(net)
     if sam and sam.due and state.step >= run.late * run.updates:
-        loss, finite = climbing(net, micro, run, optimizer, sam, state, recorded)
+        loss, finite = climbing(net, micro, run, optimizer, sam, state)
     else:
-        loss, finite = gradient(net, micro, run, optimizer, state, recorded)
+        loss, finite = gradient(net, micro, run, optimizer, state)
         if sam and finite:
             sam.between()
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
@@ -129,13 +118,7 @@ def train_step(
 
 
 def climbing(
-    net: GradICON,
-    micro: list[Batch],
-    run: Train,
-    optimizer: Optimizer,
-    sam: SAM,
-    state: State,
-    recorded: Recorded | None = None,
+    net: GradICON, micro: list[Batch], run: Train, optimizer: Optimizer, sam: SAM, state: State
 ) -> tuple[Loss, bool]:
     """As `gradient`, but `.grad` is that at the worst weights within rho; the loss is still that at w.
 
@@ -147,11 +130,11 @@ def climbing(
     numbers: list[Tensor] = []
     total: dict[nn.Parameter, Tensor] = {}
     for part in parts:
-        loss, finite = gradient(net, part, run, optimizer, state, recorded, share=run.sync_climb)  # at w
+        loss, finite = gradient(net, part, run, optimizer, state, share=run.sync_climb)  # at w
         if not finite:
             break
         with sam.perturbed():  # at w + eps
-            there, finite = gradient(net, part, run, optimizer, state, recorded)
+            there, finite = gradient(net, part, run, optimizer, state)
         sam.rise = rise = there.total - loss.total
         if not finite:
             break
@@ -169,14 +152,7 @@ def climbing(
 
 
 def gradient(
-    net: GradICON,
-    micro: list[Batch],
-    run: Train,
-    optimizer: Optimizer,
-    state: State,
-    recorded: Recorded | None = None,
-    *,
-    share: bool = True,
+    net: GradICON, micro: list[Batch], run: Train, optimizer: Optimizer, state: State, *, share: bool = True
 ) -> tuple[Loss, bool]:
     """Fill `.grad` at the weights where the network stands; the loss there, and whether it was finite.
 
@@ -188,17 +164,16 @@ def gradient(
     scale = state.scale if run.precision == "fp16" else 1.0
     losses, finite = [], True
     for batch in micro:
-        if recorded:
-            losses.append(recorded(batch, scale / len(micro)))
-            finite = bool(losses[-1][0].isfinite())
+        if net.recorded:
+            losses.append(net.recorded(batch, scale / len(micro)))
         else:
             loss = objective(net, batch, joint=run.joint, **run.loss())
             losses.append(torch.stack([part.detach() for part in loss]))
-            finite = parallel.all_agree(bool(torch.isfinite(loss.total)), loss.total.device)
-            if finite:  # going back through NaN, torch's 2-D grid_sample crashes on a processor
-                (loss.total * (scale / len(micro))).backward()
+        finite = parallel.all_agree(bool(losses[-1][0].isfinite()), losses[-1].device)
         if not finite:
             break
+        if not net.recorded:  # only now: going back through NaN, torch's 2-D grid_sample crashes
+            (loss.total * (scale / len(micro))).backward()
     state.gradients += 1
     mean = torch.stack(losses).mean(0)
     parallel.average([mean])

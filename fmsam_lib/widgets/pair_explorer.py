@@ -31,11 +31,7 @@ Map = Transform | Tensor
 
 
 def explore(
-    pair: Pair,
-    phi: Map | Mapping[str, Map] | None = None,
-    *,
-    title: str = "",
-    interactive: bool | None = None,
+    pair: Pair, phi: Map | Mapping[str, Map] | None = None, *, title: str = "", interactive: bool | None = None
 ) -> "Explorer | Image":
     """An explorer of a pair, which shows itself at the end of a cell; without a kernel it is a still picture.
 

@@ -13,14 +13,16 @@ import torch
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again
-from fmsam_lib.images.download import fetch_hippocampus
 from fmsam_lib.images.manifest import data_folder, read_manifest
 from fmsam_lib.metrics import measure
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.phantoms import pairs as synthetic
 from fmsam_lib.plotting import slices
 from fmsam_lib.records import PROJECT, DataError
+from tests.conftest import as_module
 from tests.images.test_files import GRID, REAL, REAL_SETS, count_reads, dataset, image, label, own_cache, save, says  # noqa: F401
+
+fetch_hippocampus = as_module("studies/fetch_hippocampus.py").fetch_hippocampus
 
 # Domains
 

@@ -1,13 +1,17 @@
-"""Data sets that can be fetched: HippocampusMR of the Medical Segmentation Decathlon."""
+"""Fetch HippocampusMR of the Medical Segmentation Decathlon, as a study does by itself where it needs it.
+
+python studies/fetch_hippocampus.py [FOLDER OF DATA SETS]      # else that of FMSAM_DATA, else data
+"""
 
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 from fmsam_lib.images.manifest import data_folder, read_manifest
-from fmsam_lib.records import data_error, written_whole
+from fmsam_lib.records import DataError, data_error, written_whole
 
 
 def fetch_hippocampus(folder: Path | str | None = None) -> Path:
@@ -77,3 +81,10 @@ def _write_hippocampus_manifest(target: Path, source: Path) -> None:
     }  # fmt: skip
     with written_whole(target / "HippocampusMR_dataset.json") as part:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        print(f"HippocampusMR is in {fetch_hippocampus(*sys.argv[1:2])}")
+    except DataError as error:
+        sys.exit(str(error))
