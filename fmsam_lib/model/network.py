@@ -113,7 +113,7 @@ def doubled(x: Tensor) -> Tensor:
     """`x` in channels-last layout, upsampled linearly to twice the size."""
     if not (x.is_cuda and torch.is_grad_enabled()):
         return F.interpolate(x, scale_factor=2, mode=LINEAR[x.dim() - 2])
-    # The GPU's kernel takes neither that layout nor half precision, and its way back is slow and adds in any order.
+    # A GPU's own kernel takes neither that layout nor, under autocast, half precision; its way back adds in any order.
     x = x.movedim(1, -1)
     for axis in range(1, x.dim() - 1):
         shape, band = x.shape, halfway_band(x.shape[axis], dtype=x.dtype, device=x.device)

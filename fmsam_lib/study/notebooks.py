@@ -13,6 +13,7 @@ from fmsam_lib.checking import ConfigError, Parameters, read
 from fmsam_lib.parameters import Between, Compare, Evaluate, Landscape, Train
 from fmsam_lib.records import read_json, written_whole
 from fmsam_lib.study.grid import NotebookName, Resources, Run, Study, compared, grid, twins
+from fmsam_lib.training.loop import GPU_THREADS
 
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text, seven times as fast
 
@@ -62,7 +63,8 @@ class Job:
     def resources(self) -> dict[str, int]:
         """What it may use, in Snakemake's words."""
         processes, of = self.values.get("processes", 1), self.allowed
-        cpus, gpus = processes * self.values.get("threads", 1), processes * (self.values.get("device") == "cuda")
+        gpus = processes * (self.values.get("device") == "cuda")
+        cpus = max(processes * self.values.get("threads", 1), gpus * GPU_THREADS)
         chosen = {"threads": of.cpus or cpus, "gpu": gpus if of.gpus is None else of.gpus}
         return chosen | {"mem_mb": of.memory_mb, "runtime": of.minutes}
 

@@ -148,10 +148,11 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     left_out = {}
     for domain in dict.fromkeys([*study.train_domains, *study.test_domains]):
         try:
-            fetched = (Path(data) / "HippocampusMR/HippocampusMR_dataset.json").is_file()
-            if "HippocampusMR" in domain.split("+") and not fetched:
+            if "HippocampusMR" in domain.split("+") and not [*Path(data).glob("HippocampusMR/*_dataset.json")]:
                 print(f"fetching HippocampusMR into {data}", flush=True)
-                subprocess.run([sys.executable, PROJECT / "studies/fetch_hippocampus.py", data], check=False)
+                fetch = [sys.executable, str(PROJECT / "studies/fetch_hippocampus.py"), data]
+                if (done := subprocess.run(fetch, stderr=subprocess.PIPE, text=True, check=False)).returncode:
+                    raise DataError(done.stderr.strip().split("\n")[-1])
             opened = open_domain(domain, shape=tuple(study.shape), data=data)
         except DataError as error:
             if domain in study.train_domains:

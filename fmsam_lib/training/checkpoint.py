@@ -1,4 +1,4 @@
-"""What a training writes, and how it goes on from there after a kill, to the same bits.
+"""What a training writes, and how it goes on from there after a kill, on a CPU to the same bits.
 
 `config.json`: parameters and provenance. `history.jsonl`: a line per logged step. `checkpoint.pt`: all that going on
 needs. `snapshots/`: weights on the way.

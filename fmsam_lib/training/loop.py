@@ -99,8 +99,8 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True, watch: Wat
     """Train `net` on `dataset` into the folder `run.out`; returns the logged steps.
 
     Writes there what `checkpoint` names and, at the end, `weights.pt`. A training that was interrupted goes on from its
-    checkpoint to the same weights, bit for bit, since every step's batch depends on `run.seed` and the step alone; one
-    that is done is not repeated.
+    checkpoint to the same weights, on a CPU bit for bit, since every step's batch depends on `run.seed` and the step
+    alone; one that is done is not repeated.
 
     With `run.processes` above 1, that many are started on this machine (see `distributed.launch`); each begins with
     `starting(run)` and opens `run.train_domain` itself, and `net` receives the result.
@@ -222,7 +222,7 @@ def device_of(run: Train) -> torch.device:
         found = f"torch finds {gpus}: choose 'cpu' or 'auto'"
         raise ConfigError(f"expected a GPU for each process, {run.processes}, {found}")
     on_gpu = run.device != "cpu" and gpus >= run.processes
-    return torch.device("cuda", parallel.rank()) if on_gpu else torch.device("cpu")
+    return torch.device(f"cuda:{parallel.rank()}" if on_gpu and run.processes > 1 else "cuda" if on_gpu else "cpu")
 
 
 def learning_rate(step: int, run: Train) -> float:

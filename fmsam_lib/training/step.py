@@ -33,19 +33,20 @@ def perturbation(net: GradICON, run: Train) -> SAM | None:
 class Recorded:
     """A batch's loss and gradient as one CUDA graph, played again for every batch of its kind.
 
-    A small network's step is a thousand kernels, which the processor takes five times as long to ask for as the GPU to
-    compute. Kinds differ in shapes, masks and uniGradICON's first stage. The network has to stay where it is in memory.
+    A small network's step is a thousand kernels, and asking for them takes up to ten times as long as they do. Kinds
+    differ in shapes and masks; the first stage's graphs end with it. The network has to stay where it is in memory.
     """
 
     side = staticmethod(functools.cache(torch.cuda.Stream))  # one stream for all: cuBLAS keeps 32 MB for each
 
     def __init__(self, net: GradICON, run: Train):
-        self.net, self.run, self.kinds = net, run, dict[tuple, tuple]()
+        self.net, self.run, self.kinds, self.pool = net, run, dict[tuple, tuple](), torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch, factor: float) -> Tensor:
         """The loss's three numbers; the gradient of `factor` times the loss is added to `.grad`."""
         kind = (self.net.first_stage, *(part if part is None else part.shape for part in batch))
         if kind not in self.kinds:
+            self.kinds = {other: kept for other, kept in self.kinds.items() if other[0] == kind[0]}
             self.kinds[kind] = self.record(batch)
         graph, given, factors, loss, gradients = self.kinds[kind]
         for there, now in zip(given, batch, strict=True):
@@ -62,9 +63,8 @@ class Recorded:
 
     def record(self, batch: Batch) -> tuple:
         """The graph, the tensors that it reads, and what it leaves: numbers and gradients by parameter."""
-        given = Batch._make(part if part is None else part.clone() for part in batch)
-        factors = batch.points.new_ones(())
-        before, stream = {p: p.grad for p in self.net.parameters()}, self.side()
+        given, factors = Batch._make(p if p is None else p.clone() for p in batch), batch.points.new_ones(())
+        before, stream = {p: p.grad for p in self.net.parameters()}, self.side(batch.points.device)
 
         def both_ways() -> Tensor:
             self.net.zero_grad()
@@ -72,13 +72,13 @@ class Recorded:
             (loss.total * factors).backward()
             return torch.stack([part.detach() for part in loss])
 
-        stream.wait_stream(torch.cuda.current_stream())
         with BuffersKept(self.net):
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):  # before: bands and grids are made, cuDNN chooses
                     both_ways()
             torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool=self.pool):
             loss = both_ways()
         gradients = {p: p.grad for p in before if p.grad is not None}
         for p, gradient in before.items():

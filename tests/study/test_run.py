@@ -211,12 +211,14 @@ def test_every_file_is_made_by_one_notebook_alone():
 
 
 def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
-    fetched = []
-    monkeypatch.setattr("fmsam_lib.study.run.subprocess.run", lambda command, check: fetched.append(command[1:]))
+    fetched, done = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr(
+        "fmsam_lib.study.run.subprocess.run", lambda command, **how: fetched.append(command[1:]) or done
+    )
     monkeypatch.setattr("fmsam_lib.study.run.open_domain", lambda *given, **how: SimpleNamespace(test_count=1))
     study = study_of(tmp_path, leave_one_out=["HippocampusMR", "knee-mr", "brain-mr"], test_domains=["brain-mr"])
     preflight(study, str(tmp_path))
-    assert fetched == [[PROJECT / "studies/fetch_hippocampus.py", str(tmp_path)]] * 2
+    assert fetched == [[str(PROJECT / "studies/fetch_hippocampus.py"), str(tmp_path)]] * 2
 
 
 def test_a_data_set_without_test_pairs_is_left_out_of_the_tests_and_trained_on(tmp_path):

@@ -34,7 +34,7 @@ class StandIn:
 
 
 @contextlib.contextmanager
-def recording(graph):
+def recording(graph, pool):
     graph.names = sys._getframe(2).f_locals  # of `Recorded.record`
     with BuffersKept(graph.names["self"].net):  # a GPU notes what to do and does not do it yet
         yield
@@ -45,7 +45,8 @@ def device(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if request.param == "stand-in":
         stream = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(Recorded, "side", lambda self: stream)
+        monkeypatch.setattr(Recorded, "side", lambda self, device: stream)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)

@@ -602,7 +602,7 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
     assert device_of(tiny(tmp_path, device="auto")) == torch.device("cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert device_of(tiny(tmp_path, device="auto")) == torch.device("cuda", 0)
+    assert device_of(tiny(tmp_path, device="auto")) == torch.device("cuda")
     assert device_of(tiny(tmp_path, device="auto", batch=2, processes=2)) == torch.device("cpu")
 
 
