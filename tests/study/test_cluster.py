@@ -39,7 +39,7 @@ def test_resources_are_the_notebooks_own_or_what_its_section_needs(tmp_path):
     given = {"20_evaluate": {"cpus": 5, "gpus": 1, "minutes": 20}, "40_compare": {"memory_mb": 900}}
     found = resources_of(tmp_path, optimizers=["sam"], train=train, resources=given)
     default = {"threads": 1, "gpu": 0, "mem_mb": 4000, "runtime": 240}
-    assert found["brain-mr/sam-processes=2/seed0/10_train"] == default | {"threads": 8, "gpu": 2}  # four threads make batches
+    assert found["brain-mr/sam-processes=2/seed0/10_train"] == default | {"threads": 8, "gpu": 2}
     assert found["brain-mr/sam-processes=4/seed0/10_train"] == default | {"threads": 16, "gpu": 4}
     assert found["none/20_evaluate"] == default | {"threads": 5, "gpu": 1, "runtime": 20}
     assert found["40_compare"] == default | {"mem_mb": 900}
