@@ -16,6 +16,14 @@ from tests.training.test_sam import model, same, state
 FILES = (contextlib.__file__, interruption.__file__, sam.__file__)
 
 
+@pytest.fixture(autouse=True)
+def _listens():
+    """A shell that starts `make test` in the background has it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted_at(line):
     """Has the process interrupted at the `line`-th line from here of the files that move the weights and put them back.
 
