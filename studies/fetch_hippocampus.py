@@ -1,6 +1,8 @@
-"""Fetch HippocampusMR of the Medical Segmentation Decathlon, as a study does by itself where it needs it.
+"""Fetch HippocampusMR of the Medical Segmentation Decathlon.
 
-python studies/fetch_hippocampus.py [FOLDER OF DATA SETS]      # else that of FMSAM_DATA, else data
+    python studies/fetch_hippocampus.py [FOLDER OF DATA SETS]      # else that of FMSAM_DATA, else data
+
+A study that needs it and does not find it runs this by itself.
 """
 
 import json
