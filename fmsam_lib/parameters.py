@@ -42,7 +42,7 @@ MINE = "runs/mine/brain-mr"
 
 
 class Start(Parameters):
-    """Notebooks 00 and 04: a small network trained before your eyes."""
+    """Notebooks 00, 04 and 05: a small network trained before your eyes."""
 
     domain: Name = Field("brain-mr", description="brain-mr, lung-ct, knee-mr, abdomen-ct or heart-mr")
     shape: Shape = Field([64, 64], description="samples along each axis; three numbers for volumes")

@@ -191,12 +191,25 @@ def test_04_shows_what_the_climb_does(tmp_path):
     assert by_hand > theirs == 0
     assert (passes, once) == (2, 1)
     assert float(re.search(r"ASAM by hand and the library's are (\S+) apart", solved)[1]) < 1e-3
+    high, low = map(
+        float, re.search(r"from rho = (\S+) on SAM ends in the flat minimum, at (\S+) in the sharp", solved).groups()
+    )
+    assert 0.1 < low < high < 0.35
+    ends = dict(re.findall(r"^\d +(\d\.\d+) +(sharp|flat|neither)$", text, re.M))
+    assert (ends["0.000"], ends["0.001"], ends["0.350"]) == ("sharp", "sharp", "flat")
+    assert pictures(notebook) == 2  # a climb, the slider's
+
+
+def test_05_shows_how_far_the_climb_may_go(tmp_path):
+    notebook, solved = with_solutions("05_how_far_to_climb", tmp_path, shape=[32, 32], steps=20, rho=0.02)
+    text = printed(notebook)
     along, random = map(
         float, re.search(r"along the gradient (\S+), along random directions at most (\S+)", solved).groups()
     )
     assert along > 3 * random
-    ends = dict(re.findall(r"^\d +(\d\.\d+) +(sharp|flat|neither)$", text, re.M))
-    assert (ends["0.000"], ends["0.001"], ends["0.350"]) == ("sharp", "sharp", "flat")
+    reaches = dict(re.findall(r"^(\S+): the first order holds up to rho = (\S+), at a loss", solved, re.M))
+    assert reaches.keys() == {"brain-mr", "lung-ct", "knee-mr"}
+    assert all(float(reach) > 0 for reach in reaches.values())
     share = next(line for line in text.splitlines() if line.startswith("last, of |eps|^2"))
     assert share.split()[2:4] == ["|eps|^2", "1"]  # at initialisation
     exact, measured = map(float, re.search(r"rho\* (\S+) \(exact\), (\S+) \(measured\)", text).groups())
@@ -207,7 +220,7 @@ def test_04_shows_what_the_climb_does(tmp_path):
     }
     assert radii.keys() == {"0.02", "0.05"}
     assert all(there > here for here, there in radii.values())
-    assert pictures(notebook) == 5  # a climb, paths, curves, registrations, the slider's
+    assert pictures(notebook) == 3  # curves, registrations, the slider's
 
 
 OPTIMIZERS = ("adam", "adam-2x", "sam")

@@ -34,6 +34,7 @@ KIND = {
     "02_registration_by_hand": ByHand,
     "03_the_network": Coarse,
     "04_sam_explained": Start,
+    "05_how_far_to_climb": Start,
     "10_train": Train,
     "20_evaluate": Evaluate,
     "30_loss_landscape": Landscape,

@@ -1,4 +1,4 @@
-"""What the figures of notebooks 04, 30 and 35 say, read back from their artists: their own cells, on tiny tables."""
+"""What the figures of notebooks 04, 05, 30 and 35 say, read back from their artists: their cells, on tiny tables."""
 
 import itertools
 import json
@@ -315,7 +315,7 @@ def test_ways_begin_together_and_end_at_the_solutions_on_one_scale():
         assert ax.collections[0].levels[[0, -1]] == pytest.approx((1, 1 + 2 * 1.5**2 + 10))
 
 
-# --- 04: the climb
+# --- 04 and 05: the climb
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def real():
         torch.nn.init.normal_(step.last.weight, std=0.02)
     nets, loss_settings = {"here": net, "trained": net}, {"lmbda": 1.5, "sigma": 3.0}
     given = {"nets": nets, "dataset": dataset, "loss_settings": loss_settings}
-    return cells("04", "toy", "climbs", "pictures", run=SimpleNamespace(rho=0.5), **given)
+    return cells("05", "climbs", "pictures", run=SimpleNamespace(rho=0.5), torch=torch, **given)
 
 
 def test_climbs_are_drawn_on_one_scale_beside_their_predictions(real):
