@@ -1,7 +1,7 @@
 """What changes the Dice on an anatomy never seen, SAM in its forms and everything else, on one axis.
 
-    python studies/effects.py runs/unseen runs/forms runs/alone runs/few    # keeps what their runs measured
-    python studies/effects.py                                               # tables and figures of what is kept
+    python studies/effects.py runs/unseen runs/forms runs/alone ...    # keeps what their runs measured
+    python studies/effects.py                                          # tables and figures of what is kept
 
 Of every run figures/networks.csv keeps, a row a network (averages of its weights, too) and test set: the mean Dice,
 that of the worst 5 % of pairs, and other measures. An effect is a difference between networks of the same training and
@@ -25,8 +25,9 @@ from fmsam_lib.study.file import read_study
 from fmsam_lib.training.checkpoint import trained_with
 
 FIGURES = PROJECT / "figures"
-UNSEEN = read_study(PROJECT / "studies" / "unseen.yaml")
+UNSEEN, REAL, SHIFTS = (read_study(PROJECT / "studies" / f"{name}.yaml") for name in ("unseen", "real", "shifts"))
 ANATOMY = {name: anatomy for anatomy, names in UNSEEN.groups.items() for name in names}
+SHIFT = dict(zip(SHIFTS.train_domains, ["one hospital", "the other hospital", "MR", "no MR"], strict=True))
 ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", "test_domain", "seen", "pairs"]
 MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
@@ -43,10 +44,16 @@ EFFECTS = {
     (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
     (BY_SAM, "climb by part of the batch"): (("forms", "adam-part"), ("forms", "part-0.0064")),
     (BY_SAM, "climb by layer"): (("forms", "adam-2x"), ("forms", "layer-0.0014")),
+    (BY_SAM, "BatchNorm's weights alone"): (("forms", "adam-2x"), ("forms", "norms-0.07")),
+    (BY_SAM, "relative to the weights (ASAM)"): (("forms", "adam-2x"), ("forms", "asam-0.08")),
+    (BY_SAM, "in the last quarter alone"): (("forms", "adam-2x"), ("forms", "late-0.01")),
     (BY_SAM, "15 subjects a set"): (("few", "adam-2x-subjects=15"), ("few", "sam-subjects=15")),
     (BY_SAM, "5 subjects a set"): (("few", "adam-2x-subjects=5"), ("few", "sam-subjects=5")),
     (BY_SAM, "trained on one anatomy"): (("alone", "adam-2x"), ("alone", "sam")),
     (BY_SAM, "trained on one anatomy, rho 0.01"): (("alone", "adam-2x"), ("alone", "sam-0.01")),
+    (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
+    (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
+    (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
     (OTHER, "averaged weights (EMA)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+ema")),
     (OTHER, "averaged weights (last quarter)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+tail")),
     (OTHER, "BatchNorm's statistics of the new images"): (("unseen", "adam-2x"), ("unseen", "adam-2x+bn")),
@@ -54,6 +61,7 @@ EFFECTS = {
     (OTHER, "twice the penalty (lambda 3)"): (("unseen", "adam-2x"), ("settings", "lambda-3")),
     (OTHER, "no augmentation"): (("unseen", "adam-2x"), ("settings", "plain")),
     (OTHER, "twice the channels"): (("unseen", "adam-2x"), ("settings", "wide")),
+    (OTHER, "no synthetic images"): (("unseen", "adam-2x"), ("real", "adam-2x")),
     (OTHER, "8,000 gradients, not 4,000"): (("unseen", "adam"), ("unseen", "adam-2x")),
     (OTHER, "16,000 gradients, not 8,000"): (("unseen", "adam-2x"), ("unseen", "adam-4x")),
 }
@@ -68,9 +76,9 @@ HELPS = {  # network, means and amount: of the baseline, and of the treatment
 
 
 def trained_on(train_domain: str) -> str:
-    """The training sets; "all but heart" where `unseen` leaves out one anatomy."""
-    one = UNSEEN.left_out(train_domain)
-    return f"all but {one}" if one else train_domain
+    """The training sets; "all but heart" where one anatomy is left out; of `shifts`, what `SHIFT` calls them."""
+    one = UNSEEN.left_out(train_domain) or REAL.left_out(train_domain)
+    return f"all but {one}" if one else SHIFT.get(train_domain, train_domain)
 
 
 def kept(study: Path) -> pd.DataFrame:
@@ -101,6 +109,8 @@ def by_anatomy(values: pd.Series) -> pd.Series:
 
 def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
     """Every effect that was measured: an anatomy and seed a row."""
+    shift = networks.train_domain.map(lambda name: "hospital" if "hospital" in name else "modality")
+    networks = networks.assign(study=networks.study.where(networks.study != "shifts", shift))
     rows, unseen = {}, networks[~networks.seen].set_index(["study", "optimizer"]).sort_index()
     for name, (*keys, measure) in {name: (*of, "dice")[:3] for name, of in EFFECTS.items()}.items():
         if all(key in unseen.index for key in keys):
@@ -226,8 +236,8 @@ def main() -> None:
     path = FIGURES / "networks.csv"
     networks = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=ABOUT + MEASURES)
     for study in arguments.parse_args().studies:
-        parts = [part for part in (networks[networks.study != study.name], kept(study)) if len(part)]
-        networks = pd.concat(parts).sort_values(ABOUT[:-1])
+        parts = [part for part in (networks, kept(study)) if len(part)]
+        networks = pd.concat(parts).drop_duplicates(ABOUT[:-2], keep="last").sort_values(ABOUT[:-1])
         write_csv(networks, path, float_format="%.5g")
     helps = pd.read_csv(FIGURES / "helps.csv")
     table = effects(networks, helps)
