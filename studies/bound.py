@@ -56,7 +56,7 @@ def optimised(net: GradICON, pair: Pair, *, steps: int, images: float, labels: f
     net.register_forward_hook(lambda module, given, phi: found.append(phi))
     optimizer, generator = torch.optim.Adam(net.parameters(), lr=LR), torch.Generator().manual_seed(0)
     for _ in range(steps):
-        batch = Batch(pair.moving[None], pair.fixed[None], jittered_points(SHAPE, generator))
+        batch = Batch(pair.moving[None], pair.fixed[None], jittered_points(tuple(pair.fixed.shape[1:]), generator))
         found.clear()
         terms = objective(net, batch, lmbda=lmbda, **loss)
         total = images * terms.similarity + lmbda * terms.regulariser - 2 * labels * overlap(found[0], pair)
