@@ -49,6 +49,7 @@ def test_conda_gets_the_same():
 def test_notebooks_are_committed_without_outputs(path):
     cells = json.loads(path.read_text())["cells"]
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+    assert len({cell["id"] for cell in cells}) == len(cells)
 
 
 def test_no_large_or_private_file_is_committed():

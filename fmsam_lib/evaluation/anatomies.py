@@ -90,8 +90,8 @@ def answer(
 
 def _sets(rows: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     """The mean difference of every set, and the covariance of these means."""
-    rows = rows.assign(on_set=rows.test_domain + rows.seed.astype(str), seed=rows.seed.astype(int))
-    rows[["fixed", "moving"]] = rows[["fixed", "moving"]].add(rows.test_domain, axis=0)
+    rows = rows.assign(on_set=rows.test_domain + "|" + rows.seed.astype(str), seed=rows.seed.astype(int))
+    rows[["fixed", "moving"]] = rows[["fixed", "moving"]].add("|" + rows.test_domain, axis=0)
     names, scale = sorted(rows.test_domain.unique()), float(rows.difference.std()) or 1.0
     if not rows.difference.any():  # two methods that find the same
         return pd.Series(0.0, names), pd.DataFrame(0.0, names, names)

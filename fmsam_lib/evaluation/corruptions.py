@@ -79,7 +79,7 @@ def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupt
     entropy = [zlib.crc32(kind.encode()), zlib.crc32(pair.name.encode()), seed]
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))  # the kind that MONAI takes
     if kind == "misalignment":
-        place = misalignment(tuple(pair.moving.shape[1:]), pair.spacing, severity, random)
+        place = misalignment(tuple(pair.moving.shape[1:]), pair.moving_spacing or pair.spacing, severity, random)
         return Corrupted(warp(pair.moving[None], place)[0], place)
     return Corrupted(_spoilt(pair.moving, kind, severity, random).clamp(0, 1).as_subclass(Tensor), None)
 

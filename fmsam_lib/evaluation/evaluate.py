@@ -121,7 +121,7 @@ def _write_field(folder: Path, pair: Pair, phi_map: Tensor) -> None:
     affine = np.eye(4) if pair.affine is None else pair.affine.numpy()
     image = nibabel.Nifti1Image(learn2reg_field(phi_map), affine)
     with written_whole(folder / f"disp_{pair.name.replace('<-', '_').replace(os.sep, '_')}.nii.gz") as partial:
-        partial.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1))
+        partial.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.DataFrame], list[str]]:

@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fmsam_lib.flatness.hessian import hessian
 from fmsam_lib.flatness.weight_space import WeightSpace, terms_on, vector
 from fmsam_lib.training.losses import Batch
-from fmsam_lib.training.sam import dot, norm
 
 TERMS = {"total": "total", "similarity": "similarity", "penalty": "λ × penalty"}
 
@@ -34,29 +34,12 @@ def climber(net: nn.Module, batch: Batch, *, lmbda: float, **settings: Any) -> W
     return WeightSpace(net, terms, torch.float64, training=True)
 
 
-def uphill(space: WeightSpace) -> list[Tensor]:
-    """The total's gradient g at w, a tensor for every parameter.
-
-    Raises ValueError where the loss or its gradient is not finite, or the latter 0.
-    """
-    with space.at():
-        total = space.terms(space.net)[0]
-        if not torch.isfinite(total):  # through NaN, torch's 2-D grid_sample crashes going back
-            raise ValueError(f"expected a finite loss to climb, got {float(total.detach())}")
-        gradient = list(torch.autograd.grad(total, space.params))
-    if not 0 < norm(gradient) < np.inf:
-        raise ValueError(f"expected a gradient to climb along, got one of length {norm(gradient)}")
+def uphill(space: WeightSpace) -> Tensor:
+    """The total's gradient g at w, `(n,)`. Raises ValueError where it, or a term, is not finite, or it is 0."""
+    _, gradient = space.gradient(0)
+    if not 0 < gradient.norm() < np.inf:
+        raise ValueError(f"expected a gradient to climb along, got one of length {float(gradient.norm())}")
     return gradient
-
-
-def slope_and_curvature(value: Tensor, params: Sequence[Tensor], direction: list[Tensor]) -> tuple[float, float]:
-    """`d . g` and `d^T H d` of a scalar, exactly: backward through `d . g` gives `H d` (Pearlmutter 1994)."""
-    first = torch.autograd.grad(value, params, create_graph=True, retain_graph=True, materialize_grads=True)
-    slope = sum(((g * d).sum() for g, d in zip(first, direction, strict=True)), start=value.new_zeros(()))
-    if not slope.requires_grad:  # a linear value
-        return float(slope), 0.0
-    second = torch.autograd.grad(slope, params, retain_graph=True, materialize_grads=True)
-    return float(slope.detach()), dot(list(second), direction)
 
 
 def at_weights(net: nn.Module, batch: Batch, **settings: Any) -> pd.Series:
@@ -68,16 +51,13 @@ def at_weights(net: nn.Module, batch: Batch, **settings: Any) -> pd.Series:
     """
     space = climber(net, batch, **settings)
     g = uphill(space)
-    length, weights = norm(g), [p.detach() for p in space.params]
-    direction = [part / length for part in g]
-    last = [i for i, (name, _) in enumerate(space.net.named_parameters()) if ".last." in name]
-    with space.at():
-        terms = space.terms(space.net)
-        parts = [slope_and_curvature(term, space.params, direction) for term in terms[1:]]
-    facts = {"loss": float(terms[0].detach()), "|w|": norm(weights), "|g|": length}
-    facts["|w last|"] = norm([weights[i] for i in last])
-    facts["last, of the weights"] = sum(weights[i].numel() for i in last) / len(space.w)
-    facts["last, of |eps|^2"] = norm([direction[i] for i in last]) ** 2
+    length, d = float(g.norm()), g / g.norm()
+    last = vector([torch.full_like(p, ".last." in name) for name, p in space.net.named_parameters()]) > 0
+    facts = {"loss": float(space.values()[0]), "|w|": float(space.w.norm()), "|g|": length}
+    facts["|w last|"] = float(space.w[last].norm())
+    facts["last, of the weights"] = float(last.double().mean())
+    facts["last, of |eps|^2"] = float(d[last].square().sum())
+    parts = [(float(space.gradient(i)[1] @ d), float(hessian(space, i)(d.numpy()) @ d.numpy())) for i in (1, 2)]
     for name, (slope, curvature) in zip(TERMS, [np.sum(parts, 0), *parts], strict=True):
         facts |= {f"slope {name}": slope, f"c {name}": curvature}
     facts["rho*"] = 2 * length / facts["c total"] if facts["c total"] > 0 else np.nan
@@ -95,7 +75,7 @@ def climb(net: nn.Module, batch: Batch, rhos: Sequence[float] | np.ndarray, **se
         raise ValueError(f"expected radii above 0, got {list(rhos)}")
     here = at_weights(net, batch, **settings)
     space = climber(net, batch, **settings)
-    g = vector(uphill(space))
+    g = uphill(space)
     at_w, rows = space.values(), []
     for rho in rhos:
         eps = rho / here["|g|"] * g

@@ -161,19 +161,7 @@ def from_one_start(baseline: str, treatment: str) -> tuple[list[str], list[Train
     """
     folders = [Path(baseline), Path(treatment)]
     runs = [trained_with(folder) for folder in folders]
-    alike = (
-        "train_domain",
-        "seed",
-        "shape",
-        "weights",
-        "down",
-        "up",
-        "levels",
-        "last_step",
-        "similarity",
-        "sigma",
-        "lmbda",
-    )
+    alike = ["train_domain", "seed", "shape", "weights", "down", "up", "levels", "last_step", *runs[0].loss()]
     both = [(name, *(getattr(run, name) for run in runs)) for name in alike]
     differing = [f"{name}: {a!r} and {b!r}" for name, a, b in both if a != b]
     if differing:

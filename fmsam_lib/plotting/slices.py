@@ -293,7 +293,8 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
 
 def _scale_bar(axes: Axes, plane: Cut, unit: str) -> None:
     longest = plane.size[0] / 3
-    length = max(m * 10.0**e for m in (1, 2, 5) for e in range(-3, 5) if m * 10.0**e <= longest)
+    power = 10.0 ** math.floor(math.log10(longest))
+    length = max(m * power for m in (1, 2, 5) if m * power <= longest)
     x, y = plane.size[0] * 0.04, plane.size[1] * 0.05
     axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
     text = f"{length:g} {unit}" + ("" if unit == "mm" else "s")

@@ -20,7 +20,7 @@ import torch
 from fmsam_lib.images.files import Source, read_labels
 from fmsam_lib.images.grid import affine, check_same_grid, nearest
 from fmsam_lib.images.intensities import background
-from fmsam_lib.metrics import dice
+from fmsam_lib.metrics import dice, percent
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
@@ -69,6 +69,8 @@ class Registration:
                 f"Dice, {name}": "{before:.3f} before, {after:.3f} after".format(**d) for name, d in self.dice().items()
             },
             **regularity(self.phi.map),
+            "folded": percent(self.summary["folding_percent"]),  # where a mask counts, within it
+            "SDlogJ": f"{self.summary['sdlogj']:.3f}",
         }
         return card(" onto ".join(reversed(self.names)), facts, overview(self.pair, self.phi.map))
 

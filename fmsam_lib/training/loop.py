@@ -114,8 +114,9 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True, watch: Wat
     folder = Path(run.out)
     if run.processes != parallel.count():
         parallel.launch(run)
-        net.load_state_dict(load(folder / "weights.pt").state_dict())
-        net.eval().shape = tuple(run.shape)
+        trained = load(folder / "weights.pt")
+        net.load_state_dict(trained.state_dict())
+        net.eval().shape, net.about = tuple(run.shape), trained.about
         return [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
@@ -197,7 +198,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             if stop:
                 todo = "run this again, and it goes on from there"
                 raise Stopped(f"The training stopped after step {state.step} of {run.updates}: {todo}.")
-    net.first_stage = False
+    net.first_stage, net.save_memory, net.precision = False, False, "float32"
     net.eval().to("cpu")
     if first:
         read = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)

@@ -264,10 +264,7 @@ class SAM:
 
 def norm(tensors: list[Tensor]) -> float:
     """The length of all tensors as one vector, in float32 at least: a half-precision sum of squares overflows."""
-    if not tensors:
-        return 0.0
-    lengths = torch._foreach_norm([t.detach() if t.dtype in FULL else t.detach().float() for t in tensors])
-    return float(torch.linalg.vector_norm(torch.stack([length.to(lengths[0].device) for length in lengths])))
+    return float(nn.utils.get_total_norm([t.detach() if t.dtype in FULL else t.detach().float() for t in tensors]))
 
 
 def dot(a: list[Tensor], b: list[Tensor]) -> float:

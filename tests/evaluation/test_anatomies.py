@@ -87,6 +87,18 @@ def test_sets_of_one_anatomy_are_averaged_and_slices_of_one_patient_too():
     pd.testing.assert_frame_equal(answer(again, named, GROUPS, BOTH), table.reset_index(), rtol=1e-6)
 
 
+def test_names_that_would_run_together_stay_apart():
+    """Patient s1 of set 1x, and patient s11 of set x."""
+    results, pairs = simulated(np.random.default_rng(0), seeds=3)
+    expected = answer(results, pairs, GROUPS, BOTH)
+    names = {"jsrt": "x", "montgomery": "1x"}
+    groups = {anatomy: [names.get(name, name) for name in sets] for anatomy, sets in GROUPS.items()}
+    trained_on = results.train_domain.replace(names, regex=True)
+    results, pairs = (table.assign(test_domain=table.test_domain.replace(names)) for table in (results, pairs))
+    found = answer(results.assign(train_domain=trained_on), pairs, groups, BOTH)
+    pd.testing.assert_frame_equal(found, expected, atol=1e-5)
+
+
 def test_the_same_values_differ_by_nothing():
     results, pairs = simulated(np.random.default_rng(0), seeds=2)
     results["value"] = 0.5

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from fmsam_lib.evaluation.comparison import comparison, gaps, holm
+from fmsam_lib.evaluation.comparison import comparison, gaps
 from fmsam_lib.evaluation.evaluate import COLUMNS
 from fmsam_lib.evaluation.statistics import difference
 
@@ -39,13 +39,6 @@ def test_holm_corrects_over_the_test_domains():
     assert single.p_holm.tolist() == pytest.approx(multipletests(single.p, method="holm")[1].tolist())
     assert (single.p_holm >= single.p).all()
     assert single.p.nunique() == 3
-
-
-def test_holm_is_statsmodels():
-    p = np.random.default_rng(0).uniform(size=30) ** 3
-    p[[3, 7]] = p[4]
-    np.testing.assert_array_equal(holm(p), multipletests(p, method="holm")[1])
-    assert holm(np.array([])).tolist() == []
 
 
 def test_seen_domains_are_averaged_and_a_single_unseen_one_is_its_own_line():

@@ -198,6 +198,16 @@ def test_misalignment_is_rigid_in_mm_by_the_stated_angle_and_shift(shape, spacin
     )
 
 
+def test_misalignment_is_rigid_in_the_moving_images_own_mm():
+    shape, own = (20, 30), (3.0, 1.0)
+    pair = Pair("pair", torch.rand(1, *shape), torch.zeros(1, *shape), spacing=(1.0, 1.0), moving_spacing=own)
+    turned, _ = in_mm(corrupt(pair, "misalignment", 40.0).place, shape, own)
+    before, _ = in_mm(identity_map(shape), shape, own)
+    for points in (before, turned):
+        points -= points[0].clone()
+    torch.testing.assert_close(turned.norm(dim=1), before.norm(dim=1), atol=1e-4, rtol=0)
+
+
 def test_a_point_turns_to_its_known_place():
     class Drawn:
         """Instead of random numbers these: counter-clockwise in the plane, shifted along the first axis."""

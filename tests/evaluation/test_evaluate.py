@@ -154,9 +154,13 @@ def test_fields_are_learn2regs(tmp_path, shape):
             phi[:, axis] += samples / (shape[axis] - 1)
         return phi, None
 
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("time.time", lambda: 1e9)  # no clock in the file
+        measured(shifted, dataset, pairs=1, fields=tmp_path / "then")
     measured(shifted, dataset, pairs=1, fields=tmp_path / "fields")
     (file,) = (tmp_path / "fields").iterdir()  # nothing else is left there
     assert file.name == f"disp_{'_'.join(pair.name.split('<-'))}.nii.gz"
+    assert file.read_bytes() == (tmp_path / "then" / file.name).read_bytes()
     image = nibabel.load(file)
     assert image.shape == (*shape, len(shape))
     np.testing.assert_allclose(image.affine, np.eye(4) if pair.affine is None else pair.affine)

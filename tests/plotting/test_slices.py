@@ -129,6 +129,14 @@ def test_the_scale_bar_says_millimetres_only_where_they_are_known(unit, written)
     assert any(text.get_text().endswith(written) for text in figure.axes[0].texts)
 
 
+@pytest.mark.parametrize("size", [3e-6, 1.0, 4e7])
+def test_the_scale_bar_fits_an_image_of_any_size(size):
+    figure = registration(dataclasses.replace(toy_pair((16, 18)), spacing=(size, size)))
+    (bar,) = (line for line in figure.axes[0].lines if line.get_linewidth() == 2.5)
+    (width,) = np.diff(bar.get_xdata())
+    assert size < width <= size * 18 / 3
+
+
 def test_a_checkerboard_is_of_both():
     board = slices.checkerboard(np.zeros((8, 6)), np.ones((8, 6)), squares=4)
     assert board[:2, :2].sum() == 0

@@ -424,6 +424,7 @@ def test_half_precision_takes_nearly_the_same_step(tmp_path, optimizer):
 def test_half_precision_trains_to_the_same_loss(tmp_path, precision):
     _, history = run(tiny(tmp_path / "full"))
     net, other = run(tiny(tmp_path / "half", precision=precision))
+    assert net.precision == "float32"  # as its file, read again
     assert net.steps[0].last.weight.dtype == torch.float32
     assert other[-1]["total"] == pytest.approx(history[-1]["total"], abs=0.005)
     assert other[-1]["skipped"] == 0
