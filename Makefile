@@ -20,11 +20,11 @@ study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study "$(STUDY)" $(if $(RUNS),--runs "$(RUNS)") $(if $(PROFILE),--profile "$(PROFILE)")
 
 test: lint $(VENV)/peers
-	$(BIN)/python -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow")
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m "not slow")
 
 coverage: $(VENV)/peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check coverage
-	-$(BIN)/python -m coverage run -m pytest -n auto --dist loadfile $(if $(SLOW),,-m "not slow")
+	-$(BIN)/python -m coverage run -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m "not slow")
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --show-missing --skip-covered
 
