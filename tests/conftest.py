@@ -18,13 +18,13 @@ from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.model.transform import Transform
 
 PROJECT = Path(__file__).resolve().parents[1]
-LONG = ["test_faults", "test_notebooks", "test_run", "test_browser_study", "test_browser", "test_register", "test_fuzz"]
+LONG = ["test_faults", "test_cluster", "test_run", "test_notebooks", "test_browser_study", "test_browser"]
+LONG += ["test_distributed", "test_anatomies"]
 
 
 def pytest_collection_modifyitems(items):
     """Files of few long tests first: workers take whole files, and one that begins last keeps all others waiting."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,8 @@ def command_of(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGHUP])
 def test_a_launcher_that_is_killed_alone_takes_its_workers_along(study, tmp_path, sign):
-    process = study("--runs", str(tmp_path), "--cores", "1", run=subprocess.Popen)
+    how = {"preexec_fn": partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)}  # which nohup would have it ignore
+    process = study("--runs", str(tmp_path), "--cores", "1", run=subprocess.Popen, **how)
     children = workers(process, "ipykernel_launcher")
     process.send_signal(sign)
     _, alive = psutil.wait_procs(children, timeout=10)
