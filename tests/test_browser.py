@@ -1,5 +1,6 @@
 """A person's way: JupyterLab in a real browser, every cell run, a slider moved."""
 
+import io
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from explorer import opened
-from matplotlib import colormaps
+from matplotlib import colormaps, image
 from scipy.ndimage import map_coordinates
 
 from fmsam_lib.model.spatial import identity_map, jacobian_determinant, warp, warp_label
@@ -24,6 +25,7 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.plotting import slices
 from fmsam_lib.widgets.pair_explorer import Explorer
 from tests.conftest import PROJECT
+from tests.flatness.test_figures import cells
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -160,6 +162,33 @@ def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old,
     page.keyboard.press("ArrowRight")  # JupyterLab has its own use for arrows
     page.wait_for_function("([row, old]) => row.innerText !== old", arg=[place.element_handle(), there])
     shot(page, notebook, explorer)
+
+
+@pytest.mark.parametrize("notebook", ["04_sam_explained", "05_how_far_to_climb"])
+def test_the_picture_below_a_slider_is_that_of_its_value(lab, page, notebook):
+    opened_in_lab(lab, page, notebook, {"shape": [32, 32], "steps": 10})
+    run_all(page)
+    picture = page.locator(".widget-image")
+    bottom_until(page, picture)
+    output = picture.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-child')]")
+    assert output.locator("img").count() == 1  # not the still one, too
+    handle, readout = (page.locator(f".widget-hslider .{name}").first for name in ("noUi-handle", "widget-readout"))
+    drawn, src = [], picture.get_attribute("src")
+    handle.focus()
+    for key in ["ArrowRight"] * 3 + ["ArrowLeft"]:
+        page.keyboard.press(key)
+        page.wait_for_function("old => document.querySelector('.widget-image').src !== old", arg=src)
+        src = picture.get_attribute("src")
+        png = page.evaluate("src => fetch(src).then(got => got.bytes()).then(bytes => [...bytes])", src)
+        drawn.append((float(readout.inner_text()), bytes(png)))
+    assert drawn[0][0] < drawn[1][0] < drawn[2][0]
+    assert drawn[3] == drawn[1]
+    assert len({png for _, png in drawn}) == 3
+    if notebook == "04_sam_explained":
+        rho = 10 ** (0.02 * round(np.log10(drawn[1][0]) / 0.02))  # the slider goes in such steps
+        expected = slices.png(cells("04", "toy")["paths"](rho, -0.9, 1.0))
+        assert close(*(image.imread(io.BytesIO(png)) for png in (drawn[1][1], expected)))
+    shot(page, notebook, picture)
 
 
 def test_a_saved_notebook_shows_its_pictures_without_its_kernel(lab, page):

@@ -4,6 +4,7 @@ No more than ipywidgets is needed: figures are drawn without a screen and sent a
 by the next without flicker. Sliders and menus are the browser's own: Tab reaches them, arrows move them.
 """
 
+import base64
 import os
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ ROW = {"flex_flow": "row wrap"}  # and that of the controls above
 def slide(
     draw: Callable[..., Figure], controls: dict[str, Any], *, interactive: bool | None = None
 ) -> "Sliders | None":
-    """Show `draw(name=value, ...)` with the controls' values as a still picture, then under controls that redraw it.
+    """Show `draw(name=value, ...)` with the controls' values, under controls that redraw it; without a kernel, still.
 
     controls: ipywidgets by the name of `draw`'s parameter. interactive: as `in_a_notebook` decides unless given.
 
@@ -30,11 +31,12 @@ def slide(
     >>> sliders.controls["rho"].value = 0.01                                    # doctest: +SKIP
     """
     still = draw(**{name: control.value for name, control in controls.items()})
-    display(still)
     if not in_a_notebook(interactive):
+        display(still)
         return None
     made = Sliders(draw, controls, still)
-    display(made.widget)
+    picture = base64.b64encode(made.image.value).decode()
+    display((made.widget._repr_mimebundle_() or {}) | {"image/png": picture}, raw=True)
     return made
 
 
