@@ -292,10 +292,9 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
 
 
 def _scale_bar(axes: Axes, plane: Cut, unit: str) -> None:
-    longest = plane.size[0] / 3
+    x, y, longest = plane.size[0] * 0.04, plane.size[1] * 0.05, plane.size[0] / 3
     power = 10.0 ** math.floor(math.log10(longest))
     length = max(m * power for m in (1, 2, 5) if m * power <= longest)
-    x, y = plane.size[0] * 0.04, plane.size[1] * 0.05
     axes.plot([x, x + length], [y, y], color="white", linewidth=2.5, solid_capstyle="butt")
     text = f"{length:g} {unit}" + ("" if unit == "mm" else "s")
     axes.text(x, y + plane.size[1] * 0.015, text, color="white", fontsize=8, va="bottom")
