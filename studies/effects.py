@@ -6,7 +6,8 @@
 Of every run figures/networks.csv keeps, a row a network (averages of its weights, too) and test set: the mean Dice,
 that of the worst 5 % of pairs, and other measures. An effect is a difference between networks of the same training and
 seed, on the sets that neither saw, averaged over trainings and sets. Writes figures/effects.csv, a row an effect,
-anatomy and seed; its figure and table; figures/spent.png; figures/table_arms.csv.
+anatomy and seed; its figure and table; figures/spent.png; figures/table_arms.csv. Where a study corrupted images,
+figures/corrupted.csv keeps the mean Dice of every network, set and kind, and figures/table_corrupted.csv compares them.
 """
 
 import argparse
@@ -98,6 +99,41 @@ def kept(study: Path) -> pd.DataFrame:
             found = {measure: table.get_group((name, test)).mean() for measure, table in values.items()}
             rows.append(about | found | {"worst": dice.nsmallest(max(1, round(WORST * len(dice)))).mean()})
     return pd.DataFrame(rows)[ABOUT + MEASURES]
+
+
+def corrupted(study: Path) -> pd.DataFrame:
+    """What every network of a study measured on corrupted images: mean Dice of a kind over severities and pairs."""
+    rows = []
+    for file in sorted(study.glob("*/*/seed*/robustness.csv")):
+        run, table = trained_with(file.parent), pd.read_csv(file)
+        dice = (
+            table[(table.metric == "dice") & (table.severity > 0)].groupby(["test_domain", "corruption"]).value.mean()
+        )
+        about = {
+            "study": study.name,
+            "train_domain": trained_on(run.train_domain),
+            "optimizer": file.parent.parent.name,
+        }
+        for (test, kind), value in dice.items():
+            seen = test in run.train_domain.split("+")
+            rows.append(
+                about | {"seed": run.seed, "test_domain": test, "seen": seen, "corruption": kind, "dice": value}
+            )
+    return pd.DataFrame(rows)
+
+
+def by_kind(table: pd.DataFrame) -> pd.DataFrame:
+    """Adam beside SAM for every kind of corruption, on the sets that a network never saw: means over anatomies."""
+    rows = table[~table.seen].set_index(["corruption", "train_domain", "seed", "test_domain"])
+    lines = []
+    for kind, mine in rows.groupby("corruption", sort=False):
+        means = {name: by_anatomy(mine[mine.optimizer == name].dice).mean() for name in ("adam-2x", "sam")}
+        each = by_anatomy((mine[mine.optimizer == "sam"].dice - mine[mine.optimizer == "adam-2x"].dice).dropna())
+        line = {"corruption": kind.replace("_", " "), "Adam, twice the steps": f"{means['adam-2x']:.3f}"}
+        line |= {"SAM": f"{means['sam']:.3f}", "SAM - Adam": f"{each.mean():+z.3f}"}
+        line |= {"lowest anatomy": f"{each.min():+z.3f}", "highest anatomy": f"{each.max():+z.3f}"}
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def by_anatomy(values: pd.Series) -> pd.Series:
@@ -239,11 +275,15 @@ def main() -> None:
         parts = [part for part in (networks, kept(study)) if len(part)]
         networks = pd.concat(parts).drop_duplicates(ABOUT[:-2], keep="last").sort_values(ABOUT[:-1])
         write_csv(networks, path, float_format="%.5g")
+        if len(spoilt := corrupted(study)):
+            write_csv(spoilt, FIGURES / "corrupted.csv", float_format="%.5g")
     helps = pd.read_csv(FIGURES / "helps.csv")
     table = effects(networks, helps)
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
     write_csv(shown(table), FIGURES / "table_effects.csv")
     write_csv(arms(networks), FIGURES / "table_arms.csv")
+    if (FIGURES / "corrupted.csv").exists():
+        write_csv(by_kind(pd.read_csv(FIGURES / "corrupted.csv")), FIGURES / "table_corrupted.csv")
     draw(table)
     spent(networks, helps)
 

@@ -70,3 +70,28 @@ def test_the_training_is_named_by_what_it_leaves_out(script):
     assert script.trained_on(f"{others}+brain-mr+abdomen-ct") == "all but knee"
     assert script.trained_on("SpineMR2D") == "SpineMR2D"
     assert script.trained_on(others.replace("SpineMR2D+", "")) != "all but knee"  # the spine is left out, too
+
+
+def test_corrupted_images_are_compared_where_they_were_never_seen(script):
+    names = ["corruption", "optimizer", "train_domain", "seed", "test_domain", "seen", "dice"]
+    rows = []
+    for name, gain in (("CardiacACDC", 0.03), ("CardiacSunnybrook2D", 0.01), ("SpineMR2D", -0.05)):
+        for optimizer, dice in (("adam-2x", 0.7), ("sam", 0.7 + gain)):
+            rows.append(("bias_field", optimizer, "no MR", 10, name, False, dice))
+            rows.append(("bias_field", optimizer, "MR", 10, name, True, 0.9))
+    table = script.by_kind(pd.DataFrame(rows, columns=names))
+    assert table.values.tolist() == [["bias field", "0.700", "0.685", "-0.015", "-0.050", "+0.020"]]
+
+
+def test_corrupted_dice_is_the_mean_over_severities_and_pairs(script, tmp_path, monkeypatch):
+    run = type("run", (), {"train_domain": "SpineMR2D", "seed": 10})
+    monkeypatch.setattr(script, "trained_with", lambda folder: run)
+    folder = tmp_path / "shifts" / "SpineMR2D" / "sam" / "seed10"
+    folder.mkdir(parents=True)
+    rows = [("SpineMR2D", p, "noise", s, "dice", v) for p, s, v in (("a", 0, 0.9), ("a", 0.1, 0.8), ("b", 0.1, 0.6))]
+    rows += [("SpineMR2D", "a", "noise", 0.1, "folding_percent", 5.0)]
+    columns = ["test_domain", "pair", "corruption", "severity", "metric", "value"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "robustness.csv", index=False)
+    (line,) = script.corrupted(tmp_path / "shifts").to_dict("records")
+    assert line["dice"] == pytest.approx(0.7)
+    assert (line["study"], line["optimizer"], line["seen"], line["corruption"]) == ("shifts", "sam", True, "noise")
