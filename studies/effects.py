@@ -276,6 +276,7 @@ def main() -> None:
         parts = [part for part in (networks, kept(study)) if len(part)]
         networks = pd.concat(parts).drop_duplicates(ABOUT[:-2], keep="last").sort_values(ABOUT[:-1])
         write_csv(networks, path, float_format="%.5g")
+        networks = pd.read_csv(path)  # rounded, as whoever draws it again will have it
         if len(spoilt := corrupted(study)):
             write_csv(spoilt, FIGURES / "corrupted.csv", float_format="%.5g")
     helps = pd.read_csv(FIGURES / "helps.csv")
