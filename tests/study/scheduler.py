@@ -47,8 +47,9 @@ def end(process):
 
 def lost(queue, runs, script):
     """Whether it is time that this job's node dies."""
-    training = "10_train" in Path(script).read_text()
-    return training and not (queue / "lost").exists() and any(Path(runs).glob("*/*/*/seed*/history.jsonl"))
+    if (queue / "lost").exists():  # and who gave up a job may have removed its script
+        return False
+    return "10_train" in Path(script).read_text() and any(Path(runs).glob("*/*/*/seed*/history.jsonl"))
 
 
 def serve(queue, runs):
