@@ -12,6 +12,7 @@ DATA ?= $(FMSAM_DATA)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TESTS = -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m "not slow")
 export FMSAM_DATA := $(if $(DATA),$(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "$(DATA)"),)
 
 .PHONY: study test coverage lab bench site lint clean
@@ -20,11 +21,11 @@ study: $(VENV)/ready
 	$(BIN)/python -m fmsam_lib.study "$(STUDY)" $(if $(RUNS),--runs "$(RUNS)") $(if $(PROFILE),--profile "$(PROFILE)")
 
 test: lint $(VENV)/peers
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m "not slow")
+	$(BIN)/python $(TESTS)
 
 coverage: $(VENV)/peers
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check coverage
-	-$(BIN)/python -m coverage run -m pytest -n auto --dist loadfile --no-loadscope-reorder $(if $(SLOW),,-m "not slow")
+	-$(BIN)/python -m coverage run $(TESTS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --show-missing --skip-covered
 

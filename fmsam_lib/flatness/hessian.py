@@ -62,10 +62,14 @@ def curvature(
 
     dtype: what the products are computed in; `terms` must suit it. A term that is constant or linear has zeros, one
     that is not finite NaN. The graph of the gradient is kept while a term is measured, several times as large as a
-    training step's, beside 20 (more eigenvalues: more) or `lanczos_steps` vectors of all weights.
+    training step's, beside 20 (more eigenvalues: more) or `lanczos_steps` vectors of all weights. Raises: ValueError
+    for more eigenvalues or steps than the network has parameters.
     """
     space, seed, probes = WeightSpace(net, terms, dtype), settings.direction_seed, settings.probes
     n, eigenvalues, steps = len(space.w), settings.eigenvalues, settings.lanczos_steps
+    if eigenvalues >= n or steps > n:
+        got = f"eigenvalues={eigenvalues} and lanczos_steps={steps}"
+        raise ValueError(f"expected less than {n} eigenvalues and at most {n} lanczos_steps of {n} weights, got {got}")
     rows, spectra = [], []
     for i, term in enumerate(tqdm(TERMS, desc="Hessian", unit="term", leave=False)):
         product = hessian(space, i)
