@@ -42,7 +42,7 @@ def table(path: Path) -> str:
     """Markdown of a CSV; commit, machine and versions, where all rows share them, are a line below it."""
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
     about = [name for name in ABOUT if name in rows and rows[name].nunique() == 1]
-    shown = rows.drop(columns=about).map(short)
+    shown = rows.drop(columns=about).apply(lambda column: column if column.name == "commit" else column.map(short))
     cells = [list(shown.columns), ["---"] * shown.shape[1], *shown.values.tolist()]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     said = ", ".join(f"{name} {rows[name].iloc[0]}" for name in about)
