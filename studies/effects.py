@@ -34,7 +34,8 @@ MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
 BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with other help"
 TUNED = (("unseen", "adam-2x"), ("unseen", "sam"))
-ONE, DOMAINS = ("alone", "adam-2x"), ("domains", "adam")
+ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
+MORE = {"two": ("two", "adam"), "all four others": ("four", "adam"), "the four and synthetic images": ("unseen", "adam")}
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
     (BY_SAM, "as tuned (rho 0.001)"): TUNED,
@@ -148,7 +149,10 @@ def by_anatomy(values: pd.Series) -> pd.Series:
 def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
     """Every effect that was measured: an anatomy and seed a row."""
     shift = networks.train_domain.map(lambda name: "hospital" if "hospital" in name else "modality")
-    networks = networks.assign(study=networks.study.where(networks.study != "shifts", shift))
+    number = networks.train_domain.str.startswith("all but").map({True: "four", False: "two"})
+    networks = networks.assign(
+        study=networks.study.mask(networks.study == "shifts", shift).mask(networks.study == "domains", number)
+    )
     rows, unseen = {}, networks[~networks.seen].set_index(["study", "optimizer"]).sort_index()
     for name, (*keys, measure) in {name: (*of, "dice")[:3] for name, of in EFFECTS.items()}.items():
         if all(key in unseen.index for key in keys):
@@ -158,13 +162,10 @@ def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
     for name, keys in HELPS.items():
         both = [helped.loc[[key]].set_index(["seed", "test_domain"]).dice for key in keys]
         rows[name] = by_anatomy((both[1] - both[0]).dropna())
-    more = {  # all with 4,000 gradients: not the same trainings, so only the means of each anatomy can be compared
-        "two": unseen.loc[[DOMAINS]].query("not train_domain.str.startswith('all')"),
-        "all four others": unseen.loc[[DOMAINS]].query("train_domain.str.startswith('all')"),
-        "the four and synthetic images": unseen.loc[[("unseen", "adam")]],
-    }
-    one, *more_of = (by_anatomy(of.set_index(["seed", "test_domain"]).dice) for of in (unseen.loc[[ONE]], *more.values()))
-    rows |= {(OTHER, f"trained on {n}, not one anatomy"): (of - one).dropna() for n, of in zip(more, more_of, strict=True)}
+    means = {of: by_anatomy(unseen.loc[[of]].set_index(["seed", "test_domain"]).dice) for of in unseen.index.unique()}
+    for name, of in MORE.items():  # not the same trainings: the means of each anatomy are compared
+        if of in means and ONE in means:
+            rows[OTHER, f"trained on {name}, not one anatomy"] = (means[of] - means[ONE]).dropna()
     table = pd.concat(rows, names=["kind", "effect"]).rename("difference").reset_index()
     return table.sort_values("kind", ascending=False, kind="stable")
 

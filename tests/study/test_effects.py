@@ -64,6 +64,19 @@ def test_an_effect_is_paired_and_every_anatomy_counts_once(script):
     assert (line["lowest anatomy"], line["highest anatomy"]) == ("-0.020 (spine)", "+0.020 (heart)")
 
 
+def test_more_training_anatomies_are_compared_by_their_means(script):
+    helps = pd.read_csv(FIGURES / "helps.csv")
+    values = [("alone", "adam-2x", name, 10, "SpineMR2D", False, dice) for name, dice in (("A", 0.5), ("B", 0.7))]
+    values += [("domains", "adam", name, 10, "SpineMR2D", False, 0.8) for name in ("A+B", "A+C")]
+    values += [("domains", "adam", "A+SpineMR2D", 10, "SpineMR2D", True, 0.99)]
+    values += [("domains", "adam", "all but spine", 10, "SpineMR2D", False, 0.85)]
+    values += [("domains", "adam", "all but heart", 10, "CardiacACDC", False, 0.9)]  # no network alone was tested on it
+    table = script.effects(networks_of(values), helps).set_index(["effect", "anatomy"]).difference
+    assert table["trained on two, not one anatomy"].to_dict() == pytest.approx({"spine": 0.2})
+    assert table["trained on all four others, not one anatomy"].to_dict() == pytest.approx({"spine": 0.25})
+    assert "trained on the four and synthetic images, not one anatomy" not in table.index
+
+
 def test_the_training_is_named_by_what_it_leaves_out(script):
     groups = script.UNSEEN.groups
     others = "+".join(name for one in groups if one != "knee" for name in groups[one])
