@@ -26,6 +26,7 @@ from fmsam_lib.study.file import read_study
 from fmsam_lib.training.checkpoint import trained_with
 
 FIGURES = PROJECT / "figures"
+SPOILT = FIGURES / "corrupted.csv"
 UNSEEN, REAL, SHIFTS = (read_study(PROJECT / "studies" / f"{name}.yaml") for name in ("unseen", "real", "shifts"))
 ANATOMY = {name: anatomy for anatomy, names in UNSEEN.groups.items() for name in names}
 SHIFT = dict(zip(SHIFTS.train_domains, ["one hospital", "the other hospital", "MR", "no MR"], strict=True))
@@ -44,6 +45,7 @@ EFFECTS = {
     (BY_SAM, "equal steps, 4,000"): (("unseen", "adam"), ("unseen", "sam")),
     (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
     (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
+    (BY_SAM, "averaged weights (last quarter) of both"): (("unseen", "adam-2x+tail"), ("unseen", "sam+tail")),
     (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
     (BY_SAM, "climb by part of the batch"): (("forms", "adam-part"), ("forms", "part-0.0064")),
     (BY_SAM, "climb by layer"): (("forms", "adam-2x"), ("forms", "layer-0.0014")),
@@ -170,10 +172,16 @@ def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values("kind", ascending=False, kind="stable")
 
 
+def complete(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the seeds that lack some of an effect's anatomies, which their means would lean on others."""
+    number = table.groupby(["kind", "effect", "seed"]).anatomy.transform("nunique")
+    return table[number == number.groupby([table.kind, table.effect]).transform("max")]
+
+
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """An effect a row: the mean over anatomies, with a t interval over seeds where there are three or more."""
     lines = []
-    for (kind, effect), mine in table.groupby(["kind", "effect"], sort=False):
+    for (kind, effect), mine in complete(table).groupby(["kind", "effect"], sort=False):
         seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
         told = f"{each.mean():+z.3f}"
         if len(seeds) > 2:
@@ -281,15 +289,16 @@ def main() -> None:
         write_csv(networks, path, float_format="%.5g")
         networks = pd.read_csv(path)  # rounded, as whoever draws it again will have it
         if len(spoilt := corrupted(study)):
-            write_csv(spoilt, FIGURES / "corrupted.csv", float_format="%.5g")
+            spoilt = pd.concat([pd.read_csv(SPOILT), spoilt] if SPOILT.exists() else [spoilt])
+            write_csv(spoilt.drop_duplicates([*spoilt][:-1], keep="last"), SPOILT, float_format="%.5g")
     helps = pd.read_csv(FIGURES / "helps.csv")
     table = effects(networks, helps)
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
     write_csv(shown(table), FIGURES / "table_effects.csv")
     write_csv(arms(networks), FIGURES / "table_arms.csv")
-    if (FIGURES / "corrupted.csv").exists():
-        write_csv(by_kind(pd.read_csv(FIGURES / "corrupted.csv")), FIGURES / "table_corrupted.csv")
-    draw(table)
+    if SPOILT.exists():
+        write_csv(by_kind(pd.read_csv(SPOILT).query("study == 'shifts'")), FIGURES / "table_corrupted.csv")
+    draw(complete(table))
     spent(networks, helps)
 
 

@@ -67,13 +67,14 @@ def answer(
     weights = weights / weights.sum()
     seeds, lines = rows.groupby("anatomy").seed.nunique(), []
     freedom = int((seeds - 1).sum())
+    seeds[THESE] = seeds.min()
     means = rows.groupby("test_domain")[["baseline", "treatment"]].mean()
     for name, weight in [*weights.items(), (THESE, weights.mean(axis=1))]:
         mean, error = float(weight @ estimates), float(np.sqrt(weight @ covariance @ weight))
-        reach = stats.t.ppf((1 + LEVEL) / 2, freedom) * error if freedom else np.nan
-        p = 2 * stats.t.sf(abs(mean) / error, freedom) if freedom and error else np.nan
+        reach = stats.t.ppf((1 + LEVEL) / 2, freedom) * error if seeds[name] > 1 else np.nan
+        p = 2 * stats.t.sf(abs(mean) / error, freedom) if seeds[name] > 1 and error else np.nan
         mine = rows if name == THESE else rows[rows.anatomy == name]
-        about = {"anatomy": name, "seeds": mine.seed.nunique(), "units": len(mine[UNIT].drop_duplicates())}
+        about = {"anatomy": name, "seeds": seeds[name], "units": len(mine[UNIT].drop_duplicates())}
         about |= {"mean_baseline": float(weight @ means.baseline), "mean_treatment": float(weight @ means.treatment)}
         lines.append(about | {"mean": mean, "low": mean - reach, "high": mean + reach, "p": p})
     each = np.array([line["mean"] for line in lines[:-1]])
@@ -82,7 +83,7 @@ def answer(
         low, high = test.confidence_interval(LEVEL)
         of_these = lines[-1]  # a new anatomy cannot be known better than these: a few alike would say so by chance
         ends = {"low": float(np.minimum(low, of_these["low"])), "high": float(np.maximum(high, of_these["high"]))}
-        lines.append(of_these | {"anatomy": NEW, "p": float(test.pvalue) if freedom else np.nan} | ends)
+        lines.append(of_these | {"anatomy": NEW, "p": float(test.pvalue) if seeds[THESE] > 1 else np.nan} | ends)
     table = pd.DataFrame(lines).assign(metric=metric, baseline=methods[0], treatment=methods[1])
     said = [verdict(*ends) if metric == "dice" else "" for ends in zip(table.low, table.high, strict=True)]
     return table.assign(verdict=said)[COLUMNS]

@@ -114,6 +114,15 @@ def test_one_seed_decides_nothing():
     assert table.loc[THESE, "verdict"] == "undecided"
 
 
+def test_an_anatomy_with_one_seed_has_no_interval_nor_have_all_of_them():
+    results, pairs = simulated(np.random.default_rng(0), seeds=3)
+    fewer = results[(results.test_domain != "knee") | (results.seed == 10)]
+    table = answer(fewer, pairs, GROUPS, BOTH).set_index("anatomy")
+    assert [*table.index[table.low.isna()]] == ["knee", THESE, NEW]
+    assert table.seeds.to_dict() == {"chest": 3, "head": 3, "heart": 3, "knee": 1, "spine": 3, THESE: 1, NEW: 1}
+    assert table.verdict[["knee", THESE]].tolist() == ["undecided", "undecided"]
+
+
 def test_nothing_paired_is_said():
     results, pairs = simulated(np.random.default_rng(0), seeds=1)
     with pytest.raises(ValueError, match="expected adam and sam on the same pairs"):

@@ -64,6 +64,13 @@ def test_an_effect_is_paired_and_every_anatomy_counts_once(script):
     assert (line["lowest anatomy"], line["highest anatomy"]) == ("-0.020 (spine)", "+0.020 (heart)")
 
 
+def test_a_seed_that_lacks_an_anatomy_waits(script):
+    rows = [("", "x", name, seed, -0.005) for name in ("heart", "chest") for seed in (10, 11)]
+    table = pd.DataFrame([*rows, ("", "x", "chest", 12, -0.03)], columns=["kind", "effect", "anatomy", "seed", "difference"])
+    (line,) = script.shown(table).to_dict("records")
+    assert (line["change of Dice [90 %]"], line["seeds"]) == ("-0.005", 2)
+
+
 def test_more_training_anatomies_are_compared_by_their_means(script):
     helps = pd.read_csv(FIGURES / "helps.csv")
     values = [("alone", "adam-2x", name, 10, "SpineMR2D", False, dice) for name, dice in (("A", 0.5), ("B", 0.7))]

@@ -53,7 +53,7 @@ def test_the_sentences_numbers_are_the_answers(both, done):
     these, new = line.loc[THESE], line.loc[NEW]
     assert done.sentence == (
         f"On 5 anatomies, each unseen by the networks tested on it, SAM changes Dice by {interval(these)} against Adam "
-        f"at equal compute (90 % interval, 5 seeds, 281 test pairs): {these.verdict} within ±0.01. "
+        f"at equal compute (90 % interval, 5 seeds, 281 patients or pairs of patients): {these.verdict} within ±0.01. "
         f"A new anatomy: {interval(new)}: {new.verdict}. In relative terms "
         f"{100 * these['mean'] / these.mean_baseline:+.1f} %; the paper (Hu et al. 2025) reports about +15 %."
     ).replace("-", "−")
@@ -145,7 +145,7 @@ def test_one_seed_decides_nothing():
     assert done.tables["answer"][["low", "high", "p"]].isna().all(axis=None)  # nor of a new anatomy
     assert set(done.tables["answer"].verdict) == {"undecided"}
     assert sentence.endswith(
-        "(1 seed, 281 test pairs). One seed decides nothing: another training may come out otherwise."
+        "(1 seed, 281 patients or pairs of patients). One seed decides nothing: another training may come out otherwise."
     )
     assert not re.search(r"helps|\[", sentence)
 
@@ -156,7 +156,7 @@ def test_an_anatomy_whose_runs_are_missing_is_counted():
     sentence = answered(results[~knee], pairs).sentence
     assert sentence.startswith("On 4 of 5 anatomies, each unseen")
     fewer = results[~(knee & (results.seed == 10) & (results.optimizer == "sam"))]
-    assert "(90 % interval, 4 to 5 seeds, 281 test pairs)" in answered(fewer, pairs).sentence
+    assert "(90 % interval, 4 to 5 seeds, 281 patients or pairs of patients)" in answered(fewer, pairs).sentence
 
 
 def test_without_adam_at_equal_compute_the_sentence_says_equal_steps():
