@@ -6,7 +6,8 @@
 
 Sharpness is the relative rise of the total loss at SAM's step, `(L(w + rho g / |g|) - L(w)) / L(w)`, with g the
 gradient of that domain alone, on its first 12 test pairs, in float64 and in eval mode (`flatness/sharpness.py`).
-Writes figures/sharpness_by_domain.csv, a row a run and domain, its figure, and figures/table_sharpness.csv.
+Writes figures/sharpness_by_domain.csv, a row a run and domain, and its figure; figures/table_sharpness.csv, of two arms
+on the same training, set and seed; figures/table_flatter.csv, of all arms of a training and set.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from fmsam_lib.training.checkpoint import trained_with
 OUT = PROJECT / "figures" / "sharpness_by_domain"
 RHOS = (0.001, 0.01)
 PAIRS = 12
-RISE = "rise 0.01"
+ARMS = 5  # fewer say little about a rank
+RISE, SMALL_RISE = "rise 0.01", "rise 0.001"
 KINDS = ("seen", "unseen")
 FORMS = {"layer-0.0014": "SAM by layer", "part-0.0064": "SAM by part", "sam-0.01": "SAM, rho 0.01"}
 FORMS |= {"adam-part": "Adam by part", "adam-4x": "Adam, four times the steps", "sam-2x": "SAM, twice the steps"}
@@ -71,11 +73,12 @@ def measure(study: Path) -> None:
 
 
 def differences(table: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame:
-    """On the same seed, training and test domain: log2 of the ratio of the rises, and the difference of Dice."""
+    """On the same seed, training and test domain: log2 of the ratios of the rises, and the difference of Dice."""
     keys = [*CELL, "seed"]
     both = [table[table.optimizer == name].set_index(keys) for name in (baseline, treatment)]
     a, b = (of.loc[both[0].index.intersection(both[1].index)] for of in both)
-    rows = pd.DataFrame({"ratio": np.log2(b[RISE] / a[RISE]), "dice": b.dice - a.dice}).dropna().reset_index()
+    ratios = {name: np.log2(b[of] / a[of]) for name, of in (("ratio", RISE), ("small", SMALL_RISE))}
+    rows = pd.DataFrame(ratios | {"dice": b.dice - a.dice}).dropna().reset_index()
     return rows.assign(kind=seen(rows))
 
 
@@ -93,10 +96,26 @@ def line(rows: pd.DataFrame) -> dict:
     taus = [scipy.stats.kendalltau(-of.ratio, of.dice).statistic for _, of in rows.groupby("seed")]
     return {
         "sharpness, ratio [90 %]": interval(rows, "ratio", lambda log: f"{2**log:.2f}"),
+        "at rho 0.001": interval(rows, "small", lambda log: f"{2**log:.2f}"),
         "Dice, difference [90 %]": interval(rows, "dice", "{:+.3f}".format),
         "tau of each seed": ", ".join(f"{tau:+.2f}" for tau in taus),
         "networks and domains": len(rows),
     }
+
+
+def flatter(table: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's tau of a measure with Dice, over all arms with one training, test set and seed; means over these."""
+    table = table[table.test_domain != "training"].assign(kind=seen)
+    keys, names = ["train_domain", "test_domain", "seed"], {"loss": "loss", SMALL_RISE: "sharpness at rho 0.001"}
+    lines = []
+    for kind, mine in table.groupby("kind"):
+        cells = [cell for _, cell in mine.groupby(keys) if len(cell) >= ARMS]
+        line = {"domains": kind, "trainings and sets": len(cells), "arms": f"{min(map(len, cells))} to {max(map(len, cells))}"}
+        for measure, name in (names | {RISE: "sharpness at rho 0.01"}).items():
+            taus = [scipy.stats.kendalltau(cell[measure], cell.dice).statistic for cell in cells]
+            line[f"tau of {name}"] = f"{np.mean(taus):+.2f}"
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def draw(table: pd.DataFrame) -> None:
@@ -111,6 +130,7 @@ def draw(table: pd.DataFrame) -> None:
             versus = f"{style.name_of(treatment)} / {style.name_of(baseline)}"
             lines.append({"compared": versus, "domains": kind, **line(rows)})
     write_csv(pd.DataFrame(lines), PROJECT / "figures" / "table_sharpness.csv")
+    write_csv(flatter(table), PROJECT / "figures" / "table_flatter.csv")
     picture, panels = style.panels(2, 2, 3.6, sharex=True, sharey=True)
     for ax, kind in zip(panels, KINDS, strict=True):
         for name in others:
@@ -122,7 +142,7 @@ def draw(table: pd.DataFrame) -> None:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
         style.open_up(ax)
-    than = f"of {style.name_of(EQUAL_COMPUTE)}"
+    than = "of Adam at equal compute"  # of the forms by part and at twice the steps: Adam likewise
     panels[0].set_ylabel(f"Dice, minus that {than}")
     picture.supxlabel(f"sharpness on the domain, divided by that {than}  (← flatter)", fontsize=10)
     style.legend(picture, others)
