@@ -36,7 +36,11 @@ WORST = 0.05  # of the pairs
 BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with other help"
 TUNED = (("unseen", "adam-2x"), ("unseen", "sam"))
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
-MORE = {"two": ("two", "adam"), "all four others": ("four", "adam"), "the four and synthetic images": ("unseen", "adam")}
+MORE = {
+    "two": ("two", "adam"),
+    "all four others": ("four", "adam"),
+    "the four and synthetic images": ("unseen", "adam"),
+}
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
     (BY_SAM, "as tuned (rho 0.001)"): TUNED,

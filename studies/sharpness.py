@@ -110,7 +110,8 @@ def flatter(table: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for kind, mine in table.groupby("kind"):
         cells = [cell for _, cell in mine.groupby(keys) if len(cell) >= ARMS]
-        line = {"domains": kind, "trainings and sets": len(cells), "arms": f"{min(map(len, cells))} to {max(map(len, cells))}"}
+        arms = [len(cell) for cell in cells]
+        line = {"domains": kind, "trainings and sets": len(cells), "arms": f"{min(arms)} to {max(arms)}"}
         for measure, name in (names | {RISE: "sharpness at rho 0.01"}).items():
             taus = [scipy.stats.kendalltau(cell[measure], cell.dice).statistic for cell in cells]
             line[f"tau of {name}"] = f"{np.mean(taus):+.2f}"

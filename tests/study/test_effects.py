@@ -66,7 +66,9 @@ def test_an_effect_is_paired_and_every_anatomy_counts_once(script):
 
 def test_a_seed_that_lacks_an_anatomy_waits(script):
     rows = [("", "x", name, seed, -0.005) for name in ("heart", "chest") for seed in (10, 11)]
-    table = pd.DataFrame([*rows, ("", "x", "chest", 12, -0.03)], columns=["kind", "effect", "anatomy", "seed", "difference"])
+    table = pd.DataFrame(
+        [*rows, ("", "x", "chest", 12, -0.03)], columns=["kind", "effect", "anatomy", "seed", "difference"]
+    )
     (line,) = script.shown(table).to_dict("records")
     assert (line["change of Dice [90 %]"], line["seeds"]) == ("-0.005", 2)
 

@@ -19,7 +19,7 @@ def test_the_recorded_table_is_that_of_the_recorded_values(script):
 
 
 def test_tau_is_over_the_arms_of_a_training_set_and_seed(script):
-    """Flatter is better among five arms; how good a set or seed is as such counts for nothing, nor a cell of four arms."""
+    """Flatter is better among five arms. How good a set or a seed is counts for nothing, nor do four arms."""
     rows = [
         ("A", f"arm {i}", seed, name, 0.1 * i + shift, 1.0 + i, 5.0 - i, 1.0)
         for seed, name, shift, arms in ((1, "B", 0, 5), (2, "B", 3, 5), (1, "A", 0, 5), (1, "C", 0, 4))
