@@ -171,7 +171,7 @@ def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
     means = {of: by_anatomy(unseen.loc[[of]].set_index(["seed", "test_domain"]).dice) for of in unseen.index.unique()}
     for name, of in MORE.items():  # not the same trainings: the means of each anatomy are compared
         if of in means and ONE in means:
-            rows[OTHER, f"trained on {name}, not one anatomy"] = (means[of] - means[ONE]).dropna()
+            rows[OTHER, f"trained on {name}, not one"] = (means[of] - means[ONE]).dropna()
     table = pd.concat(rows, names=["kind", "effect"]).rename("difference").reset_index()
     return table.sort_values("kind", ascending=False, kind="stable")
 

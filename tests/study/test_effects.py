@@ -81,9 +81,9 @@ def test_more_training_anatomies_are_compared_by_their_means(script):
     values += [("domains", "adam", "all but spine", 10, "SpineMR2D", False, 0.85)]
     values += [("domains", "adam", "all but heart", 10, "CardiacACDC", False, 0.9)]  # no network alone was tested on it
     table = script.effects(networks_of(values), helps).set_index(["effect", "anatomy"]).difference
-    assert table["trained on two, not one anatomy"].to_dict() == pytest.approx({"spine": 0.2})
-    assert table["trained on all four others, not one anatomy"].to_dict() == pytest.approx({"spine": 0.25})
-    assert "trained on the four and synthetic images, not one anatomy" not in table.index
+    assert table["trained on two anatomies, not one"].to_dict() == pytest.approx({"spine": 0.2})
+    assert table["trained on four anatomies, not one"].to_dict() == pytest.approx({"spine": 0.25})
+    assert "trained on four and synthetic ones, not one" not in table.index
 
 
 def test_the_training_is_named_by_what_it_leaves_out(script):
