@@ -37,9 +37,9 @@ BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with othe
 TUNED = (("unseen", "adam-2x"), ("unseen", "sam"))
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
 MORE = {
-    "two": ("two", "adam"),
-    "all four others": ("four", "adam"),
-    "the four and synthetic images": ("unseen", "adam"),
+    "two anatomies": ("two", "adam"),
+    "four anatomies": ("four", "adam"),
+    "four and synthetic ones": ("unseen", "adam"),
 }
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
