@@ -42,7 +42,7 @@ def plain_name(name: str) -> str:
 
 def in_project(path: str) -> str:
     """Relative paths of results count from the project's folder, wherever a notebook was started."""
-    return str(PROJECT / path) if path else ""
+    return str(PROJECT / os.path.expanduser(path)) if path else ""
 
 
 class Parameters(BaseModel):
@@ -70,6 +70,7 @@ def plain(value: Any) -> Any:
 WORDS = {
     "greater_than_equal": "expected at least {ge:g}",
     "greater_than": "expected above {gt:g}",
+    "less_than": "expected below {lt:g}",
     "finite_number": "expected a finite number",
     "int_type": "expected a whole number",
     "float_type": "expected a number",
@@ -112,7 +113,7 @@ def _in_words(kind: type[Parameters], problem: Any) -> str:
         return f"{name}: missing"
     words = WORDS.get(problem["type"])  # a message that quotes a value is no template
     said = words.format(**of) if words else problem["msg"].removeprefix("Value error, ")
-    trick = " (YAML reads 1e-3 as text: write 1.0e-3)" if problem["type"] == "float_type" else ""
+    trick = " (YAML reads 1e-3 as text: write 1.0e-3)" * (problem["type"] == "float_type" and isinstance(value, str))
     if problem["type"] == "literal_error":
         said, trick = re.sub(r"'([\w+-]+)'", r"\1", said), nearest(str(value), re.findall("'([^']*)'", of["expected"]))
     return f"{name}: {said}, got {value!r}{trick}"
@@ -138,16 +139,14 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
     before = [*itertools.takewhile(_injected, cells)]
     if len(before) < len(cells) and (lost := [name for cell in before for name in _assigned(cell)]):
         told = f"the given {', '.join(lost)} came before the cell of defaults, which would take their place"
-        todo = (
-            "tag the cell that begins with '# Parameters:' as `parameters` (in Jupyter: Property Inspector, Cell Tags)"
-        )
+        todo = "tag the cell that begins with '# Parameters:' as `parameters` (Jupyter: Property Inspector, Cell Tags)"
         raise ConfigError(f"{told}: that cell has lost its tag; {todo} and run the notebook again")
     groups = itertools.groupby(namespace["In"], lambda cell: cell.startswith("# Parameters"))
     given = [list(cells) for of_parameters, cells in groups if of_parameters]
     if not given:
         raise ConfigError('no parameter cell was run: run the first code cell (it begins with "# Parameters")')
-    names = {name: None for cell in given[-1] for name in _assigned(cell)}
-    return read(kind, {name: namespace[name] for name in names}, source="the parameter cell")
+    values = {name: namespace[name] for cell in given[-1] for name in _assigned(cell)}
+    return read(kind, values, source="the parameter cell")
 
 
 def _injected(cell: str) -> bool:

@@ -82,10 +82,8 @@ def _check(pair: Pair, phi_map: Tensor | None, inverse: Tensor | None) -> None:
         raise ValueError(f"{pair.name}: expected a spacing for each of {len(shape)} axes, got {pair.spacing}")
     if phi_map is None and inverse is not None:
         raise ValueError(f"{pair.name}: got an inverse, but no map that it is the inverse of; give both")
-    expected = (1, len(shape), *shape)
-    for name, given in {"phi_map": phi_map, "inverse": inverse}.items():
-        if given is None:
-            continue
+    expected, maps = (1, len(shape), *shape), {"phi_map": phi_map, "inverse": inverse}
+    for name, given in ((name, given) for name, given in maps.items() if given is not None):
         if tuple(given.shape) != expected:
             got = f"{tuple(given.shape)}; measure one pair at a time"
             raise ValueError(f"{pair.name}: expected {name} of shape {expected}, on the images' grid, got {got}")
@@ -239,9 +237,8 @@ def ndv_percent(phi_map: Tensor) -> float:
         edges = [corners[*bits[:d], 1 - bits[d], *bits[d + 1 :]] - here for d in range(dim)]
         ways[sum(bits) % 2] += _inside_out(edges, (-1) ** sum(bits))
     if dim == 3:
-        for parity, (first, *others) in enumerate(
-            [((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), ((1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))]
-        ):
+        inner = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), ((1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))
+        for parity, (first, *others) in enumerate(inner):
             ways[1 - parity] += _inside_out([corners[other] - corners[first] for other in others], (-1) ** parity)
     return 100 * float(ways[0] + ways[1]) / 2 / math.prod(n - 1 for n in shape)
 
@@ -294,6 +291,5 @@ def sdlogj_learn2reg(phi_map: Tensor, mask: Tensor | None = None) -> float:
     if min(u.shape[:-1]) < 5:
         raise ValueError(f"expected at least 5 samples a side, got {tuple(u.shape[:-1])}; use sdlogj there")
     matrix = torch.stack(torch.gradient(u, dim=list(range(dim))), dim=-1)[(slice(2, -2),) * dim]  # component, axis
-    determinant = torch.linalg.det(matrix + torch.eye(dim, dtype=u.dtype))
-    determinant = _within(determinant, mask, slice(2, -2))
+    determinant = _within(torch.linalg.det(matrix + torch.eye(dim, dtype=u.dtype)), mask, slice(2, -2))
     return float(np.std(np.log((determinant.double() + 3).clamp(1e-9, 1e9).numpy())))

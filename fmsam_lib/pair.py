@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A moving and a fixed image of one grid, and what is known about them.
 
@@ -15,7 +15,7 @@ class Pair:
     moving_mask, fixed_mask: `(1, *S)` bool, where the similarity counts and the fixed one's regularity is measured.
     true_map: `(D, *S)`, where a point of the fixed grid lies in the moving image, unit coordinates.
     moving_landmarks, fixed_landmarks: `(L, D)` corresponding points, unit coordinates.
-    affine: `(4, 4)` of the fixed grid, index to mm (RAS); spacing: mm per sample along each axis.
+    affine: `(4, 4)` of the fixed grid, index to mm (RAS), None where nobody knows it; spacing: mm per sample, by axis.
     moving_spacing: the same of the moving image, whose samples may be others; () where it is the fixed one's.
     unit: of the spacing: "voxel" (of the file) where its millimetres are not known.
     subjects: whose images they are, the fixed one's and the moving one's; () where it is not known.

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,17 @@ def sources() -> str:
 
 
 def _commit() -> str:
-    """The project's git commit, "+" behind it where files differ from it; "unknown" outside a checkout.
+    """The project's git commit, "+" behind it where files differ; "unknown" outside a checkout, or in another's.
 
     Recorded benchmarks may differ: one script's record should not mark the next one's.
     """
-    asked: dict[str, Any] = {"cwd": PROJECT, "stderr": subprocess.DEVNULL, "text": True}
-    try:
-        commit = subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], **asked)
-        dirty = subprocess.check_output(["git", "status", "--porcelain", "--", ".", ":!benchmarks/*.csv"], **asked)
+    told = partial(subprocess.check_output, cwd=PACKAGE.parent, stderr=subprocess.DEVNULL, text=True)
+    try:  # which fails for the last one where the package is untracked
+        below, commit, _ = told(["git", "rev-parse", "--show-prefix", "HEAD", f"HEAD:{PACKAGE.name}"]).split("\n", 2)
+        dirty = told(["git", "status", "--porcelain", "--", ".", ":!benchmarks/*.csv"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.strip() + "+" * bool(dirty)
+    return "unknown" if below else commit[:12] + "+" * bool(dirty)
 
 
 def _cpu() -> str:

@@ -21,7 +21,7 @@ def test_a_click_on_a_point_goes_to_its_pair(lab, page, once):  # noqa: F811
     root = once("browsed", compute)
     opened_in_lab(lab, page, "40_compare", {"study": str(root / "study.yaml"), "folder": str(root)})
     run_all(page)
-    plot = page.locator(".fmsam .surface")
+    plot = page.locator(".fmsam-canvas .surface")
     bottom_until(page, plot)
 
     def table(seed):
@@ -39,7 +39,7 @@ def test_a_click_on_a_point_goes_to_its_pair(lab, page, once):  # noqa: F811
         """Wait until the pair and its numbers are there; a picture of its registration by SAM."""
         there = page.wait_for_function(
             """told => {
-                const cells = [...document.querySelectorAll(".fmsam table")[0].querySelectorAll("td")];
+                const cells = [...document.querySelectorAll(".fmsam-canvas table")[0].querySelectorAll("td")];
                 const texts = cells.map((cell) => cell.textContent);
                 return told.every((text) => texts.includes(text)) && texts;
             }""",
@@ -48,7 +48,7 @@ def test_a_click_on_a_point_goes_to_its_pair(lab, page, once):  # noqa: F811
         told = dict(zip(there[::2], there[1::2], strict=True))
         assert numbers(told["difference"]) == pytest.approx([row[2] - row[1]], abs=5.1e-4)
         assert "no picture" not in told
-        return page.locator(".fmsam canvas").nth(1).evaluate("canvas => canvas.toDataURL()")
+        return page.locator(".fmsam-canvas canvas").nth(1).evaluate("canvas => canvas.toDataURL()")
 
     rows = table(seed=0)
     worst = shows(rows[0])
@@ -65,11 +65,11 @@ def test_a_click_on_a_point_goes_to_its_pair(lab, page, once):  # noqa: F811
         shows(row)
     plot.press("ArrowLeft")
     shows(rows[1])
-    titles = page.locator(".fmsam figcaption").all_inner_texts()
+    titles = page.locator(".fmsam-canvas figcaption").all_inner_texts()
     assert titles == ["Adam", "SAM"] * 4
-    widths = [canvas.bounding_box()["width"] for canvas in page.locator(".fmsam canvas").all()[2:]]
+    widths = [canvas.bounding_box()["width"] for canvas in page.locator(".fmsam-canvas canvas").all()[2:]]
     assert max(widths) - min(widths) < 1
     shot(page, "study", plot)
-    shot(page, "study_three", page.locator(".fmsam").last)
+    shot(page, "study_three", page.locator(".fmsam-canvas").last)
     page.locator(".widget-dropdown", has_text="seed").locator("select").select_option("1")
     shows(table(seed=1)[0])

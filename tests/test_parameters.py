@@ -1,5 +1,6 @@
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -91,6 +92,12 @@ def test_an_absolute_folder_and_an_empty_one_stay_as_they_are(tmp_path):
     assert Evaluate(run="", methods=["none"]).run == ""
 
 
+def test_data_and_a_home_are_found_wherever_a_notebook_is_started(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of")
+    assert (Train(data="data").data, Train(data="").data) == (str(records.PROJECT / "data"), "")
+    assert Train(out="~/runs/x").out == "/home/of/runs/x"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -98,6 +105,8 @@ def test_an_absolute_folder_and_an_empty_one_stay_as_they_are(tmp_path):
         ({"steps": 1.5}, "steps: expected a whole number, got 1.5"),
         ({"steps": True}, "steps: expected a whole number, got True"),
         ({"lr": "1e-3"}, r"lr: expected a number, got '1e-3' \(YAML reads 1e-3 as text: write 1.0e-3\)"),
+        ({"lr": None}, "lr: expected a number, got None$"),
+        ({"seed": 10**14}, r"seed: expected below 4\.29497e\+09, got 100000000000000"),
         ({"lr": 0}, "lr: expected above 0, got 0"),
         ({"lr": float("nan")}, "lr: expected a finite number, got nan"),
         (
@@ -231,6 +240,32 @@ def test_provenance_names_commit_versions_and_hardware():
     assert made["cores"] >= 1
     assert made["commit"]
     assert made["cpu"]
+
+
+def test_a_strangers_commit_is_not_the_projects(tmp_path, monkeypatch):
+    own, copied, aside = (tmp_path / name for name in ("own", "own/site/copy", "aside"))
+    for folder in (own, copied):
+        (folder / "fmsam_lib").mkdir(parents=True)
+        (folder / "fmsam_lib/records.py").write_text("")
+
+    def git(*words):
+        who = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        return subprocess.check_output(["git", *who, *words], cwd=own, text=True, stderr=subprocess.STDOUT).strip()
+
+    def recorded(folder):
+        monkeypatch.setattr(records, "PACKAGE", folder / "fmsam_lib")
+        return records._commit()
+
+    git("init")
+    git("commit", "--allow-empty", "--message=a stranger's")
+    assert recorded(own) == "unknown"  # which does not have the package
+    git("add", ".")
+    git("commit", "--message=ours")
+    git("worktree", "add", aside)
+    commit = git("rev-parse", "HEAD")[:12]
+    assert [recorded(folder) for folder in (own, aside, copied)] == [commit, commit, "unknown"]
+    (own / "fmsam_lib/records.py").write_text("changed")
+    assert recorded(own) == f"{commit}+"
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

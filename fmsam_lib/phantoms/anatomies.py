@@ -39,7 +39,6 @@ class Domain:
     modality: str  # "MR" or "CT"
     pairing: str  # "inter-subject" or "intra-subject"
     labels: dict[int, str]
-    held_out: bool
     parts: tuple[Part, ...]
     field_of_view: tuple[float, float, float]  # mm
     plane: tuple[int, float]  # the 2-D image is where this axis has this value
@@ -221,16 +220,16 @@ DOMAINS = {d.name: d for d in (
     Domain("brain-mr", "MR", "inter-subject",
         {1: "cortex", 2: "white matter", 3: "ventricles", 4: "thalamus", 5: "striatum",
          6: "cerebellum", 7: "brainstem"},
-        held_out=False, parts=BRAIN, field_of_view=(180, 216, 180), plane=(1, -0.2), air=0, noise=2.5, variation=0.6),
+        parts=BRAIN, field_of_view=(180, 216, 180), plane=(1, -0.2), air=0, noise=2.5, variation=0.6),
     Domain("lung-ct", "CT", "intra-subject",
         {1: "left lung", 2: "right lung", 3: "heart", 4: "liver", 5: "spine"}, motion=_breathe,
-        held_out=False, parts=LUNG, field_of_view=(340, 260, 320), plane=(1, -0.2), air=-1000, noise=15, variation=0.4),
+        parts=LUNG, field_of_view=(340, 260, 320), plane=(1, -0.2), air=-1000, noise=15, variation=0.4),
     Domain("knee-mr", "MR", "inter-subject",
         {1: "femur", 2: "tibia", 3: "femoral cartilage", 4: "tibial cartilage", 5: "patella"},
-        held_out=False, parts=KNEE, field_of_view=(140, 140, 160), plane=(0, 0.2), air=0, noise=5, variation=0.5),
+        parts=KNEE, field_of_view=(140, 140, 160), plane=(0, 0.2), air=0, noise=5, variation=0.5),
     Domain("abdomen-ct", "CT", "inter-subject",
         {1: "liver", 2: "spleen", 3: "left kidney", 4: "right kidney", 5: "stomach", 6: "aorta"},
-        held_out=False, parts=ABDOMEN, field_of_view=(380, 290, 300), plane=(2, 0), air=-1000, noise=15, variation=0.6),
+        parts=ABDOMEN, field_of_view=(380, 290, 300), plane=(2, 0), air=-1000, noise=15, variation=0.6),
     Domain("heart-mr", "MR", "intra-subject", {1: "RV", 2: "myocardium", 3: "LV"}, motion=_beat,
-        held_out=True, parts=HEART, field_of_view=(240, 220, 120), plane=(2, 0), air=0, noise=5, variation=0.4),
+        parts=HEART, field_of_view=(240, 220, 120), plane=(2, 0), air=0, noise=5, variation=0.4),
 )}

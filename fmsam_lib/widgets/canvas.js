@@ -3,19 +3,19 @@
 
 const WIDE = 600; // samples of a canvas from left to right; it is shown at about half of that
 const STYLE = `
-.fmsam { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; margin: 4px 0; }
-.fmsam .surface { position: relative; flex: 0 1 460px; touch-action: none; cursor: crosshair; }
-.fmsam .surface:focus-visible { outline: 2px solid #0072B2; }
-.fmsam .surface img { width: 100%; display: block; user-select: none; }
-.fmsam .point { position: absolute; width: 14px; height: 14px; margin: -9px; border-radius: 50%;
+.fmsam-canvas { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; margin: 4px 0; }
+.fmsam-canvas .surface { position: relative; flex: 0 1 460px; touch-action: none; cursor: crosshair; }
+.fmsam-canvas .surface:focus-visible { outline: 2px solid #0072B2; }
+.fmsam-canvas .surface img { width: 100%; display: block; pointer-events: none; }
+.fmsam-canvas .point { position: absolute; width: 14px; height: 14px; margin: -9px; border-radius: 50%;
   background: #D55E00; border: 2px solid white; box-shadow: 0 0 0 1px black; pointer-events: none; }
-.fmsam .side { flex: 1 1 330px; max-width: 560px; }
-.fmsam .panels { display: flex; gap: 8px; }
-.fmsam figure { margin: 0; flex: 1 1 0; min-width: 0; max-width: 270px; }
-.fmsam canvas { width: 100%; display: block; }
-.fmsam figcaption, .fmsam td, .fmsam p { font-size: 13px; text-align: left; padding: 1px 10px 1px 0; margin: 0; }
-.fmsam td + td { font-variant-numeric: tabular-nums; }
-.fmsam button { margin: 4px 6px 4px 0; }`;
+.fmsam-canvas .side { flex: 1 1 330px; max-width: 560px; }
+.fmsam-canvas .panels { display: flex; gap: 8px; }
+.fmsam-canvas figure { margin: 0; flex: 1 1 0; min-width: 0; max-width: 270px; }
+.fmsam-canvas canvas { width: 100%; display: block; }
+.fmsam-canvas figcaption, .fmsam-canvas td { font-size: 13px; text-align: left; padding: 1px 10px 1px 0; margin: 0; }
+.fmsam-canvas td + td { font-variant-numeric: tabular-nums; }
+.fmsam-canvas button { margin: 4px 6px 4px 0; }`;
 
 function add(parent, tag, properties = {}) {
   const element = document.createElement(tag);
@@ -65,9 +65,9 @@ function walkable(model, parent) {
   const stage = add(parent, "div", { className: "surface", tabIndex: 0, role: "application" });
   stage.ariaLabel = "picture with a point: drag it, or move it with the arrow keys";
   stage.dataset.lmSuppressShortcuts = true; // arrow keys are for the point, not for the notebook
-  add(stage, "img", { src: URL.createObjectURL(new Blob([bytes(picture)], { type: "image/png" })), draggable: false });
+  add(stage, "img", { src: URL.createObjectURL(new Blob([bytes(picture)], { type: "image/png" })), alt: "" });
   const point = add(stage, "div", { className: "point" });
-  let here = model.get("point"), sent = null, dragging = false;
+  let here = model.get("point"), sent = null;
 
   const mark = () => {
     stage.dataset.point = here;
@@ -93,12 +93,10 @@ function walkable(model, parent) {
     move(low + ((x - left) / width) * (high - low), up - ((y - top) / height) * (up - bottom));
   };
   stage.onpointerdown = (event) => {
-    dragging = true;
     stage.setPointerCapture(event.pointerId);
     follow(event);
   };
-  stage.onpointermove = (event) => dragging && follow(event);
-  stage.onpointerup = stage.onpointercancel = () => (dragging = false);
+  stage.onpointermove = (event) => event.buttons & 1 && follow(event);
   stage.onkeydown = (event) => {
     const [x, y] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] || [];
     if (x === undefined) return;
@@ -121,18 +119,18 @@ function walkable(model, parent) {
 
 function render({ model, el }) {
   add(el, "style", { textContent: STYLE });
-  const root = add(el, "div", { className: "fmsam" });
+  const root = add(el, "div", { className: "fmsam-canvas" });
   const walk = model.get("surface") && walkable(model, root);
   const side = add(root, "div", { className: "side" });
   for (const [name, place] of Object.entries(walk ? walk.places : {}))
     add(side, "button", { textContent: `go to ${name}`, className: "jupyter-button", onclick: () => walk.move(...place) });
   const panels = add(side, "div", { className: "panels" });
-  const facts = add(add(side, "table"), "tbody");
+  const facts = add(add(side, "table", { ariaLive: walk ? "polite" : "off" }), "tbody");
   const draw = () => {
     panels.replaceChildren();
     for (const panel of model.get("panels")) {
       const figure = add(panels, "figure");
-      paint(add(figure, "canvas"), panel);
+      paint(add(figure, "canvas", { role: "img", ariaLabel: panel.title }), panel);
       add(figure, "figcaption", { textContent: panel.title });
     }
     facts.replaceChildren();

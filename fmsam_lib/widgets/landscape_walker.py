@@ -11,6 +11,7 @@ from matplotlib import colors, patheffects
 from matplotlib.axes import Axes
 from torch import nn
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.flatness.landscape import batch_with, loss_of, random_direction
 from fmsam_lib.flatness.mode_connectivity import Solutions
 from fmsam_lib.flatness.weight_space import WeightSpace, vector
@@ -31,7 +32,7 @@ def walk(
 
     nets: one or two networks by name. Of two, whose trainings began at `start`, the plane goes through all three;
     of one, along two random directions. how: as `Walk` has it. interactive: as `sliders.in_a_notebook` decides; where
-    there is no widget, to be shown at a cell's end, two pictures are. Raises ValueError as `Solutions`.
+    there is no widget, two pictures are shown. Raises ValueError for other numbers of networks, and as `Solutions`.
 
     >>> walker = walk({"Adam": adam, "SAM": sam}, pair, start=start, lmbda=1.5, sigma=5.0)     # doctest: +SKIP
     >>> walker.point = [0.1, 0.2]                                                              # doctest: +SKIP
@@ -55,6 +56,9 @@ class Walk:
     ):
         self.pair, self.loss = pair, loss_of(batch_with([pair]), **loss)
         self.weights: Callable[[float, float], AbstractContextManager[nn.Module]]
+        if len(nets) != (1 if start is None else 2):
+            given = f"{len(nets)} with{'out' * (start is None)} a start"
+            raise ConfigError(f"expected one network, or two and the start of their trainings, got {given}: give these")
         if start is None:
             ((name, net),) = nets.items()
             space = WeightSpace(net)
@@ -82,14 +86,9 @@ class Walk:
         return phi, dict(zip(NAMES, terms.tolist(), strict=True)) | {"mean Dice": mean_dice(self.pair, phi)}
 
     def picture(self) -> tuple[slices.Picture, Axes]:
-        """The surface as contours, the networks marked; its figure and axes."""
+        """The surface as contours, logarithmic where the loss spans a factor of 50; its figure and axes."""
         figure = slices.Picture(figsize=(4.6, 4.2), layout="constrained")
         axes = figure.subplots()
-        self.draw(axes)
-        return figure, axes
-
-    def draw(self, axes: Axes) -> None:
-        """Draw the surface with its colour scale, logarithmic where the loss spans a factor of 50."""
         finite = np.ma.masked_invalid(self.losses)
         low, high = float(finite.min()), max(float(finite.max()), float(finite.min()) + 1e-12)
         wide = 0 < 50 * low < high
@@ -104,7 +103,8 @@ class Walk:
             text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="black")])
         axes.set(aspect="equal", xlabel="α, along the first direction", ylabel="β, along the second")
         axes.set_title("total loss of this pair", fontsize=10)
-        axes.figure.colorbar(filled, ax=axes, format="%.3g", shrink=0.85)
+        figure.colorbar(filled, ax=axes, format="%.3g", shrink=0.85)
+        return figure, axes
 
 
 class Walker(canvas.Surface):

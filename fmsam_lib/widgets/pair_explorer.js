@@ -17,8 +17,9 @@ const STATE = ["view", "plane", "at", "strength", "squares", "blend", "labels", 
 // What the kernel sent, ready to be looked up.
 function unpack(facts, volumes) {
   const solid = facts.shape.length === 3, shape = solid ? facts.shape : [...facts.shape, 1];
-  const array = (name, Type) => {
-    const view = volumes[name], wide = Type.BYTES_PER_ELEMENT;
+  const unsigned = { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array }; // by the bytes of a sample
+  const array = (name, Type = unsigned[volumes[name]?.byteLength / volumes.fixed.byteLength]) => {
+    const view = volumes[name], wide = Type?.BYTES_PER_ELEMENT;
     if (!view) return undefined;
     if (view.byteOffset % wide === 0) return new Type(view.buffer, view.byteOffset, view.byteLength / wide);
     return new Type(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength)); // from an odd address
@@ -29,8 +30,8 @@ function unpack(facts, volumes) {
     strides: [shape[1] * shape[2], shape[2], 1],
     spacing: solid ? facts.spacing : [...facts.spacing, 1],
     colours: facts.colours.map(([r, g, b]) => 0xff000000 | (b << 16) | (g << 8) | r),
-    fixed: array("fixed", Uint8Array), moving: array("moving", Uint8Array),
-    fixedLabel: array("fixed_label", Uint16Array), movingLabel: array("moving_label", Uint16Array),
+    fixed: array("fixed"), moving: array("moving"),
+    fixedLabel: array("fixed_label"), movingLabel: array("moving_label"),
     steps: facts.maps.map((_, n) => array(String(n), Int16Array)),
   };
 }
@@ -83,8 +84,8 @@ function cut(pair, axis, at, n, strength, view) {
   const [x, y] = [0, 1, 2].filter((a) => a !== axis), columns = pair.shape[x], rows = pair.shape[y];
   const plane = { x, y, columns, rows, paths: {} }, position = [...at], to = [0, 0, 0], size = columns * rows;
   for (const name of ["fixed", "moving", "warped"]) plane[name] = new Uint8Array(size);
-  if (pair.fixedLabel) plane.fixedLabel = new Uint16Array(size);
-  if (pair.movingLabel) for (const name of ["movingLabel", "warpedLabel"]) plane[name] = new Uint16Array(size);
+  if (pair.fixedLabel) plane.fixedLabel = new Uint32Array(size);
+  if (pair.movingLabel) for (const name of ["movingLabel", "warpedLabel"]) plane[name] = new Uint32Array(size);
   if (view === "deformation grid") plane.phi = [x, y].map(() => new Float32Array(size));
   if (view === "Jacobian") plane.jacobian = new Float32Array(size);
   for (let q = 0; q < size; q++) {
@@ -238,13 +239,13 @@ function render({ model, el }) {
   };
 
   // The controls are the browser's own: Tab reaches them, arrows move them.
-  const root = make("div", el, { className: "fmsam" });
+  const root = make("div", el, { className: "fmsam-explorer" });
   make("h4", root, { textContent: pair.title });
   const [above, below] = [0, 1].map(() => make("div", root, { className: "controls" }));
   const control = (row, name, input, value = () => get(name), write = (value) => set(name, value)) => {
     const label = make("label", row, { textContent: name }), field = input.type === "checkbox" ? "checked" : "value";
     label.append(input);
-    input.dataset.lmSuppressShortcuts = true; // JupyterLab takes the arrow keys for its own unless what has the focus says no
+    input.dataset.lmSuppressShortcuts = true; // else JupyterLab takes the arrow keys for its own
     const said = input.type === "range" ? make("span", label, { className: "value" }) : null;
     input.addEventListener("input", () => write(said ? Number(input.value) : input[field]));
     const update = () => {
@@ -275,12 +276,12 @@ function render({ model, el }) {
   make("span", legend, { textContent: "fixed labels" }).style.borderColor = FIXED_LINE;
   make("span", legend, { textContent: "the other's labels" }).style.borderColor = WARPED_LINE;
   const body = make("div", root, { className: "body" });
-  const pictures = make("div", body, { className: "pictures" }), table = make("table", body);
-  table.setAttribute("aria-live", "polite");
+  const pictures = make("div", body, { className: "pictures" }), table = make("table", body, { ariaLive: "polite" });
 
   function canvas(figure, axis, name) {
-    const [x, y] = [0, 1, 2].filter((a) => a !== axis), made = make("canvas", figure, { tabIndex: 0 });
-    made.setAttribute("aria-label", [name, pair.planes[axis]].filter(Boolean).join(", "));
+    const [x, y] = [0, 1, 2].filter((a) => a !== axis);
+    const ariaLabel = [name, pair.planes[axis]].filter(Boolean).join(", ") || "picture";
+    const made = make("canvas", figure, { tabIndex: 0, role: "application", ariaLabel, ariaDescription: HELP });
     Object.assign(made.dataset, { columns: pair.shape[x], rows: pair.shape[y], lmSuppressShortcuts: true });
     made.style.aspectRatio = `${pair.shape[x] * pair.spacing[x]} / ${pair.shape[y] * pair.spacing[y]}`;
     const point = ({ clientX, clientY }) => {

@@ -17,6 +17,7 @@ from IPython.display import Image
 from matplotlib import colormaps, image
 from torch import Tensor
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
@@ -37,15 +38,14 @@ def explore(
 
     phi: a `Transform`, its map `(1, D, *S)`, several of them by name, or None for the images alone.
     interactive: whether there is an explorer; unless given, as `sliders.in_a_notebook` decides.
-    Raises ValueError when a map is not on the pair's grid.
+    Raises ValueError when a map is not on the pair's grid, or not finite.
 
     >>> explore(pair, phi)                            # doctest: +SKIP
     >>> explore(pair, {"Adam": phi_a, "SAM": phi_b})  # doctest: +SKIP
     """
     named = phi if isinstance(phi, Mapping) else {} if phi is None else {"warped": phi}
-    maps = {name: p.map if isinstance(p, Transform) else p for name, p in named.items()}
-    explorer = {name: slices.check_map(pair, phi_map) for name, phi_map in maps.items()}
-    return Explorer(pair, explorer, title) if in_a_notebook(interactive) else Image(still(pair, explorer))
+    maps = {name: slices.check_map(pair, p.map if isinstance(p, Transform) else p) for name, p in named.items()}
+    return Explorer(pair, maps, title) if in_a_notebook(interactive) else Image(still(pair, maps))
 
 
 def still(pair: Pair, maps: Mapping[str, Tensor]) -> bytes:
@@ -79,16 +79,19 @@ class Explorer(anywidget.AnyWidget):
 
     def __init__(self, pair: Pair, maps: Mapping[str, Tensor], title: str = ""):
         shape = tuple(pair.fixed.shape[1:])
-        volumes = {"fixed": _bytes(pair.fixed), "moving": _bytes(pair.moving)}
+        images = {"fixed": pair.fixed, "moving": pair.moving}
+        volumes = {name: (image.clamp(0, 1) * 255).round().byte().numpy().tobytes() for name, image in images.items()}
         labels = {"fixed_label": pair.fixed_label, "moving_label": pair.moving_label}
         given = {name: label.numpy() for name, label in labels.items() if label is not None}
         numbers = np.unique(np.concatenate([[0], *(label.ravel() for label in given.values())]))
         numbers = np.concatenate([[0], numbers[numbers != 0]])  # the browser gets ranks, so any number will do
         for name, label in given.items():
             rank = np.argsort(numbers)[np.searchsorted(np.sort(numbers), label)]
-            volumes[name] = rank.astype(np.uint16).tobytes()
+            volumes[name] = rank.astype(np.min_scalar_type(len(numbers) - 1)).tobytes()
         scales = []
-        for n, phi_map in enumerate(maps.values()):
+        for n, (name, phi_map) in enumerate(maps.items()):
+            if not phi_map.isfinite().all():
+                raise ConfigError(f"map {name!r}: expected finite numbers, got nan or inf: register the pair again")
             steps = voxels(phi_map - identity_map(shape), shape)[0].numpy()  # (D, *S) in samples
             scales.append(max(float(np.abs(steps).max()), 1e-6) / 32767)
             volumes[str(n)] = np.rint(steps / scales[-1]).astype(np.int16).tobytes()
@@ -109,11 +112,20 @@ class Explorer(anywidget.AnyWidget):
         super().__init__(facts=facts, volumes=volumes, at=[n // 2 for n in shape])
         self._still = (pair, maps)
 
+    @traitlets.validate("view")
+    def _offered(self, proposal: Any) -> str:
+        if proposal.value not in (views := self.facts["views"]):
+            raise ConfigError(f"expected a view out of {', '.join(views)}, got {proposal.value!r}: give maps to see it")
+        return proposal.value
+
+    @traitlets.validate("at")
+    def _inside(self, proposal: Any) -> list[int]:
+        at, shape = proposal.value, self.facts["shape"]
+        if len(at) != len(shape) or not all(0 <= i < n for i, n in zip(at, shape, strict=True)):
+            raise ConfigError(f"expected at to be a sample of the grid {shape}, counted from 0, got {at}: choose one")
+        return at
+
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The widget, and the still picture for whoever has no kernel to show it."""
         data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         return data | {"image/png": base64.b64encode(still(*self._still)).decode()}, metadata
-
-
-def _bytes(intensities: Tensor) -> bytes:
-    return (intensities.clamp(0, 1) * 255).round().byte().numpy().tobytes()

@@ -1,7 +1,6 @@
 """Any figure with parameters under sliders.
 
-No more than ipywidgets is needed: figures are drawn without a screen and sent as PNG, so a redraw replaces one picture
-by the next without flicker. Sliders and menus are the browser's own: Tab reaches them, arrows move them.
+Figures are drawn without a screen and sent as PNG, so a redraw replaces one picture by the next without flicker.
 """
 
 import base64
@@ -28,7 +27,6 @@ def slide(
     controls: ipywidgets by the name of `draw`'s parameter. interactive: as `in_a_notebook` decides unless given.
 
     >>> sliders = slide(paths, {"rho": widgets.FloatLogSlider(value=0.3)})     # doctest: +SKIP
-    >>> sliders.controls["rho"].value = 0.01                                    # doctest: +SKIP
     """
     still = draw(**{name: control.value for name, control in controls.items()})
     if not in_a_notebook(interactive):
@@ -36,7 +34,8 @@ def slide(
         return None
     made = Sliders(draw, controls, still)
     picture = base64.b64encode(made.image.value).decode()
-    display((made.widget._repr_mimebundle_() or {}) | {"image/png": picture}, raw=True)
+    view = {"model_id": made.widget.model_id, "version_major": 2, "version_minor": 0}  # as ipywidgets 7 shows it, too
+    display({"application/vnd.jupyter.widget-view+json": view, "image/png": picture}, raw=True)
     return made
 
 

@@ -1,7 +1,6 @@
 """A training as it runs in a notebook: loss, validation Dice, the warp of one pair, and a button that stops it."""
 
 import asyncio
-import math
 import signal
 import time
 from typing import Any
@@ -78,11 +77,10 @@ class Watcher:
             self.canvas.facts = {"step": f"{state.step} of {self.run.updates}", "Dice of the pair shown": dice}
 
     def _curve(self, title: str, name: str, state: State, look: dict[str, Any]) -> dict[str, Any]:
-        known = [(line["step"], line[name]) for line in state.history if line[name] is not None]
-        known = [(step, value) for step, value in known if math.isfinite(value)]
-        if not known:
+        every = np.array([(line["step"], line[name]) for line in state.history], float).reshape(-1, 2)  # None is NaN
+        steps, values = every[np.isfinite(every[:, 1])].T
+        if not len(steps):
             return canvas.panel(f"{title}: not yet", [])
-        steps, values = np.array(known, dtype=float).T
         low, high = values.min(), values.max()
         y = 0.1 + 0.75 * (values - low) / max(high - low, 1e-12)
         points = np.stack([0.03 + 0.94 * steps / self.run.updates, y], 1)

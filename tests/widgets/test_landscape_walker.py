@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.flatness.landscape import batch_with
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import mean_dice
@@ -90,6 +91,14 @@ def test_one_network_is_walked_along_random_directions(pair):
     walker.point = [0.2, -0.1]
     assert float(walker.facts["total loss"]) != pytest.approx(own, abs=1e-3)
     assert all(torch.equal(p, q) for p, q in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("names", "start"), [("ab", False), ("", False), ("a", True), ("abc", True)])
+def test_other_numbers_of_networks_are_refused(pair, names, start):
+    net = network(1)
+    told = f"expected one network, or two and the start .* got {len(names)} with{'' if start else 'out'} a start: give"
+    with pytest.raises(ConfigError, match=told):
+        walk(dict.fromkeys(names, net), pair, start=net if start else None, **LOSS)
 
 
 def test_weights_without_a_finite_loss_are_shown_as_such(pair):

@@ -9,6 +9,7 @@ import torch
 from IPython.display import Image
 from matplotlib import image
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
@@ -55,10 +56,17 @@ def test_any_number_names_its_structure():
     sent = explore(pair, interactive=True)
     names = np.array(sent.facts["names"])
     ranks = {
-        name: np.frombuffer(sent.volumes[name], np.uint16).reshape(2, 2) for name in ("fixed_label", "moving_label")
+        name: np.frombuffer(sent.volumes[name], np.uint8).reshape(2, 2) for name in ("fixed_label", "moving_label")
     }
     assert names[ranks["fixed_label"]].tolist() == [["air", "background"], ["bone", "label 5"]]
     assert names[ranks["moving_label"]].tolist() == [["bone", "label 5"], ["air", "background"]]
+
+
+def test_there_may_be_more_structures_than_two_bytes_count():
+    label, images = torch.arange(300 * 300).view(1, 300, 300), torch.zeros(1, 300, 300)
+    sent = explore(Pair("many", images, images, label), interactive=True)
+    ranks = np.frombuffer(sent.volumes["moving_label"], np.uint32)
+    assert [sent.facts["names"][ranks[n]] for n in (0, 65536, 70000)] == ["background", "label 65536", "label 70000"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,6 +100,19 @@ def test_a_transform_is_as_good_as_its_map():
 def test_a_map_of_another_grid_is_refused():
     with pytest.raises(ValueError, match=r"expected a map \(1, 2, 6, 7\).*got \(1, 2, 5, 5\).*give"):
         explore(toy_pair((6, 7)), identity_map((5, 5)))
+
+
+def test_what_cannot_be_shown_is_refused():
+    alone, nowhere = explore(toy_pair((6, 7)), interactive=True), shrunk((6, 7))
+    with pytest.raises(ConfigError, match=r"expected a view out of side by side, .*, got 'Jacobian': give maps"):
+        alone.view = "Jacobian"
+    for at in ([6, 2], [-1, 2], [1], [1, 2, 3]):
+        with pytest.raises(ConfigError, match=r"a sample of the grid \(6, 7\), counted from 0, got"):
+            alone.at = at
+    assert (alone.view, alone.at) == ("side by side", [3, 3])
+    nowhere[0, 0, 1, 1] = torch.nan
+    with pytest.raises(ConfigError, match="map 'SAM': expected finite numbers, got nan or inf"):
+        explore(toy_pair((6, 7)), {"SAM": nowhere}, interactive=True)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
