@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fmsam_lib.images.files import parts
 from fmsam_lib.images.grid import Sample, decode
 from fmsam_lib.records import written_whole
 
-CACHE_VERSION = 3  # raise it whenever `decode` returns something else than before
+CACHE_VERSION = 4  # raise it whenever `decode` returns something else than before
 
 
 def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None, cache=None) -> Sample:
@@ -23,15 +24,15 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
     cache: the folder, else the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or
     time) and damaged cache entries are decoded anew; a folder that cannot be written means no cache.
     """
-    labels = None if labels is None else sorted(labels)
-    options: dict[str, Any] = {"modality": modality, "shape": tuple(shape), "labels": labels}
-    files = [os.path.abspath(path) for path in (image_path, label_path) if path is not None]
+    options: dict[str, Any] = {"modality": modality, "shape": tuple(shape), "labels": labels and sorted(labels)}
+    paths = [Path(os.path.abspath(path)) for path in (image_path, label_path) if path is not None]
+    files = [str(part) for path in paths for part in parts(path)]
     if not all(map(os.path.isfile, files)):
         return decode(image_path, label_path, **options)  # has the words for what is missing
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((CACHE_VERSION, stamps, options)).encode()).hexdigest()
     folder = cache or os.environ.get("FMSAM_CACHE") or Path.home() / ".cache" / "fmsam"
-    entry, kinds = Path(folder) / f"{key[:32]}.sample", ("u1", "i8") if len(files) == 2 else ("",)
+    entry, kinds = Path(folder) / f"{key[:32]}.sample", ("u1", "i8") if len(paths) == 2 else ("",)
     try:
         stored = np.fromfile(entry, dtype=np.uint64)
     except OSError:
@@ -42,8 +43,8 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
         _store(entry, sample)
         return sample
     record = stored.view(fitting[0])[0]
-    label = torch.from_numpy(record["label"]) if len(files) == 2 else None
-    return Sample(torch.from_numpy(record["image"]), label, record["affine"], record["unit_of_index"])
+    label = torch.from_numpy(record["label"]) if len(paths) == 2 else None
+    return Sample(torch.from_numpy(record["image"]), label, *record[["affine", "unit_of_index", "oriented"]])
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def _layout(shape: tuple[int, ...], label: str) -> np.dtype:
     label: the type of its numbers, which the record's size tells; "" without a label.
     """
     fields: list[tuple] = [("checksum", "u8"), ("affine", "f8", (4, 4)), ("unit_of_index", "f8", (len(shape), 4))]
-    fields += [("image", "f4", (1, *shape)), ("label", label, (1, *shape))][: 2 if label else 1]
+    fields += [("oriented", "u8"), ("image", "f4", (1, *shape)), ("label", label, (1, *shape))][: 3 if label else 2]
     return np.dtype([*fields, ("padding", "u1", (-np.dtype(fields).itemsize % 8,))])
 
 

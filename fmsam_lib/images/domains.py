@@ -22,15 +22,13 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
 from fmsam_lib.records import DataError, data_error
 
-FIRST_TEST_INDEX = 1_000_000  # synthetic test pairs are numbered from here, so that none is a training pair
-FIRST_VALIDATION_INDEX = 2_000_000
+FIRST = {"test": 1_000_000, "validation": 2_000_000}  # numbers of synthetic pairs; those before are for training
 HELD_OUT = 5  # of the training subjects of a data set, one in so many is kept for validation, two at least
 
 
 def domain_names(data=None) -> list[str]:
     """The synthetic domains, then the data sets found in the data folder."""
-    folders = sorted(path.parent.name for path in data_folder(data).glob("*/*_dataset.json"))
-    return [*synthetic.DOMAINS, *folders]
+    return [*synthetic.DOMAINS, *sorted(path.parent.name for path in data_folder(data).glob("*/*_dataset.json"))]
 
 
 def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, subjects: int = 0):
@@ -45,9 +43,9 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, su
     nor test, and `check()`: the messages of everything wrong with its files.
     Raises DataError for an unknown name, with the known ones; ConfigError for an impossible shape.
     """
-    shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    if len(shape) not in (2, 3):
-        raise ConfigError(f"expected a shape of 2 or 3 sides, got {shape}: give (64, 64) or (64, 64, 64)")
+    shape, least = tuple(np.atleast_1d(shape).tolist()), 16 if name in synthetic.DOMAINS else 2
+    if len(shape) not in (2, 3) or not all(isinstance(side, int) and side >= least for side in shape):
+        raise ConfigError(f"expected a shape of 2 or 3 sides, whole and from {least} on, got {shape}: give (64, 64)")
     if "+" in name:
         how: dict[str, Any] = {"shape": shape, "data": data, "seed": seed, "subjects": subjects}
         return Mixture(name, [open_domain(part, **how) for part in name.split("+")])
@@ -100,8 +98,7 @@ def readable_test_pairs(dataset, count: int) -> list[Pair]:
 class SyntheticDomain:
     """Pairs made on the spot; a training pair is kept, for making one takes longer than a small network's step."""
 
-    unit, data = "mm", ""
-    validation_count, test_count = 10, 50
+    unit, data, validation_count, test_count = "mm", "", 10, 50
 
     def __init__(self, name: str, shape: tuple[int, ...], seed: int, subjects: int = 0):
         domain = synthetic.DOMAINS[name]
@@ -118,13 +115,15 @@ class SyntheticDomain:
         return self.made[number]
 
     def validation_pair(self, index: int) -> Pair:
-        return self._other(FIRST_VALIDATION_INDEX, index, "validation")
+        return self._other("validation", index, self.validation_count)
 
     def test_pair(self, index: int) -> Pair:
-        return self._other(FIRST_TEST_INDEX, index, "test")
+        return self._other("test", index, self.test_count)
 
-    def _other(self, first: int, index: int, kind: str) -> Pair:
-        pair = synthetic.make_pair(self.name, seed=0, index=first + index, shape=self.shape)
+    def _other(self, kind: str, index: int, count: int) -> Pair:
+        if not 0 <= index < count:
+            raise data_error(self.name, f"a {kind} pair from 0 to {count - 1}", f"{index}", "Choose one of these.")
+        pair = synthetic.make_pair(self.name, seed=0, index=FIRST[kind] + index, shape=self.shape)
         return dataclasses.replace(pair, title=f"{self.name}, {kind} pair {index + 1}")
 
     def check(self, *, training: bool = True, test: bool = True) -> list[str]:
@@ -141,26 +140,25 @@ class FileDomain:
         self.name, self.data = manifest.name, str(manifest.folder.parent.resolve())
         self.labels, self.modality, self.pairing = manifest.labels, manifest.modality, manifest.pairing
         self.unit = "mm" if manifest.spacing_known else "voxel"
-        self.training, self.training_pairs, self.validation_pairs = held_out(manifest)
+        self.training, listed, self.validation_pairs = held_out(manifest)
         if subjects:
-            everyone = [manifest.subject[i] for i in (*self.training, *itertools.chain(*(self.training_pairs or [])))]
+            everyone = [manifest.subject[i] for i in (*self.training, *itertools.chain(*(listed or [])))]
             kept = list(dict.fromkeys(everyone))[:subjects]
             self.training = [i for i in self.training if manifest.subject[i] in kept]
-            listed = self.training_pairs
-            self.training_pairs = listed and [pair for pair in listed if all(manifest.subject[i] in kept for i in pair)]
+            listed = listed and [pair for pair in listed if all(manifest.subject[i] in kept for i in pair)]
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
-        self.test_count = len(manifest.test_pairs)
+        self.training_pairs, self.test_count = listed, len(manifest.test_pairs)
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
 
     def training_pair(self, index: int) -> Pair:
         images, pairs = self.training, self.training_pairs
         rng = np.random.default_rng([self.seed, index])
-        if pairs:
-            return self._pair(*pairs[rng.integers(len(pairs))])
-        if len(images) < 2:
+        if not (images[1:] if pairs is None else pairs):
             expected = "two training images or more (a pair is of two different ones), or training pairs"
-            todo = "Add some, or use this data set for testing only."
-            raise data_error(self.manifest.folder, expected, f"{len(images)} images", todo)
+            todo = "Add some, take more subjects, or use this data set for testing only."
+            raise data_error(self.manifest.folder, expected, f"{len(images)} images, {len(pairs or [])} pairs", todo)
+        if pairs is not None:
+            return self._pair(*pairs[rng.integers(len(pairs))])
         return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
 
     def validation_pair(self, index: int) -> Pair:
@@ -207,13 +205,15 @@ class FileDomain:
             keypoints, found = self.manifest.beside["keypoints"], f"{len(fixed_points)} and {len(moving_points)}"
             expected = f"as many points as in {keypoints[moving_path]}, line by line"
             raise data_error(keypoints[fixed_path], expected, found, "Correct the files.")
-        columns = (side.affine[:3, : len(self.shape)] for side in (fixed, moving))
-        spacing, moving_spacing = (tuple(np.linalg.norm(part, axis=0).tolist()) for part in columns)
+        mm, n = self.unit == "mm", np.array(self.shape) - 1
+        steps = (s.affine[:3, : len(n)] if mm else np.linalg.pinv(s.unit_of_index[:, :3]) / n for s in (fixed, moving))
+        spacing, moving_spacing = (tuple(np.linalg.norm(columns, axis=0).tolist()) for columns in steps)
         return Pair(
             name=f"{stem(fixed_path)}<-{stem(moving_path)}", labels=self.labels, unit=self.unit,
             moving=moving.image, moving_label=moving.label, moving_mask=moving_mask, moving_landmarks=moving_points,
             fixed=fixed.image, fixed_label=fixed.label, fixed_mask=fixed_mask, fixed_landmarks=fixed_points,
-            spacing=spacing, moving_spacing=moving_spacing, affine=torch.from_numpy(fixed.affine),
+            spacing=spacing, moving_spacing=moving_spacing,
+            affine=torch.from_numpy(fixed.affine) if fixed.oriented else None,
             subjects=(self.manifest.subject[fixed_path], self.manifest.subject[moving_path]),
         )  # fmt: skip
 

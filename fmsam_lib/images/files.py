@@ -69,11 +69,11 @@ def read_labels(source: Source, dim: int, allowed: Collection[int] | None = None
     if "float" in image.GetPixelIDTypeAsString():
         values = sitk.GetArrayViewFromImage(image)
         _check_finite(values, where)
-        apart = np.abs(np.rint(values) - values)
+        apart = np.where(np.abs(values) < 2**62, np.abs(np.rint(values) - values), np.inf)  # further ITK cannot count
         if apart.max() > 1e-3:
             found = f"{values.flat[apart.argmax()]:g}"
             raise data_error(where, "whole numbers", found, "Give a label image, not probabilities.")
-        image = sitk.Cast(sitk.Round(image), sitk.sitkInt64)
+        image = sitk.Cast(sitk.Round(sitk.Cast(image, sitk.sitkFloat64)), sitk.sitkInt64)  # float32 ends at 2^30
     there = set(ids(image)) - {0}
     expected = "labels" if allowed is None else f"labels {sorted(allowed)}"
     if not there:
@@ -143,6 +143,8 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
     if kind == "NiftiImageIO":
         _check_nifti(path, where, image, content)
+    elif kind == "PNGImageIO":
+        image.SetMetaData("qform_code", "0")  # says of its place as little as a NIfTI file of code 0
     return image
 
 
@@ -151,8 +153,7 @@ def _loaded(path: Path, where: str) -> Any:
     try:
         return nibabel.load(path)
     except (*UNREADABLE, ImportError) as error:
-        other = stem(path) == path.name
-        todo = "Convert it to NIfTI, NRRD or MetaImage; SimpleITK and 3D Slicer do." if other else DAMAGED
+        todo = DAMAGED if stem(path) != path.name else "Convert it to NIfTI, NRRD or MetaImage; SimpleITK can."
         raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
 
 
@@ -174,11 +175,19 @@ def _said(error: RuntimeError) -> str:
     return re.sub(r"(?s)^.*?ERROR: (\w+\(0x\w+\): )?|\s*Reason: .*", "", str(error)).strip(" .\n").split("\n")[-1]
 
 
+def parts(path: Path) -> list[Path]:
+    """A file, and those that belong to it, the one with the values last: of a header its data file, as it names it."""
+    if re.search(r"\.(hdr|img)(\.gz)?$", path.name):
+        pair = (path.with_name(stem(path) + end) for end in (".hdr", ".hdr.gz", ".img.gz", ".img"))
+        return [path, *filter(Path.exists, pair)]
+    text = path.read_bytes() if path.suffix in (".mhd", ".nhdr") and path.is_file() else b""
+    named = re.findall(rb"(?im)^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$", text)
+    return [path, *(path.parent / os.fsdecode(name) for name in named)]
+
+
 def _unzipped(path: Path, where: str) -> bytes:
     """What the file with the values holds, unzipped; read to the checksum at its end, which ITK does not compare."""
-    if re.search(r"\.(hdr(\.gz)?|mhd|nhdr)$", path.name):  # the values lie beside
-        beside = (path.parent / (stem(path) + end) for end in (".img", ".img.gz", ".zraw", ".raw.gz"))
-        path = next((file for file in beside if file.exists()), path)
+    path = next(file for file in (parts(path)[-1], path) if file.is_file())
     content = path.read_bytes()
     header = re.match(rb"(?s)NRRD.*?\n\r?\n|.*?\nElementDataFile *= *LOCAL *\r?\n", content[: 1 << 16])
     text, start = (header.group(), header.end()) if header else (b"", 0)
@@ -230,9 +239,10 @@ def _read_series(folder: Path) -> sitk.Image:
             positions.append(reader.GetOrigin())
         moves = np.diff(np.array(positions), axis=0)
         steps, normal = np.linalg.norm(moves, axis=1), np.array(reader.GetDirection())[2::3]
-        if len(steps) and np.ptp(steps) > 0.01 * steps.mean():
+        if len(steps) and (not steps.all() or np.ptp(steps) > 0.01 * steps.mean()):
             found = f"steps of {steps.min():.3g} to {steps.max():.3g} mm"
-            raise data_error(folder, "evenly spaced slices", found, "Is a slice missing? dcm2niix resamples them.")
+            todo = "Is a slice missing? dcm2niix resamples them." if steps.all() else "Save one frame, as dcm2niix can."
+            raise data_error(folder, "evenly spaced slices, one in each place", found, todo)
         if len(steps) and np.abs(moves @ normal).sum() < 0.9999 * steps.sum():  # ITK would stack them upright
             todo = "dcm2niix corrects the tilt."
             raise data_error(folder, "slices stacked at right angles", "a tilted gantry", todo)

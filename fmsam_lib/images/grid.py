@@ -28,13 +28,14 @@ class Sample:
 
     image: `(1, *S)` float32 in [0, 1]. label: `(1, *S)`, uint8 where its ids fit, else int64; or None. affine:
     `(4, 4)` float64, index to RAS mm; on a 2-D grid its first two columns belong to the grid's axes. unit_of_index:
-    `(D, 4)`, from an index (x, y, z, 1) of the file to unit coordinates of the grid.
+    `(D, 4)`, from an index (x, y, z, 1) of the file to unit coordinates of the grid. oriented: as the function says.
     """
 
     image: Tensor
     label: Tensor | None
     affine: np.ndarray
     unit_of_index: np.ndarray
+    oriented: bool
 
 
 def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
@@ -55,7 +56,7 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
         values = read_labels(label_path, dim, labels)
         label = labels_on_grid(check_same_grid(label_path, values, image_path, image), grid)
     to_grid = np.linalg.inv(affine(grid)) @ affine(image) / np.array([[*(n - 1 for n in shape), *[1] * (4 - dim)]]).T
-    return Sample(on_grid(image, grid, modality, image_path), label, affine(grid), to_grid[:dim])
+    return Sample(on_grid(image, grid, modality, image_path), label, affine(grid), to_grid[:dim], oriented(image))
 
 
 def affine(image: sitk.Image) -> np.ndarray:
@@ -66,28 +67,32 @@ def affine(image: sitk.Image) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
 
 
+def oriented(image: sitk.Image) -> bool:
+    """Whether the file says where the axes point: of NIfTI, unless the codes of qform and sform are 0; a PNG never."""
+    codes = {*image.GetMetaDataKeys()} & {"qform_code", "sform_code"}
+    return not codes or any(image.GetMetaData(key) != "0" for key in codes)
+
+
 def reference(image: sitk.Image, shape: Sequence[int]) -> sitk.Image:
-    """The grid of `shape` over the image's field of view, its axes in canonical order.
+    """The grid of `shape` over the image's field of view, its axes in canonical order; x of a picture as it is stored.
 
     Of a volume and a 2-D `shape`: over the one slice that the file has, else the middle one; that axis comes last.
     """
     size = (*image.GetSize(), 1)[:3]
     dim, steps = image.GetDimension(), np.ones(3)
     orientation = nibabel.io_orientation(affine(image))
+    orientation[0, 1] = 1 if dim == 2 and not oriented(image) else orientation[0, 1]  # a picture is not mirrored
     axes = [int(axis) for axis in np.argsort(orientation[:, 0])]  # the file's, in canonical order
     across = ([axis for axis in axes if size[axis] == 1] or axes[-1:])[-1]
-    if len(shape) == 2:
-        axes = [axis for axis in axes if axis != across] + [across]
+    axes.sort(key=lambda axis: len(shape) == 2 and axis == across)
     first = np.zeros(3)
     for axis, n in zip(axes, (*shape, 1)[:3], strict=True):
         flipped = orientation[axis, 1] < 0
         steps[axis] = (size[axis] / n if len(shape) == 3 or axis != across else 1.0) * (-1 if flipped else 1)
         middle = size[axis] // 2 if len(shape) == 2 and axis == across else abs(steps[axis]) / 2 - 0.5
         first[axis] = size[axis] - 1 - middle if flipped else middle
-    grid = sitk.Image([*shape, 1][:dim], sitk.sitkUInt8)
-    axes = axes[:dim]
-    directions = np.array(image.GetDirection()).reshape(dim, dim)[:, axes] * np.sign(steps[axes])
-    grid.SetDirection(directions.ravel())
+    grid, axes = sitk.Image([*shape, 1][:dim], sitk.sitkUInt8), axes[:dim]
+    grid.SetDirection((np.array(image.GetDirection()).reshape(dim, dim)[:, axes] * np.sign(steps[axes])).ravel())
     grid.SetSpacing(np.array(image.GetSpacing())[axes] * np.abs(steps[axes]))
     grid.SetOrigin(image.TransformContinuousIndexToPhysicalPoint(first[:dim]))
     return grid
@@ -106,18 +111,16 @@ def on_grid(
     for axis, step in enumerate(reversed(_steps(image, grid, start))):  # arrays have the last axis first
         if step > 1 + 1e-9:
             values = gaussian_filter1d(values, (step - 1) / 2, axis=axis, mode="nearest")
-    smooth = sitk.GetImageFromArray(values)
-    smooth.CopyInformation(image)
-    return _tensor(sitk.Resample(smooth, grid, start, sitk.sitkLinear, 0.0), grid).clamp_(0, 1)
+    return _tensor(sitk.Resample(placed(values, image), grid, start, sitk.sitkLinear, 0.0), grid).clamp_(0, 1)
 
 
 def labels_on_grid(labels: sitk.Image, grid: sitk.Image, start: sitk.Transform | None = None) -> Tensor:
-    """The nearest of an image's labels at each sample of a grid, `(1, *S)`: uint8 where all ids fit, else int64."""
+    """The nearest of an image's labels at each sample of a grid, `(1, *S)`: uint8 where they fit, else int64."""
     there = sitk.Image(grid)  # a hair aside: what lies between two voxels is the same however the file is stored
     there.SetOrigin(grid.TransformContinuousIndexToPhysicalPoint([1e-4] * grid.GetDimension()))
     values = _tensor(nearest(labels, there, start or sitk.Transform(grid.GetDimension(), sitk.sitkIdentity)), grid)
-    found = ids(labels)
-    return values.to(torch.uint8 if found[0] >= 0 and found[-1] < 256 else torch.int64)
+    low, high = values.aminmax()
+    return values.to(torch.uint8 if low >= 0 and high < 256 else torch.int64)
 
 
 def nearest(labels: sitk.Image, onto: sitk.Image, transform: sitk.Transform) -> sitk.Image:
@@ -130,12 +133,15 @@ def nearest(labels: sitk.Image, onto: sitk.Image, transform: sitk.Transform) -> 
         return sitk.Resample(labels, onto, transform, sitk.sitkNearestNeighbor, 0.0)
     values = np.array([0, *found], dtype=sitk.GetArrayViewFromImage(labels).dtype)
     numbers = np.searchsorted(values[1:], sitk.GetArrayViewFromImage(labels)) + 1
-    image = sitk.GetImageFromArray(numbers.astype(np.int32))
-    image.CopyInformation(labels)
-    there = sitk.Resample(image, onto, transform, sitk.sitkNearestNeighbor, 0.0)
-    result = sitk.GetImageFromArray(values[sitk.GetArrayViewFromImage(there)])
-    result.CopyInformation(onto)
-    return result
+    there = nearest(placed(numbers.astype(np.int32), labels), onto, transform)
+    return placed(values[sitk.GetArrayViewFromImage(there)], onto)
+
+
+def placed(values: np.ndarray, where: sitk.Image) -> sitk.Image:
+    """Values `([Z,] Y, X)`, or vectors `([Z,] Y, X, D)`, as an image that lies where another one lies."""
+    image = sitk.GetImageFromArray(values, isVector=values.ndim > where.GetDimension())
+    image.CopyInformation(where)
+    return image
 
 
 def _steps(image: sitk.Image, grid: sitk.Image, start: sitk.Transform) -> np.ndarray:
@@ -171,14 +177,13 @@ def check_same_grid(label_path: Source, label: sitk.Image, image_path: Source, i
     todo = "Correct the wrong header or resample the label onto the image."
     where = [name_of(label_path, "labels"), name_of(image_path)]
     sizes = [(*each.GetSize(), 1)[:3] for each in (label, image)]
-    own, its = (nibabel.io_orientation(affine(each)) for each in (label, image))
-    turn = nibabel.orientations.ornt_transform(own, its)
+    there = np.linalg.inv(affine(image)) @ affine(label)  # from the label's index to the image's
+    turn = nibabel.io_orientation(there)
     size = tuple(sizes[0][axis] for axis in np.argsort(turn[:, 0]))
     if size != sizes[1]:
         raise data_error(where[0], f"the shape {sizes[1]} of {where[1]}", f"{size}", todo)
-    turned = affine(label) @ nibabel.orientations.inv_ornt_aff(turn, sizes[0])
     # How far the label's grid strays from the image's, in voxels, at worst; at a single slice, nowhere.
-    apart = np.abs(np.linalg.inv(affine(image)) @ turned - np.eye(4)) @ [*(n - 1 for n in size), 1]
+    apart = np.abs(there @ nibabel.orientations.inv_ornt_aff(turn, sizes[0]) - np.eye(4)) @ [*(n - 1 for n in size), 1]
     if apart.max() > 0.1:
         raise data_error(where[0], f"the affine of {where[1]}", f"grids {apart.max():.3g} voxels apart", todo)
     return label

@@ -16,7 +16,7 @@ def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, floa
     """
     low, high = CT_WINDOW
     if modality != "CT":
-        inside = _without_fill(image)
+        inside = without_fill(image)
         low, high = float(inside.min()), float(np.percentile(inside, 99))
     elif image.min() < image.max() and image.max() > low:
         _check_hounsfield(where, image)
@@ -26,7 +26,7 @@ def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, floa
     return low, high
 
 
-def _without_fill(image: np.ndarray) -> np.ndarray:
+def without_fill(image: np.ndarray) -> np.ndarray:
     """An MR image's values without what fills its outside: -32768, -1024 and the like; where nothing does, all of it.
 
     Whole numbers below 0 (z-scores are not), at most three, each of many voxels, the last further from all other values
@@ -48,12 +48,6 @@ def normalise(where: Source, image: np.ndarray, modality: str) -> np.ndarray:
     """Intensities to [0, 1], float32: clipped to their `window`."""
     low, high = window(where, image, modality)
     return ((np.clip(image.astype(np.float32, copy=False), low, high) - low) / (high - low)).astype(np.float32)
-
-
-def background(image: np.ndarray, modality: str) -> float:
-    """What a warped image shows outside: of CT air; of MR 0, or the window's lower end where 0 is amid the values."""
-    low, _ = window("image", image, modality)
-    return low if modality == "CT" or (image[image >= low] < 0).mean() > 0.25 else 0.0
 
 
 def _check_hounsfield(where: Source, image: np.ndarray) -> None:

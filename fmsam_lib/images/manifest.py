@@ -103,8 +103,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     nested = [names for names in named.values() if isinstance(names, dict)] or [named]
     structures = [(int(number), name) for names in nested for number, name in names.items() if int(number) != 0]
     labels = dict(structures)
-    fine = all(labels[number] == name and -(2**63) <= number < 2**63 for number, name in structures)
-    fine = fine and all(isinstance(name, str) for name in labels.values())
+    fine = all(labels[n] == name and isinstance(name, str) and -(2**63) <= n < 2**63 for n, name in structures)
     demand(fine, "labels of at most 64 bits with one name each", structures)
 
     def image_pairs(key: str) -> list[tuple[Path, Path]]:

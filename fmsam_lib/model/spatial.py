@@ -57,12 +57,12 @@ def look_up(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding: str
     return F.grid_sample(image, grid.movedim(1, -1), mode=mode, padding_mode=padding, align_corners=True)
 
 
-def warp(image: Tensor, phi_map: Tensor, *, mode: str = "bilinear", padding: str = "zeros") -> Tensor:
+def warp(image: Tensor, phi_map: Tensor) -> Tensor:
     """The moving `image` `(N, C, *S)` seen from the fixed grid through `phi_map` `(N, D, *P)`.
 
     Outside the moving image there is nothing to see, hence zeros (as in uniGradICON's loss).
     """
-    return sample(image, phi_map, mode=mode, padding=padding)
+    return sample(image, phi_map, padding="zeros")
 
 
 def warp_label(label: Tensor, phi_map: Tensor) -> Tensor:

@@ -128,15 +128,14 @@ def cut(
     across = x, y = tuple(a for a in range(dim) if dim == 2 or a != axis)
     spacing = [float(s) for s in pair.spacing] or [1.0] * dim
     size = np.array([(shape[a] - 1) * spacing[a] for a in across])
-    label, moving_label = pair.fixed_label, pair.moving_label
     return Cut(
         name=pair.title if dim == 2 else f"{pair.title}, {PLANES[axis]} slice {at} (0 to {depth - 1})",
         fixed=picture(slab(pair.fixed[0])),
         moving=picture(slab(pair.moving[0])),
         warped=picture(warp(pair.moving[None], points)[0, 0]),
-        fixed_label=None if label is None else picture(slab(label[0])),
-        moving_label=None if moving_label is None else picture(slab(moving_label[0])),
-        warped_label=None if moving_label is None else picture(warp_label(moving_label[None], points)[0, 0]),
+        fixed_label=None if pair.fixed_label is None else picture(slab(pair.fixed_label[0])),
+        moving_label=None if pair.moving_label is None else picture(slab(pair.moving_label[0])),
+        warped_label=None if pair.moving_label is None else picture(warp_label(pair.moving_label[None], points)[0, 0]),
         phi=picture(points[0, list(across)]) * size[:, None, None],
         jacobian=picture(jacobian),
         size=tuple(size.tolist()),
@@ -176,8 +175,7 @@ def outline(axes: Axes, plane: Cut, label: np.ndarray | None, line: dict[str, An
     """The contours of every structure in `label` (None: nothing), shared borders once; returns the artists."""
     if label is None:
         return []
-    x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
-    return [axes.contour(x, y, structure, [0.5], **line) for structure in structures(label)]
+    return [axes.contour(s, [0.5], extent=(0, plane.size[0], 0, plane.size[1]), **line) for s in structures(label)]
 
 
 def structures(label: np.ndarray) -> list[np.ma.MaskedArray]:
@@ -187,8 +185,7 @@ def structures(label: np.ndarray) -> list[np.ma.MaskedArray]:
 
 def deformed_grid(axes: Axes, plane: Cut) -> list[Any]:
     """A square grid drawn on the moving image, seen through the map; returns the artists."""
-    x, y = (np.arange(n) * step for n, step in zip(plane.fixed.shape[::-1], plane.step, strict=True))
-    return [axes.contour(x, y, component, levels, **GRID_LINE) for component, levels in grid_levels(plane)]
+    return [axes.contour(*c, extent=(0, plane.size[0], 0, plane.size[1]), **GRID_LINE) for c in grid_levels(plane)]
 
 
 def grid_levels(plane: Cut) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -218,10 +215,7 @@ def jacobian_bar(figure: Figure, image: AxesImage, axes: Axes) -> None:
 def contour_legend(figure: Figure, other: str) -> None:
     """Below the panels: which contours are the fixed image's labels, which the `other` one's."""
     lines = {"fixed labels": FIXED_LINE, f"{other} labels": WARPED_LINE}
-    handles = [
-        Line2D([], [], color=line["colors"], linestyle=line["linestyles"], linewidth=2, label=name)
-        for name, line in lines.items()
-    ]
+    handles = [Line2D([], [], color=look["colors"], ls=look["linestyles"], lw=2, label=n) for n, look in lines.items()]
     figure.legend(handles=handles, frameon=False, ncols=2, fontsize=9, loc="outside lower center")
 
 
@@ -237,7 +231,7 @@ def registration(
     tall = (plane.size[1] + plane.step[1]) / (plane.size[0] + plane.step[0])
     high = rows * ((WIDTH - 0.5) / columns * min(tall, 1.4) + 0.3) + 0.5
     figure = Picture(figsize=(WIDTH, min(high, MOST_HIGH)), layout="constrained")
-    figure.suptitle(plane.name, fontsize=11)
+    figure.suptitle(plane.name, fontsize=11, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     titles = ["fixed", "moving", "warped", "checkerboard of fixed and warped", "deformation grid"]
     pictures = [plane.fixed, plane.moving, plane.warped, checkerboard(plane.fixed, plane.warped), plane.warped]
@@ -271,7 +265,7 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
     rows = [max(t, 0.25) for t in tall]
     high = min(WIDTH / 5 * sum(rows) + 0.15 * len(rows) + 0.7, MOST_HIGH)
     figure = Picture(figsize=(WIDTH, high), layout="constrained")
-    figure.suptitle("\n".join([pair.title, *textwrap.wrap(said, 120)]), fontsize=11)
+    figure.suptitle("\n".join([pair.title, *textwrap.wrap(said, 120)]), fontsize=11, parse_math=False)
     axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
     for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):
         ax.set_title(title, fontsize=10)
@@ -279,13 +273,10 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
         overlays = [np.stack([other, p.fixed, other], -1).clip(0, 1) for other in (p.moving, p.warped)]
         for ax, picture in zip(line, (p.fixed, p.moving, p.warped, *overlays), strict=True):
             show(ax, p, picture, aspect=stretch)
-        thin = {"linewidths": 0.9}
-        outline(line[0], p, p.fixed_label, FIXED_LINE | thin)
-        outline(line[1], p, p.moving_label, WARPED_LINE | thin)
-        outline(line[2], p, p.fixed_label, FIXED_LINE | thin)
-        outline(line[2], p, p.warped_label, WARPED_LINE | thin)
-        plane = p.name.removeprefix(f"{pair.title}, ").partition(" (")[0]
-        line[0].set_ylabel("" if plane == pair.title else plane.replace(" ", "\n", 1), fontsize=9)
+        labels = (p.fixed_label, p.moving_label, p.fixed_label, p.warped_label)
+        for ax, label, look in zip(line[[0, 1, 2, 2]], labels, (FIXED_LINE, WARPED_LINE) * 2, strict=True):
+            outline(ax, p, label, look | {"linewidths": 0.9})
+        line[0].set_ylabel(p.name.removeprefix(pair.title)[2:].partition(" (")[0].replace(" ", "\n", 1), fontsize=9)
     if pair.fixed_label is not None or pair.moving_label is not None:
         contour_legend(figure, "moving and warped")
     return figure

@@ -130,8 +130,7 @@ def open_up(axes: Axes) -> None:
 
 def legend(figure: Figure, optimizers: list[str], more: list[Line2D] | None = None) -> None:
     """The optimizers, and more handles after them, above the figure."""
-    handles = [Line2D([], [], label=name_of(o), linewidth=2, **look(o, optimizers)) for o in optimizers]
-    handles += more or []
+    handles = [Line2D([], [], label=name_of(o), linewidth=2, **look(o, optimizers)) for o in optimizers] + (more or [])
     columns = 5 if sum(len(str(h.get_label())) + 8 for h in handles[:5]) < 110 else 3
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.5)
 
@@ -145,8 +144,7 @@ def curve(axes: Axes, values: pd.Series, style: dict, **more) -> None:
 
 def note(axes: Axes, *lines: str) -> None:
     """Small print at the panel's upper left; empty lines are left out."""
-    text = "\n".join(line for line in lines if line)
-    if text:
+    if text := "\n".join(line for line in lines if line):
         box = {"facecolor": "white", "linewidth": 0, "pad": 1, "alpha": 0.7}
         axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=8, bbox=box, zorder=5)
 

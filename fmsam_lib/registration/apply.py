@@ -13,7 +13,7 @@ import pandas as pd
 import SimpleITK as sitk  # noqa: N813
 
 from fmsam_lib.images.files import read_labels, read_values, stem
-from fmsam_lib.images.grid import nearest
+from fmsam_lib.images.grid import check_same_grid, nearest
 from fmsam_lib.records import data_error, read_json, write_csv
 from fmsam_lib.registration.folder import RESULT, SUMMARY
 from fmsam_lib.registration.result import linearly, write
@@ -56,7 +56,8 @@ def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
         if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of the lines
             raise ValueError("lines of more cells than the first line has: decimal commas?")
         if not set(AXES[:dim]) <= set(table.columns):  # Learn2Reg's keypoints have no header
-            table = pd.read_csv(path, header=None, encoding="utf-8-sig").set_axis(AXES[:dim], axis=1)
+            table = pd.read_csv(path, header=None, encoding="utf-8-sig")
+            table = table.set_axis(AXES[: max(dim, table.shape[1])], axis=1)  # of a plane a third number, too
         points = table[AXES[:dim]].to_numpy(dtype=np.float64)
         if not len(points) or not np.isfinite(points).all():
             raise ValueError(f"{len(points)} points, or some that are no numbers")
@@ -90,18 +91,25 @@ def apply(
     are returned as `tre_before` and `tre`. space: of the points, see `read_points`. Raises DataError.
     """
     transform, target, source, modality = saved(folder, inverse=inverse)
-    dim, out, made = target.GetDimension(), Path(out), {}
+    dim, out, made, theirs = target.GetDimension(), Path(out), {}, f"the images of {folder}"
+    if paired_points and not points:
+        raise data_error(paired_points, "points of the other image too", "none", "Give both.")
     if source is None and points and space == "voxels":
         todo = "Give the points in lps or ras mm."
         raise data_error(folder, "the moving image's voxels", "a transform without an inverse, and none", todo)
     for path in [*images, *labels]:
         image = read_labels(path, 2) if path in labels else read_values(path, 2)
-        image = sitk.JoinSeries([image]) if image.GetDimension() < dim else image
+        if image.GetDimension() < dim:  # (X, Y), whose file does not say how high it lies
+            image = check_same_grid(path, image, theirs, source) if source else sitk.JoinSeries([image])
         image = image[:, :, 0] if image.GetDimension() > dim and image.GetSize()[2] == 1 else image
         if image.GetDimension() > dim:
             raise data_error(path, "a 2-D image, as those of the folder", f"size {image.GetSize()}", "Save one slice.")
-        through = (image, target, transform)
-        made[f"{stem(path)}.nii.gz"] = nearest(*through) if path in labels else linearly(*through, modality)
+        kind = modality if sitk.GetArrayViewFromImage(image).min() < -500 else "mr"  # PET, dose: no air beside CT
+        moved = nearest(image, target, transform) if path in labels else linearly(image, target, transform, kind)
+        empty = np.ptp(sitk.GetArrayViewFromImage(moved)) == 0
+        if empty and not sitk.GetArrayFromImage(nearest(image == image, target, transform)).any():
+            raise data_error(path, f"an image that overlaps {theirs}", "nothing of it there", "Check its header.")
+        made[f"{stem(path)}.nii.gz"] = moved
     found, table = {}, None
     if points:
         here = read_points(points, space, target)
@@ -120,7 +128,7 @@ def apply(
     names = [*made, *([f"{Path(points).stem}.csv"] if points else [])]
     if len(set(names)) < len(images) + len(labels) + bool(points):
         raise data_error(out, "files with names of their own", ", ".join(names), "Rename one, or apply it twice.")
-    for given in (*images, *labels, points):
+    for given in (*images, *labels, points, paired_points):
         if given and Path(given).resolve().parent == out.resolve():
             raise data_error(given, "another folder for the results", "the folder of an input", "Choose another one.")
     if Path(folder).resolve() == out.resolve() and (lost := [name for name in names if RESULT.fullmatch(name)]):

@@ -26,8 +26,6 @@ from fmsam_lib.registration.folder import ROLES, check_room, staged
 from fmsam_lib.registration.register import register
 from fmsam_lib.registration.verdict import in_words
 
-FIRST = ("fixed", "moving", "out")
-
 
 def main(argv: list[str] | None = None) -> int:
     """`fmsam-register`: 0 when the results are in the folder, 1 when something was wrong, 2 for wrong arguments."""
@@ -105,7 +103,8 @@ def _arguments(argv: list[str]) -> tuple[Register, dict[str, Any]]:
         description="Register two images; the warped image and the transform come out in the fixed image's space.",
         epilog="fmsam-register apply --help: move other images, labels and points by a transform found before",
     )
-    for name, field in sorted(Register.model_fields.items(), key=lambda item: item[0] not in FIRST):
+    first = ("fixed", "moving", "out")
+    for name, field in sorted(Register.model_fields.items(), key=lambda item: item[0] not in first):
         default = "" if field.default in ("", []) else " (default: %(default)s)"
         help_text = f"{field.description}{default}"
         parser.add_argument(_flag(name), default=field.default, help=help_text, **_kind(field.annotation))

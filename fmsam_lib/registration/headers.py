@@ -4,14 +4,8 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from scipy.spatial.transform import Rotation
 
-from fmsam_lib.images.grid import affine
+from fmsam_lib.images.grid import affine, oriented
 from fmsam_lib.records import data_error
-
-
-def oriented(image: sitk.Image) -> bool:
-    """Whether the header says where the axes point: of NIfTI, unless the codes of qform and sform are 0."""
-    codes = {"qform_code", "sform_code"}
-    return not codes <= {*image.GetMetaDataKeys()} or any(image.GetMetaData(key) != "0" for key in codes)
 
 
 def doubts(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> list[str]:
@@ -21,8 +15,8 @@ def doubts(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> lis
         (other,) = {*where} - {*silent} or {*silent}
         expected = f"a header that states the orientation, as {other}'s does"
         todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
-        raise data_error(silent[0], expected, "qform and sform codes 0", todo)
-    said = "the header states no orientation (qform and sform codes are 0): the axes are taken as for ITK, LPS"
+        raise data_error(silent[0], expected, "none", todo)
+    said = "the header states no orientation (of NIfTI: qform and sform codes 0): the axes are taken as for ITK, LPS"
     notes = [f"{name}: {said}" for name in silent]
     for name, image in zip(where, images, strict=True):
         if _forms_disagree(image):
@@ -39,7 +33,7 @@ def _forms_disagree(image: sitk.Image) -> bool:
     def numbers(*keys: str) -> list[float]:
         return [float(word) for key in keys for word in image.GetMetaData(key).split()]
 
-    unit, places = {"1": 1000.0, "3": 0.001}.get(image.GetMetaData("xyzt_units"), 1.0), []
+    unit, places = {1: 1000.0, 3: 0.001}.get(int(image.GetMetaData("xyzt_units")) & 7, 1.0), []  # the rest is time's
     if image.GetMetaData("sform_code") != "0":
         places.append(np.reshape(numbers("srow_x", "srow_y", "srow_z"), (3, 4)))
     if image.GetMetaData("qform_code") != "0":

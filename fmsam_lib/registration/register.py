@@ -14,8 +14,8 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.checking import read
-from fmsam_lib.images.files import Source, ids, name_of, read_values, stem
-from fmsam_lib.images.grid import affine, labels_on_grid, on_grid, reference
+from fmsam_lib.images.files import Source, ids, name_of, read_labels, read_values, stem
+from fmsam_lib.images.grid import affine, check_same_grid, labels_on_grid, on_grid, oriented, placed, reference
 from fmsam_lib.metrics import determinants, folding_percent, sdlogj
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import warp
@@ -25,8 +25,8 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
 from fmsam_lib.records import data_error, provenance
 from fmsam_lib.registration.folder import ROLES, fitting
-from fmsam_lib.registration.headers import doubts, oriented
-from fmsam_lib.registration.result import Registration, displacing, labels_of
+from fmsam_lib.registration.headers import doubts
+from fmsam_lib.registration.result import Registration, displacing
 from fmsam_lib.registration.start import FOUND, starting
 from fmsam_lib.registration.verdict import judge
 from fmsam_lib.training.instance import optimise
@@ -87,15 +87,15 @@ def register(
     for role, file in files.items():
         if role not in ("fixed", "moving") and file is not None:
             image, name, way = (here, where[0], None) if role.startswith("fixed") else (there, where[1], start)
-            marks[role] = labels_of(image, file, name)
+            marks[role] = check_same_grid(file, read_labels(file, 2), name, image)
             marks_on_grid[role] = labels_on_grid(marks[role], grid, way)
-            if role.endswith("mask") and not (marks_on_grid[role] > 0).any():
+            if role.endswith("mask") and not marks_on_grid[role].any():
                 found, todo = "none of it there", "Is it too small, or elsewhere? Choose another mask or --start."
                 raise data_error(name_of(file, role), "a mask that holds samples of the grid", found, todo)
     masks = {}
     if {"fixed_mask", "moving_mask"} & marks.keys():  # where only one image has a mask, all of the other counts
         everywhere = torch.ones_like(fixed_on_grid)
-        masks = {role: marks_on_grid.get(role, everywhere) > 0 for role in ("fixed_mask", "moving_mask")}
+        masks = {role: marks_on_grid.get(role, everywhere) != 0 for role in ("fixed_mask", "moving_mask")}
     names = fitting(short(where[0]), short(where[1]))
     pair = Pair(
         name=f"{names[1]} to {names[0]}",
@@ -111,8 +111,7 @@ def register(
     )
     if not pair.moving.any():
         found = f"nothing of it there, from the start {how.start}"
-        todo = "Choose another --start, or images of the same place."
-        raise data_error(where[1], f"an image that overlaps {where[0]}", found, todo)
+        raise data_error(where[1], f"an image that overlaps {where[0]}", found, "Choose another --start or image.")
 
     a, b = pair.moving[None], pair.fixed[None]
     loss = how.model_dump(include={"lr", "lmbda", "sigma", "similarity", "seed"})
@@ -152,9 +151,8 @@ def register(
         inverse.FlattenTransform()
     except RuntimeError:
         notes.append(f"the transform {how.start} has no inverse, so none is written")
-    summary["verdict"], error = judge(network, pair, phi.map, psi.map, summary["similarity"])
-    error_map = sitk.GetImageFromArray(error.reshape(grid.GetSize()).numpy().transpose())
-    error_map.CopyInformation(grid)
+    summary["verdict"], error = judge(network, pair, phi.map, psi.map, summary["similarity"] if comparable else None)
+    error_map = placed(error.reshape(grid.GetSize()).numpy().transpose(), grid)
     parts = (phi, psi, start, transform, inverse, pair, summary, losses, error_map, names)
     result = Registration(here, there, *parts, marks.get("labels"), marks.get("fixed_labels"))
     if overlap := result.dice():

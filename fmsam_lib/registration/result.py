@@ -18,8 +18,8 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.images.files import Source, read_labels
-from fmsam_lib.images.grid import affine, check_same_grid, nearest
-from fmsam_lib.images.intensities import background
+from fmsam_lib.images.grid import affine, check_same_grid, nearest, placed
+from fmsam_lib.images.intensities import CT_WINDOW, without_fill
 from fmsam_lib.metrics import dice, percent
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform
@@ -61,13 +61,11 @@ class Registration:
 
     def _repr_html_(self) -> str:
         """At the end of a cell: before and after, and whether to trust it."""
-        similarity = self.summary["similarity"]
+        similarity, said = self.summary["similarity"], "{before:.3f} before, {after:.3f} after"
         facts = {
             "verdict": in_words(self.summary["verdict"]).removeprefix("verdict: "),
-            similarity["measure"]: "{before:.3f} before, {after:.3f} after".format(**similarity),
-            **{
-                f"Dice, {name}": "{before:.3f} before, {after:.3f} after".format(**d) for name, d in self.dice().items()
-            },
+            similarity["measure"]: said.format(**similarity),
+            **{f"Dice, {label}": said.format(**dice) for label, dice in self.summary.get("dice", {}).items()},
             **regularity(self.phi.map),
             "folded": percent(self.summary["folding_percent"]),  # where a mask counts, within it
             "SDlogJ": f"{self.summary['sdlogj']:.3f}",
@@ -84,11 +82,16 @@ class Registration:
 
         Raises DataError unless they are whole numbers on the moving image's grid.
         """
-        return nearest(labels_of(self.moving, labels, "moving image"), self.fixed, self.transform)
+        there = check_same_grid(labels, read_labels(labels, 2), "moving image", self.moving)
+        return nearest(there, self.fixed, self.transform)
+
+    @cached_property
+    def _displacement(self) -> sitk.Image:
+        return field_of(self.transform, self.fixed)
 
     def displacement(self) -> sitk.Image:
         """The displacement at the fixed image's voxels that ITK-family tools apply: LPS mm, float32 vectors."""
-        return field_of(self.transform, self.fixed)
+        return self._displacement
 
     def jacobian(self) -> sitk.Image:
         """How many times larger the surroundings of each fixed voxel are in the moving image; below 0 is a fold."""
@@ -173,15 +176,16 @@ class Registration:
             yield "labels.nii.gz", nearest(self.labels, self.fixed, self.transform)
 
 
-def labels_of(image: sitk.Image, labels: Source, where: str) -> sitk.Image:
-    """The labels of an image, of the image's dimension. Raises DataError where they don't belong to it."""
-    return check_same_grid(labels, read_labels(labels, 2), where, image)
-
-
 def linearly(image: sitk.Image, onto: sitk.Image, transform: sitk.Transform, modality: str) -> sitk.Image:
     """An image through a transform from the points of `onto`; float32; outside its `background`."""
-    outside = background(sitk.GetArrayViewFromImage(image), modality.upper())
+    outside = background(sitk.GetArrayViewFromImage(image), modality)
     return sitk.Resample(image, onto, transform, sitk.sitkLinear, outside, sitk.sitkFloat32)
+
+
+def background(image: np.ndarray, modality: str) -> float:
+    """What a warped image shows outside: of CT air; of others 0, or their lowest value where 0 is amid the values."""
+    low = CT_WINDOW[0] if modality == "ct" else float(without_fill(image).min())
+    return low if modality == "ct" or (image[image >= low] < 0).mean() > 0.25 else 0.0
 
 
 def displacing(phi: Transform, grid: sitk.Image) -> sitk.DisplacementFieldTransform:
@@ -190,9 +194,7 @@ def displacing(phi: Transform, grid: sitk.Image) -> sitk.DisplacementFieldTransf
     steps = voxels(phi.displacement(identity_map(shape)), shape)[0].double().numpy()  # (D, *S) in samples
     directions = np.array(grid.GetDirection()).reshape(dim, dim) * grid.GetSpacing()
     mm = np.tensordot(directions[:, : len(shape)], steps, 1).reshape(dim, *grid.GetSize())
-    field = sitk.GetImageFromArray(mm.transpose(), isVector=True)
-    field.CopyInformation(grid)
-    return sitk.DisplacementFieldTransform(field)
+    return sitk.DisplacementFieldTransform(placed(mm.transpose(), grid))
 
 
 def field_of(transform: sitk.Transform, onto: sitk.Image) -> sitk.Image:

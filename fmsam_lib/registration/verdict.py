@@ -40,10 +40,10 @@ def worst(signs: dict[str, float]) -> float:
     return max((value - LIMITS[name][0]) / (LIMITS[name][1] - LIMITS[name][0]) for name, value in signs.items())
 
 
-def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[str, float]) -> tuple[dict, Tensor]:
+def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict | None) -> tuple[dict, Tensor]:
     """A verdict for `summary.json`, and the map of the inverse-consistency error `|psi(phi(x)) - x|`, mm, `(*S)`.
 
-    phi, psi: the pair's map and that of the swapped pair, `(1, D, *S)`. similarity: before and after. Raises nothing.
+    phi, psi: of the pair and of the swapped one, `(1, D, *S)`. similarity: LNCC before and after, or None: no judge.
     """
     samples = voxels(inverse_error(psi, phi), tuple(pair.fixed.shape[1:]))[0]
     spacing = torch.tensor(pair.spacing, dtype=samples.dtype).view(-1, *[1] * (samples.dim() - 1))
@@ -53,9 +53,10 @@ def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict[
         "inverse_error": float(samples.square().sum(dim=0).sqrt().flatten().kthvalue(int(0.95 * error.numel())).values),
         "folding": folding_percent(determinants(pair, phi)),
         "ndv": ndv_percent(phi),
-        "similarity_lost": round(similarity["before"] - similarity["after"], 5),  # not float32's last bit
-        "dissimilarity": 1 - similarity["after"],
     }
+    if similarity:
+        signs["similarity_lost"] = round(similarity["before"] - similarity["after"], 5)  # not float32's last bit
+        signs["dissimilarity"] = 1 - similarity["after"]
     if domains := net.about.get("seen"):
         signs["unlike"], where = unlike([pair.fixed, pair.moving], domains)
     beyond = [name for name, value in signs.items() if worst({name: value}) > 1]

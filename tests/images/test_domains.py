@@ -136,6 +136,25 @@ def test_lost_spacing_makes_voxels_the_unit(tmp_path):
         dataset(tmp_path / "Own", **changes)
         domain = open_domain("Own", shape=GRID, data=tmp_path)
         assert domain.unit == domain.test_pair(0).unit == unit
+    for shape, spacing in ((GRID, (1, 1, 1)), ((12, 7, 4), (0.5, 1, 2)), ((6, 14), (1, 0.5))):
+        pair = open_domain("Own", shape=shape, data=tmp_path).test_pair(0)
+        assert pair.spacing == pair.moving_spacing == pytest.approx(spacing)  # the file's voxels from sample to sample
+
+
+def test_a_side_of_the_patient_that_no_header_states_is_not_named(tmp_path):
+    folder = dataset(tmp_path / "Own")
+    for path in (folder / "imagesTr").iterdir():
+        silent = nibabel.Nifti1Image(image().astype(np.float32), None)
+        silent.header.set_zooms((1.0, 2.0, 3.0))
+        nibabel.save(silent, path)
+    for path in (folder / "labelsTr").iterdir():
+        path.unlink()
+    dataset(tmp_path / "Own", training=[], write=False)
+    for _ in range(2):  # from the file, then from the cache
+        pair = open_domain("Own", shape=GRID, data=tmp_path).test_pair(0)
+        assert pair.affine is None
+        assert slices.cut(pair).ends.strip() == ""
+        assert pair.spacing == pytest.approx((1, 2, 3))
 
 
 def test_unknown_names_list_the_known_ones(tmp_path, monkeypatch):
@@ -176,7 +195,7 @@ def test_check_lists_all_problems(tmp_path):
 
 @pytest.fixture
 def fake_synthetic(monkeypatch):
-    domain = types.SimpleNamespace(labels={1: "blob"}, pairing="intra-subject", modality="CT", held_out=False)
+    domain = types.SimpleNamespace(labels={1: "blob"}, pairing="intra-subject", modality="CT")
     monkeypatch.setitem(synthetic.DOMAINS, "fake-ct", domain)
 
     def make_pair(name, *, seed, index, shape):
@@ -189,7 +208,7 @@ def fake_synthetic(monkeypatch):
 
 @pytest.mark.usefixtures("fake_synthetic")
 def test_synthetic_test_pairs_are_never_training_pairs(tmp_path):
-    domain = open_domain("fake-ct", shape=GRID, data=tmp_path, seed=3)
+    domain = open_domain("fake-ct", shape=(16, 16), data=tmp_path, seed=3)
     assert (domain.labels, domain.modality, domain.unit) == ({1: "blob"}, "CT", "mm")
     drawn = [domain.training_pair(i).name for i in range(3 * domain.training_count)]
     assert {name.rsplit(" ", 1)[0] for name in drawn} == {"fake-ct 3"}
@@ -259,9 +278,9 @@ def test_a_mixture_validates_on_its_domains_in_turn(tmp_path):
 @pytest.mark.usefixtures("fake_synthetic")
 def test_a_mixture_takes_its_domains_in_turn(tmp_path):
     dataset(tmp_path / "Own")
-    mixture = open_domain("fake-ct+Own", shape=GRID, data=tmp_path)
-    own = open_domain("Own", shape=GRID, data=tmp_path)
-    pairs_equal(mixture.training_pair(8), open_domain("fake-ct", shape=GRID).training_pair(4))
+    mixture = open_domain("fake-ct+Own", shape=(16, 16, 16), data=tmp_path)
+    own = open_domain("Own", shape=(16, 16, 16), data=tmp_path)
+    pairs_equal(mixture.training_pair(8), open_domain("fake-ct", shape=(16, 16, 16)).training_pair(4))
     pairs_equal(mixture.training_pair(9), own.training_pair(4))
     assert mixture.training_pair(8).labels != mixture.training_pair(9).labels
     assert (mixture.modality, mixture.pairing) == ("CT+MR", "intra-subject+inter-subject")
@@ -434,10 +453,14 @@ def test_data_folder(monkeypatch):
     assert data_folder("here") == Path("here")
 
 
-@pytest.mark.parametrize("shape", [64, (64,), (8, 8, 8, 8)])
+@pytest.mark.parametrize("shape", [64, (64,), (8, 8, 8, 8), (8, 8), (64.0, 64.0), np.array([64])])
 def test_an_impossible_shape_is_refused_at_once(shape):
-    with pytest.raises(ConfigError, match="expected a shape of 2 or 3 sides"):
+    with pytest.raises(ConfigError, match=r"expected a shape of 2 or 3 sides, whole and from 16 on, got \(?[\d., ]+\)"):
         open_domain("brain-mr", shape=shape)
+
+
+def test_numpys_shape_is_as_good_as_a_tuple():
+    assert open_domain("brain-mr", shape=np.array([16, 18])).shape == (16, 18)
 
 
 def test_a_misspelt_domain_is_answered_with_the_right_one(tmp_path):
@@ -468,6 +491,9 @@ def test_fewer_subjects_are_the_first_ones(tmp_path, monkeypatch):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"training_paired_images": listed}))
     few = open_domain("Own", shape=GRID, data=tmp_path, subjects=2)
     assert len({few.training_pair(i).name for i in range(20)}) == 1
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training_paired_images": listed[1:]}))
+    with pytest.raises(DataError, match=says("found 2 images, 0 pairs. Add some, take more subjects")):
+        open_domain("Own", shape=GRID, data=tmp_path, subjects=2).training_pair(0)  # no pair that nobody listed
 
 
 def test_brainptbp2d_is_already_aligned(real_data):
@@ -484,5 +510,8 @@ def test_synthetic_pairs_have_titles_for_people():
     domain = open_domain("heart-mr", shape=(16, 16))
     assert domain.test_pair(0).title == "heart-mr, test pair 1"
     assert domain.validation_pair(2).title == "heart-mr, validation pair 3"
+    for index in (-1, 50):
+        with pytest.raises(DataError, match=f"heart-mr: expected a test pair from 0 to 49, found {index}. Choose"):
+            domain.test_pair(index)
     pair = domain.training_pair(0)
     assert pair.title == pair.name

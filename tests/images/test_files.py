@@ -504,7 +504,7 @@ def series(folder, values, *, uid="1.2.826.0.1.3680043.2.1125.1", spacing=(0.8, 
         if number in left_out:
             continue
         made = sitk.GetImageFromArray(plane.astype(np.int16)[None])
-        made.SetSpacing(spacing)
+        made.SetSpacing((*spacing[:2], spacing[2] or 1.0))
         place = np.array([-30.0, 12.0, 5.5]) + number * (turn[:, 2] * spacing[2] + tilt * turn[:, 1])
         tags = {
             "0008|0060": "CT",
@@ -550,6 +550,9 @@ def test_a_folder_that_is_not_one_whole_series_is_refused(tmp_path):
         read_values(tmp_path / "empty", 3)
     folder = series(tmp_path / "gap", hounsfield(), left_out=[3])
     with pytest.raises(DataError, match=says("gap", "evenly spaced slices", "steps of 2.5 to 5 mm", "missing")):
+        read_values(folder, 3)
+    folder = series(tmp_path / "cine", hounsfield(), spacing=(0.8, 1.2, 0.0))
+    with pytest.raises(DataError, match=says("cine", "one in each place", "steps of 0 to 0 mm", "Save one frame")):
         read_values(folder, 3)
     folder = series(tmp_path / "tilted", hounsfield(), tilt=0.5)
     with pytest.raises(DataError, match=says("tilted", "at right angles", "gantry", "dcm2niix")):
@@ -601,13 +604,14 @@ def test_labels_in_other_types(tmp_path):
     for path, factor in (
         (save(tmp_path / "float.nii.gz", marks + 1e-5), 1),
         (save(tmp_path / "double.nii.gz", marks * 3e9, dtype=np.float64), 3_000_000_000),
+        (save(tmp_path / "large.nii.gz", marks * 1.5e9), 1_500_000_000),  # float32
         (save(tmp_path / "unsigned.nii.gz", marks, dtype=np.uint64), 1),
         (save(tmp_path / "signed.nii.gz", -1 * expected, dtype=np.int8), -1),
         (tmp_path / "scaled.nii.gz", 2 if nibabel.load(tmp_path / "scaled.nii.gz").dataobj.slope == 2 else 1),
     ):
         read = read_labels(path, 3)
         np.testing.assert_array_equal(sitk.GetArrayViewFromImage(read).T, expected * factor)
-    for values, found in ((marks / 2, "0.5"), (marks + 0.25, "0.25")):
+    for values, found in ((marks / 2, "0.5"), (marks + 0.25, "0.25"), (marks * 1e30, "1e+30")):
         with pytest.raises(DataError, match=says("p.nii.gz", "whole numbers", found, "not probabilities")):
             read_labels(save(tmp_path / "p.nii.gz", values), 3)
     for name in ("p.nii.gz", "p.nii"):
@@ -680,6 +684,27 @@ def test_a_changed_file_is_read_again(tmp_path, monkeypatch):
     save(paths[0], image(5))
     os.utime(paths[0], ns=(1, 1))
     assert not torch.equal(load(*paths, modality="MR", shape=GRID).image, first.image)
+
+
+@pytest.mark.parametrize("name", ["a.mhd", "a.hdr", "a.img", "a.nhdr", "named.mhd"])
+def test_values_beside_a_header_are_read_again_when_they_change(tmp_path, name):
+    path, other = tmp_path / "here" / name, tmp_path / "other" / name
+    for seed, file in enumerate((path, other)):
+        file.parent.mkdir()
+        sitk.WriteImage(itk_image(image(seed)), str(file))
+    if name == "named.mhd":  # its data file has another name
+        for file in (path, other):
+            file.with_suffix(".raw").rename(file.with_name("values"))
+            file.write_text(file.read_text().replace("named.raw", "values"))
+    first = load(path, modality="MR", shape=GRID)
+    same(load(path, modality="MR", shape=GRID), first)
+    for file in other.parent.iterdir():
+        if file.suffix in (".raw", ".img", "") and file != other:
+            (path.parent / file.name).write_bytes(file.read_bytes())
+    if name == "a.img":
+        path.write_bytes(other.read_bytes())
+    os.utime(values_file(path), ns=(1, 1))
+    assert not torch.equal(load(path, modality="MR", shape=GRID).image, first.image)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "zeros", "longer"])

@@ -293,6 +293,25 @@ def test_a_time_axis_of_one_frame_is_no_obstacle(tmp_path):
     np.testing.assert_allclose(decode(path, modality="MR", shape=GRID).image[0], between_0_and_1(image()), atol=1e-5)
 
 
+def test_a_picture_is_not_mirrored(tmp_path):
+    """A PNG says nothing of sides: its first column is the first sample, its first row the top."""
+    plane = np.random.default_rng(0).integers(0, 255, (7, 6)).astype(np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(plane), str(tmp_path / "a.png"))
+    sample = decode(tmp_path / "a.png", modality="MR", shape=(6, 7))
+    np.testing.assert_allclose(sample.image[0], between_0_and_1(plane.astype(float)).T[:, ::-1], atol=1e-5)
+    assert not sample.oriented
+
+
+def test_axes_halfway_between_two_of_the_patients_are_the_labels_too(tmp_path):
+    """At 45 degrees, where a rounding error decides which axis is nearest."""
+    where, rng = turned((2, 2, 2), (0, 0, 45)), np.random.default_rng(0)
+    path = save(tmp_path / "a.nii.gz", image(), where)
+    for _ in range(12):
+        near = where + np.pad(rng.normal(0, 1e-7, (3, 3)), ((0, 1), (0, 1)))
+        marks = save(tmp_path / "l.nii.gz", label(), near, dtype=np.uint8)
+        assert decode(path, marks, modality="MR", shape=GRID).label.any()
+
+
 # Random headers
 
 

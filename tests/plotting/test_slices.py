@@ -191,6 +191,15 @@ def test_the_overview_has_a_row_for_each_mid_plane_with_overlays_before_and_afte
     assert named == ([""] if len(shape) == 2 else ["axial\nslice 5", "coronal\nslice 7", "sagittal\nslice 6"])
 
 
+def test_names_of_files_are_no_formulas():
+    for title in ("a$_$ to b", "scan (1) to scan (2)"):
+        pair, phi_map = dataclasses.replace(toy_pair((12, 14)), title=title), shrunk((12, 14))
+        for figure in (overview(pair, phi_map), registration(pair)):
+            assert slices.png(figure)
+            assert figure.get_suptitle() == title
+            assert not any(ax.get_ylabel() for ax in figure.axes)
+
+
 # --- files
 
 

@@ -461,7 +461,7 @@ def with_codes(path, values, qform, qcode, sform, scode, unit="mm"):
     header.set_zooms((1.0, 1.2, 0.9) if qform is None else (1.0, 1.0, 1.0))
     header.set_qform(qform, qcode)
     header.set_sform(sform, scode)
-    header.set_xyzt_units(unit)
+    header.set_xyzt_units(*np.atleast_1d(unit))
     nibabel.save(nibabel.Nifti1Image(values, header.get_best_affine(), header), path)
     written = nibabel.load(path).header
     assert (written["qform_code"], written["sform_code"]) == (qcode, scode)
@@ -483,6 +483,7 @@ def with_codes(path, values, qform, qcode, sform, scode, unit="mm"):
             "qform, sform and pixdim disagree; as for ITK, the spacing is 1 x 1.2 x 0.9",
         ),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 1, "micron"), None),
+        ((HEADERS["oblique"], 1, HEADERS["oblique"], 1, ["micron", "sec"]), None),
         ((HEADERS["oblique"], 1, HEADERS["oblique"], 1, "meter"), None),
     ],
 )

@@ -194,6 +194,21 @@ def test_a_mask_between_the_samples_of_the_grid_is_named(role):
         register(fixed, moving, STILL, shape=(16, 16, 16), **{role: mask})
 
 
+def test_a_mask_is_wherever_it_is_not_0():
+    mask = sitk.GetImageFromArray((sitk.GetArrayFromImage(scan()) > 0).astype(np.int8) * -1)
+    mask.CopyInformation(scan())
+    result = register(scan(), scan(seed=1), STILL, shape=GRID, fixed_mask=mask)
+    assert 0.2 < result.pair.fixed_mask.float().mean() < 0.8
+
+
+def test_pictures_have_no_sides(tmp_path):
+    for name, seed in (("fixed", 0), ("moving", 1)):
+        sitk.WriteImage(sitk.Cast(scan((40, 44), seed), sitk.sitkUInt8), str(tmp_path / f"{name}.png"))
+    paths = [tmp_path / "fixed.png", tmp_path / "moving.png"]
+    with pytest.warns(UserWarning, match="states no orientation"):
+        assert register(*paths, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2]).pair.affine is None
+
+
 def test_a_start_that_mirrors_the_image_is_refused(monkeypatch):
     monkeypatch.setattr("fmsam_lib.registration.start._found", lambda *_: np.diag([-1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(DataError, match="loses or mirrors it"):
@@ -330,6 +345,47 @@ def test_what_is_moved_in_a_plane(tmp_path, capsys):
     assert "volume.nii.gz: expected a 2-D image" in capsys.readouterr().err
 
 
+def test_a_plane_at_any_height_takes_a_file_without_one(tmp_path):
+    """(X, Y) lies where the moving image (X, Y, 1) does, as for `register`."""
+    plane = sitk.JoinSeries([scan((40, 44))], 50.0, 2.0)
+    marks = scan((40, 44)) > 200
+    sitk.WriteImage(marks, str(tmp_path / "marks.nii.gz"))
+    result = register(plane, plane, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2])
+    result.save(tmp_path / "out")
+    assert command(tmp_path / "out", "--labels", tmp_path / "marks.nii.gz", "--out", tmp_path / "a") == 0
+    moved = xyz(sitk.ReadImage(str(tmp_path / "a" / "marks.nii.gz")))
+    assert moved.any()
+    np.testing.assert_array_equal(moved, xyz(result.warp_labels(tmp_path / "marks.nii.gz")))
+
+
+@pytest.mark.parametrize("modality", ["mr", "ct"])
+def test_any_image_is_moved_whatever_its_intensities(tmp_path, modality):
+    """A sparse probability map, and what PET counts, beside CT as beside MR: outside of them 0."""
+    image = scan() * 4 - 1000 if modality == "ct" else scan()
+    register(image, image, Analytic(lambda x: 0 * x + 0.3), shape=GRID, modality=modality).save(tmp_path / "out")
+    few = np.zeros(image.GetSize()[::-1], np.float32)
+    few[20:22, 20:22, 20:22] = 0.7
+    for name, values in (("few", few), ("pet", np.random.default_rng(0).gamma(2, 1, few.shape))):
+        there = sitk.GetImageFromArray(values)
+        there.CopyInformation(image)
+        sitk.WriteImage(there, str(tmp_path / f"{name}.nii.gz"))
+        assert command(tmp_path / "out", "--images", tmp_path / f"{name}.nii.gz", "--out", tmp_path / "a") == 0
+        moved = xyz(sitk.ReadImage(str(tmp_path / "a" / f"{name}.nii.gz")))
+        assert moved.max() > 0.1
+        assert moved.min() == 0
+
+
+def test_points_in_a_plane_may_have_a_third_number(tmp_path):
+    """As Learn2Reg's keypoints of 2-D images, for data sets too."""
+    plane = scan((40, 44))
+    register(plane, plane, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2]).save(tmp_path / "out")
+    for name, line in (("two", "10,12"), ("three", "10,12,0")):
+        (tmp_path / f"{name}.csv").write_text(f"{line}\n")
+        options = ("--points", tmp_path / f"{name}.csv", "--space", "voxels", "--out", tmp_path / "a")
+        assert command(tmp_path / "out", *options) == 0
+        np.testing.assert_allclose(pd.read_csv(tmp_path / "a" / f"{name}.csv"), [[10, 12]], atol=1e-3)
+
+
 def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     folder, paths, _ = registered
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
@@ -347,7 +403,12 @@ def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
         ((folder, "--points", tmp_path / "bad.csv"), "expected a CSV of points, columns x, y, z"),
         ((folder, "--images", tmp_path / "none.nii.gz"), "no such file"),
         ((folder, "--images", paths["moving"], paths["moving"]), "files with names of their own"),
+        ((folder, "--images", paths["moving"], "--paired-points", tmp_path / "bad.csv"), "points of the other image"),
+        ((folder, "--images", tmp_path / "far.nii.gz"), "far.nii.gz: expected an image that overlaps the images of"),
+        ((folder, "--labels", tmp_path / "far.nii.gz"), "found nothing of it there"),
     ]
+    far = sitk.Cast(scan(origin=(5000.0, 0.0, 0.0)), sitk.sitkUInt16)
+    sitk.WriteImage(far, str(tmp_path / "far.nii.gz"))
     for arguments, message in cases:
         assert command(*arguments, "--out", tmp_path / "o") == 1
         error = capsys.readouterr().err
@@ -356,6 +417,12 @@ def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
         assert not (tmp_path / "o").exists()
     with pytest.raises(SystemExit):
         command(folder, "--out", tmp_path / "o")
+    for place in (tmp_path / "a", tmp_path / "b"):
+        place.mkdir()
+        (place / "p.csv").write_text("x,y,z\n1,2,3\n")
+    options = ("--points", tmp_path / "a" / "p.csv", "--paired-points", tmp_path / "b" / "p.csv")
+    assert command(folder, *options, "--out", tmp_path / "b") == 1
+    assert "p.csv: expected another folder for the results" in capsys.readouterr().err
     json.dumps(registered[2].summary)
 
 

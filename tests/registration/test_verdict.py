@@ -3,6 +3,7 @@
 import copy
 import json
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -102,6 +103,17 @@ def test_other_signs(trained, pair):
     assert "fold" in judge(net, pair, folded, folded, ALIKE)[0]["reason"]
     assert "LNCC falls" in judge(net, pair, x, x, {"before": 0.9, "after": 0.5})[0]["reason"]
     assert "still unlike each other" in judge(net, pair, x, x, {"before": -0.9, "after": -0.5})[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({}, True), ({"similarity": "lncc2"}, False), ({"similarity": "mind"}, False)]
+)
+def test_lncc_judges_only_what_it_was_asked_to(trained, pair, tmp_path, options, said):
+    """Of an image and its negative, LNCC is far below 0 wherever they lie."""
+    images = [nibabel.Nifti1Image(image[0].numpy()[..., None], np.eye(4)) for image in (pair.fixed, 1 - pair.fixed)]
+    verdict = fm.register(*images, trained[0], keep_worse=True, progress=False, **options).summary["verdict"]
+    assert ("still unlike" in verdict["reason"]) == said
+    assert ({"similarity_lost", "dissimilarity"} <= verdict["signs"].keys()) == said
 
 
 def test_images_unlike_the_training_are_seen(trained, pair):
