@@ -15,6 +15,7 @@ python, there = shlex.quote(sys.executable), shlex.quote(str(notebooks))
 # come as standard input: papermill would fill in what stands in braces in a path.
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --kernel python3 --cwd {there} --log-level ERROR --no-progress-bar"
 to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-prompt --template-file {there}/folded.html.j2"
+compared = "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"
 
 
 wildcard_constraints:
@@ -24,8 +25,7 @@ wildcard_constraints:
 # Tables and weights are asked for too: Snakemake would not miss what was removed behind a report that is there.
 rule study:
     input:
-        "report.html",
-        [file for job in work for file in job["makes"]],
+        [file for job in [*work, report] for file in job["makes"]],
 
 
 for name, first in {job["notebook"]: job for job in work}.items():
@@ -56,7 +56,7 @@ rule compare:
         "left_out.json",
         needs=[job["makes"][0] for job in work],  # a notebook makes all of its files or none
     output:
-        "report.html",
+        report["makes"],
     log:
         "40_compare.ipynb",
     threads: report["resources"]["threads"]
@@ -64,7 +64,7 @@ rule compare:
         mem_mb=report["resources"]["mem_mb"],
         runtime=report["resources"]["runtime"],
     shell:
-        "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output {output:q} {log:q}"
+        compared
 
 
 # The same report of whatever is there, after other rules have failed.
@@ -72,4 +72,4 @@ rule what_there_is:
     log:
         "40_compare.ipynb",
     shell:
-        "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"
+        compared

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from fmsam_lib.checking import Parameters, each_once, in_project, odd, plain_name
 
-Natural = Annotated[int, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
 Points = Annotated[int, Field(ge=3)]
@@ -72,7 +72,7 @@ class Look(Parameters):
 
     domain: Name = Field("brain-mr", description="a synthetic domain, or a data set's folder such as HippocampusMR")
     shape: Shape = Field([64, 64, 64], description="every image is brought onto a grid of so many samples")
-    data: str = Field("", description=DATA)
+    data: Folder = Field("", description=DATA)
     index: Natural = Field(0, description="which test pair to show")
     pairs: Count = Field(10, description="how many test pairs to measure")
 
@@ -86,7 +86,7 @@ class Train(Parameters):
     optimizer: Optimizer = Field("sam", description="adam, adam-2x, sam, asam, sam-every, looksam or random")
     seed: Natural = Field(0, description="of the first weights and the order of the pairs")
     shape: Shape = Field([64, 64], description="samples along each axis")
-    data: str = Field("", description=DATA)
+    data: Folder = Field("", description=DATA)
     weights: str = Field("", description='file to fine-tune, or "2d", "3d", "unigradicon", ...; empty: random weights')
     down: Channels = Field([16, 32, 64], description="channels after each halving; with weights, the file decides")
     up: list[Count] = Field([], description="channels on the way up; empty: as down; with weights, the file decides")
@@ -171,7 +171,7 @@ class Evaluate(Parameters):
     )
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="synthetic domains or data sets")
     shape: Shape = Field([64, 64], description="samples along each axis")
-    data: str = Field("", description=DATA)
+    data: Folder = Field("", description=DATA)
     pairs: Count = Field(10, description="measure at most this many test pairs of each domain")
     io: Natural = Field(0, description="network+io: steps of Adam on each pair's own loss")
     io_lr: Positive = Field(0.0003, description="network+io: learning rate of these steps")
@@ -200,7 +200,7 @@ class Landscape(Parameters):
     other: Folder = Field("", description="folder of a second run from the same start, to walk to; empty: none")
     out: Folder = Field(f"{MINE}/sam/seed0", description="folder for landscape.csv and flatness.csv")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
-    data: str = Field("", description=DATA)
+    data: Folder = Field("", description=DATA)
     pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
     radius: Positive = Field(0.5, description="how far to go; filter, layer: in units of the weights' own norms")
     line_points: OddPoints = Field(21, description="points of a line; odd: the trained weights are one")
@@ -226,7 +226,7 @@ class Between(Parameters):
     treatment: Folder = Field(f"{MINE}/sam/seed0", description="folder of another one: same domain, seed and loss")
     out: Folder = Field(f"{MINE}/between/seed0", description="folder for between.csv")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
-    data: str = Field("", description=DATA)
+    data: Folder = Field("", description=DATA)
     pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
     path_points: Points = Field(21, description="from one solution to the other")
     plane_points: OddPoints = Field(15, description="of the plane's sides; odd")
@@ -238,7 +238,7 @@ class Compare(Parameters):
 
     study: Folder = Field("studies/quick.yaml", description="the study's file")
     folder: Folder = Field("runs/quick", description="where its runs are")
-    data: str = Field("", description=DATA)
+    data: Folder = Field("", description=DATA)
     baseline: Name = Field("adam", description="optimizer to compare with")
     treatment: Name = Field("sam", description="optimizer in question")
 

@@ -104,7 +104,7 @@ def test_code_in_a_file_of_a_training_is_not_run(tmp_path, name):
     run, solutions = read(Train, {"out": str(tmp_path)}), SimpleNamespace(corners=[None, None])
     ways = {
         "weights.pt": lambda: networks.load(tmp_path / name),
-        "checkpoint.pt": lambda: resume(tmp_path, run, None, {}),
+        "checkpoint.pt": lambda: resume(tmp_path, {"parameters": run.model_dump(), "start": ""}, {}),
         "snapshots/step000001.pt": lambda: trajectories(solutions, [("sam", tmp_path, 2)]),
     }
     (tmp_path / "snapshots").mkdir()

@@ -1,7 +1,6 @@
 """Methods x test pairs x metrics -> tidy tables: `results.csv`, `costs.csv`, `robustness.csv`, `pairs.csv`.
 
-What a method finds is the same each time, to the bit, and stands in the results; the seconds it takes are the
-machine's, and stand apart.
+What a method finds is the same each time, to the bit; the seconds it takes are the machine's, and stand apart.
 """
 
 import copy
@@ -96,7 +95,11 @@ def measured(
         if phi_map is not None:
             costs.append(about | {"label": "", "metric": "seconds", "value": seconds, "unit": "s"})
             if fields is not None:
-                _write_field(Path(fields), pair, phi_map)
+                affine = np.eye(4) if pair.affine is None else pair.affine.numpy()
+                image = nibabel.Nifti1Image(learn2reg_field(phi_map), affine)
+                name = f"disp_{pair.name.replace('<-', '_').replace(os.sep, '_')}.nii.gz"
+                with written_whole(Path(fields) / name) as partial:
+                    partial.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
     results, of_costs = (pd.DataFrame(table, columns=ROWS) for table in (rows, costs))
     return Measured(results, of_costs, pd.DataFrame(subjects, columns=PAIRS), problems)
 
@@ -115,13 +118,6 @@ def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tenso
     if not all(found is None or found.isfinite().all() for found in (phi_map, inverse)):
         raise ValueError("the map found is not finite")
     return phi_map, inverse, seconds
-
-
-def _write_field(folder: Path, pair: Pair, phi_map: Tensor) -> None:
-    affine = np.eye(4) if pair.affine is None else pair.affine.numpy()
-    image = nibabel.Nifti1Image(learn2reg_field(phi_map), affine)
-    with written_whole(folder / f"disp_{pair.name.replace('<-', '_').replace(os.sep, '_')}.nii.gz") as partial:
-        partial.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.DataFrame], list[str]]:
@@ -200,11 +196,9 @@ def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[st
 
 def _gathered(net: GradICON, dataset, pairs: int) -> GradICON:
     """The network with BatchNorm's statistics of the test images, which needs no labels: a first step of adaptation."""
-    there = [*readable(dataset, range(min(pairs, dataset.test_count)), [])]
-    parts = [there[i : i + 8] for i in range(0, len(there), 8)]
-    gather_statistics(
-        net, [(torch.stack([p.moving for p in part]), torch.stack([p.fixed for p in part])) for part in parts]
-    )
+    there = [(pair.moving, pair.fixed) for pair in readable(dataset, range(min(pairs, dataset.test_count)), [])]
+    parts = (zip(*there[i : i + 8], strict=True) for i in range(0, len(there), 8))
+    gather_statistics(net, ((torch.stack(moving), torch.stack(fixed)) for moving, fixed in parts))
     return net
 
 

@@ -54,8 +54,7 @@ def at_weights(net: nn.Module, batch: Batch, **settings: Any) -> pd.Series:
     length, d = float(g.norm()), g / g.norm()
     last = vector([torch.full_like(p, ".last." in name) for name, p in space.net.named_parameters()]) > 0
     facts = {"loss": float(space.values()[0]), "|w|": float(space.w.norm()), "|g|": length}
-    facts["|w last|"] = float(space.w[last].norm())
-    facts["last, of the weights"] = float(last.double().mean())
+    facts |= {"|w last|": float(space.w[last].norm()), "last, of the weights": float(last.double().mean())}
     facts["last, of |eps|^2"] = float(d[last].square().sum())
     parts = [(float(space.gradient(i)[1] @ d), float(hessian(space, i)(d.numpy()) @ d.numpy())) for i in (1, 2)]
     for name, (slope, curvature) in zip(TERMS, [np.sum(parts, 0), *parts], strict=True):

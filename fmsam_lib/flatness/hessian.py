@@ -8,7 +8,6 @@ foretell a rise at a distance, which `sharpness` measures.
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,9 +29,7 @@ RESTARTS = 100  # of 10 to 20 products each, before an eigenvalue counts as not 
 Product = Callable[[np.ndarray], np.ndarray]  # v to H v, both (n,)
 
 
-def measures(
-    net: GradICON, batch: Batch, loss: dict[str, Any], settings: Landscape
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def measures(net: GradICON, batch: Batch, loss: dict, settings: Landscape) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every measure of flatness of a network on one batch: `sharpness` and `curvature` in one table, and the spectrum.
 
     Rises are measured in float64, where they may be a millionth of the loss; curvature in float32, which is several

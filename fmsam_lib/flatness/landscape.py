@@ -46,10 +46,9 @@ def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str
     TRAINING has the first training pairs of its domain (each of a mixture's in turn): the same for every seed and
     optimizer, so that their networks can be compared on it.
     """
-    shape = tuple(trained.shape)
+    shape, place = tuple(trained.shape), data or trained.data or None
     domains = {name: open_domain(name, shape=shape, data=data or None) for name in test_domains}
-    how: dict[str, Any] = {"shape": shape, "data": data or trained.data or None, "subjects": trained.subjects}
-    dataset = open_domain(trained.train_domain, **how)
+    dataset = open_domain(trained.train_domain, shape=shape, data=place, subjects=trained.subjects)
     batches = {TRAINING: batch_with([dataset.training_pair(i) for i in range(pairs)])}
     return batches | {name: fixed_batch(domain, pairs=pairs) for name, domain in domains.items()}
 

@@ -21,8 +21,9 @@ from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vecto
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Between, Train
+from fmsam_lib.records import read_json
 from fmsam_lib.training.averages import gather_statistics
-from fmsam_lib.training.checkpoint import trained_with
+from fmsam_lib.training.checkpoint import identity, trained_with
 from fmsam_lib.training.loop import starting
 from fmsam_lib.training.losses import Batch
 
@@ -162,15 +163,17 @@ def from_one_start(baseline: str, treatment: str) -> tuple[list[str], list[Train
     folders = [Path(baseline), Path(treatment)]
     runs = [trained_with(folder) for folder in folders]
     alike = ["train_domain", "seed", "shape", "weights", "down", "up", "levels", "last_step", *runs[0].loss()]
-    both = [(name, *(getattr(run, name) for run in runs)) for name in alike]
+    both = ((name, *(getattr(run, name) for run in runs)) for name in alike)
     differing = [f"{name}: {a!r} and {b!r}" for name, a, b in both if a != b]
+    now = identity(runs[0], None, start := starting(runs[0]).eval())["start"]  # `weights` may be another file by now
+    there = [read_json(folder / "config.json", {}).get("start", now) for folder in folders]
+    differing += [f"first weights (hash): {began} there, {now} now" for began in there if began != now]
     if differing:
         raise ConfigError("expected two runs from one start with one loss, got\n- " + "\n- ".join(differing))
     names = [folder.parent.name for folder in folders]  # a study's name for each optimizer
     if names[0] == names[1] and folders[0] != folders[1]:
         raise ConfigError(f"expected folders that tell them apart, <name>/seed<seed>, got {folders[0]}, {folders[1]}")
-    nets = [starting(runs[0]).eval(), *(load(folder / "weights.pt") for folder in folders)]
-    return names, runs, nets
+    return names, runs, [start, *(load(folder / "weights.pt") for folder in folders)]
 
 
 def between(settings: Between) -> pd.DataFrame:

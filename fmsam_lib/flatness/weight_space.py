@@ -53,9 +53,7 @@ class WeightSpace:
         vector_to_parameters(self.w, self.params)
 
     @contextmanager
-    def at(
-        self, eps: Tensor | float = 0.0, distance: float = 1.0, *, origin: Tensor | None = None
-    ) -> Iterator[nn.Module]:
+    def at(self, eps: Tensor | float = 0.0, distance=1.0, *, origin: Tensor | None = None) -> Iterator[nn.Module]:
         """Inside the block the copy stands at `origin + distance * eps` (origin: w); behind it at w, to the bit.
 
         So do its buffers: BatchNorm's statistics that were moved or replaced inside are put back.

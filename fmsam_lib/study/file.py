@@ -5,6 +5,8 @@ from pathlib import Path
 import yaml
 
 from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.flatness.landscape import TRAINING
+from fmsam_lib.parameters import Evaluate, Landscape
 from fmsam_lib.records import PROJECT
 from fmsam_lib.study.grid import Study, swept
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
@@ -38,7 +40,18 @@ def read_study(path: Path | str) -> Study:
         work = jobs(study, Path("runs"), "", path)
     except ValueError as error:
         raise ConfigError(f"{path}, {error}") from None
+    averaged = {job.folder for job in work if job.values.get("averages")}
     for job in work:
         notebook = NOTEBOOKS[job.notebook]
-        read(notebook.takes, job.values, source=f"{path}, section {notebook.section}, run {job.folder}")
+        source = f"{path}, section {notebook.section}, run {job.folder}"
+        given, unfit, fit = read(notebook.takes, job.values, source=source), set[str](), ""
+        if isinstance(given, Evaluate) and job.folder not in ("none", "io"):
+            other = () if job.folder in averaged else ("+ema", "+tail")
+            unfit = {name for name in given.methods if not name.startswith("network") or name.endswith(other)}
+            fit = "methods of networks (others are baselines), +ema and +tail with train: {averages: true}"
+        elif isinstance(given, Landscape):
+            unfit = {*given.measured_on} - {TRAINING, *given.test_domains}
+            fit = f"measured_on to name {TRAINING} or test_domains"
+        if unfit:
+            raise ConfigError(f"{source}: expected {fit}, got {', '.join(sorted(unfit))}")
     return study

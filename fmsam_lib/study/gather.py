@@ -129,7 +129,8 @@ def _read(
             problems.append(f"{job.folder}/{name}: this was not computed")
             continue
         except (ValueError, OSError) as error:
-            problems.append(f"{job.folder}/{name}: this cannot be read ({error}); remove it, compute again")
+            made_by = " and weights.pt" * (name in notebook.keeps)
+            problems.append(f"{job.folder}/{name}: this cannot be read ({error}); remove it{made_by}, compute again")
             continue
         if about and "optimizer" in columns and not table.empty:
             after = table.optimizer.str.extract(r"(\+\w+)$", expand=False).fillna("") if "pair" in table else ""
@@ -174,7 +175,5 @@ READERS: dict[str, tuple[Callable[[Path], pd.DataFrame], Sequence[str]]] = {  # 
 
 def _json(folder: Path, name: str, problems: list[str]) -> None:
     """Add the lines of a `problems.json` to the problems; that it is damaged is one."""
-    try:
-        problems += json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else []
-    except ValueError as error:
-        problems.append(f"{name}: this cannot be read ({error}); remove the tables beside it, compute again")
+    damaged = [f"{name}: this cannot be read; remove the tables beside it, compute again"]
+    problems += read_json(folder / name, damaged) if (folder / name).exists() else []

@@ -72,11 +72,12 @@ class Study(Parameters):
         """Those of the file, and all but one of `leave_one_out` for each of its domains."""
         if "leave_one_out" not in info.data:  # it is wrong itself
             return given
-        left_out = info.data["leave_one_out"]
+        left_out, always = info.data["leave_one_out"], info.data.get("always", [])
         if len(left_out) == 1:
             raise ValueError(f"expected two domains or more in leave_one_out, not {left_out[0]} alone")
-        groups, always = info.data.get("groups", {}), info.data.get("always", [])
-        turns = info.data.get("only") or left_out
+        if always and not left_out:
+            raise ValueError(f"expected leave_one_out with always, {', '.join(always)}, which it never leaves out")
+        groups, turns = info.data.get("groups", {}), info.data.get("only") or left_out
         if unknown := [one for one in turns if one not in left_out]:
             raise ValueError(f"expected in only some of leave_one_out, not {', '.join(unknown)}")
         kept = [[name for other in left_out if other != one for name in groups.get(other, [other])] for one in turns]
@@ -150,12 +151,8 @@ class Study(Parameters):
         """At the end of a cell: the grid, a training domain a row, an optimizer a column, seeds in the cells."""
         seeds = f"seeds {', '.join(map(str, self.seeds))}"
         table = pd.DataFrame(seeds, index=self.train_domains, columns=self.optimizers).to_html()
-        facts = {
-            "runs": len(grid(self)),
-            "tested on": ", ".join(self.test_domains),
-            "baselines": ", ".join(self.baselines),
-            "shape": " × ".join(map(str, self.shape)),
-        }
+        facts = {"runs": len(grid(self)), "tested on": ", ".join(self.test_domains)}
+        facts |= {"baselines": ", ".join(self.baselines), "shape": " × ".join(map(str, self.shape))}
         return card(self.description, facts, more=table)
 
 

@@ -15,6 +15,8 @@ from fmsam_lib.records import read_json, written_whole
 from fmsam_lib.study.grid import NotebookName, Resources, Run, Study, compared, grid, twins
 from fmsam_lib.training.loop import GPU_THREADS
 
+TABLES = "results costs robustness landscape flatness between summary comparison methods correlation answer"
+REPORT = (*(f"{name}.csv" for name in TABLES.split()), "summary.txt", "problems.json", "report.html")
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text, seven times as fast
 
 
@@ -36,7 +38,7 @@ NOTEBOOKS = {
     "20_evaluate": Notebook(Evaluate, "evaluate", ("results.csv", "pairs.csv", "costs.csv", "robustness.csv")),
     "30_loss_landscape": Notebook(Landscape, "landscape", ("landscape.csv", "flatness.csv")),
     "35_between_minima": Notebook(Between, "between", ("between.csv",)),
-    "40_compare": Notebook(Compare, "", ("report.html",)),
+    "40_compare": Notebook(Compare, "", REPORT),
 }
 
 
@@ -73,8 +75,8 @@ class Job:
         return tuple(f"{self.folder}/{file}".lstrip("/") for file in NOTEBOOKS[self.notebook].makes)
 
 
-def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
-    """Every notebook that a study in the folder `root` runs, the report last.
+def jobs(study: Study, root: Path, data: str, study_file: Path, stamps: dict[str, str] | None = None) -> list[Job]:
+    """Every notebook that a study in the folder `root` runs, the report last. stamps: of the data sets it tests on.
 
     Raises ConfigError where a section of the file sets what the study itself does.
     """
@@ -93,10 +95,10 @@ def jobs(study: Study, root: Path, data: str, study_file: Path) -> list[Job]:
             raise ConfigError(f"section {where}: the study itself sets {', '.join(twice)}: leave that out")
         here = {name: f"{root}/{path}" for name, path in folders.items()} | {"data": data}
         needs = tuple(f"{run.folder}/weights.pt" for run in trained.values())
+        asked |= {"data": stamps} if stamps and "test_domains" in own else {}
         found.append(Job(folder, notebook, section | own | here, section | asked, needs, resources[notebook]))
 
-    tests: dict[str, Any] = {"test_domains": study.test_domains}
-    shape: dict[str, Any] = {"shape": study.shape}
+    tests, shape = dict[str, Any](test_domains=study.test_domains), dict[str, Any](shape=study.shape)
     alone = ["none", *(["ants-syn"] if "ants-syn" in study.baselines else [])]
     evaluate = dict(study.evaluate)
     of_runs = evaluate.pop("methods", None)

@@ -1,13 +1,10 @@
-"""A whole study: its file, its grid of runs, and `python -m fmsam_lib.study NAME` that computes it.
-
-The work is a graph of papermill notebooks (`Snakefile`), for every train domain x optimizer x seed: train,
-evaluate, landscape; then one comparison. Everything goes to `runs/<study>/`; what is there already
-is not computed again.
-"""
+"""`python -m fmsam_lib.study NAME`: a graph of papermill notebooks (`Snakefile`), computed into `runs/<study>/`."""
 
 import argparse
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -22,10 +19,10 @@ from typing import TextIO
 import pandas as pd
 import yaml
 
-from fmsam_lib.checking import ConfigError
-from fmsam_lib.images.domains import open_domain
-from fmsam_lib.images.manifest import data_folder
-from fmsam_lib.model.weights import sha256
+from fmsam_lib.checking import ConfigError, in_project
+from fmsam_lib.images.domains import FileDomain, open_domain
+from fmsam_lib.images.manifest import Manifest, data_folder
+from fmsam_lib.model.weights import OFFICIAL, sha256, shipped
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import PROJECT, DataError, read_json, sources
 from fmsam_lib.study.file import placed, read_study
@@ -58,7 +55,9 @@ def main() -> int:
         return 2
     except OSError as error:  # a full disk, mostly
         todo = "make room and run the same command again, or name another folder with --runs (make study RUNS=folder)"
-        print(f"error: nothing more can be written to {root} ({error.strerror or error}): {todo}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        told = f"nothing more can be written to {root} ({error.strerror}): {todo}" if full else error
+        print(f"error: {told}", file=sys.stderr)
         return 1
 
 
@@ -69,15 +68,16 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
     """
     study, left_out = preflight(read_study(study_file), data)
     lock = locked(root)
-    work = jobs(study, root, data, study_file)
+    opened = [open_domain(domain, shape=tuple(study.shape), data=data) for domain in study.test_domains]
+    stamps = {domain.name: stamp(domain.manifest) for domain in opened if isinstance(domain, FileDomain)}
+    work = jobs(study, root, data, study_file, stamps)
     refuse_another(work, root)
     write_if_new(root / "left_out.json", json.dumps(left_out))
     distrust(root)
     left = plan(work, root)
-    log = root / "sources.json"  # the version of the library that last ran each notebook; trainings record their own
-    made_by = {job.name: sources() for job in left if job.notebook != "10_train"}
-    write_if_new(log, json.dumps(read_json(log, {}) | made_by))
-    remember([job for job in work if job not in left], root)
+    made_by = {job.name: sources() for job in left if job.notebook != "10_train"}  # trainings record their own
+    write_if_new(root / "sources.json", json.dumps(read_json(root / "sources.json", {}) | made_by))
+    remember([job for job in work if not left or (job.folder and job not in left)], root)
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
         *("--workflow-profile", str(PROJECT / "profiles" / "default")),
@@ -89,7 +89,6 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
     if report.exists() and not before.exists():  # until there is another of all runs
         shutil.copy(report, before)
     done = compute(snakemake, work, root, lock.fileno())
-    remember(work, root)
     if not done:
         failed = [problem for *_, problems in executed(work, root) for problem in problems]
         for problem in failed:
@@ -107,7 +106,8 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
             return 1
     else:
         before.unlink(missing_ok=True)
-    problems = json.loads((root / "problems.json").read_text(encoding="utf-8"))
+    remember(work, root)
+    problems = read_json(root / "problems.json", ["problems.json cannot be read: delete it and run this again"])
     print(f"\n{(root / 'summary.txt').read_text(encoding='utf-8')}\n{times(work, root)}\n")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
@@ -167,9 +167,18 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
     return study.model_copy(update={"test_domains": there}), [*left_out.values()]
 
 
+def stamp(manifest: Manifest) -> str:
+    """A hash of what a data set tests with, wherever it lies: its manifest's file, test images and what is beside."""
+    images = {image for pair in manifest.test_pairs for image in pair}
+    beside = {of[image] for of in manifest.beside.values() for image in images}
+    files = {*manifest.folder.glob("*_dataset.json"), *images, *beside}
+    found = sorted(f"{file.name} {sha256(file)}" for file in files if file and os.access(file, os.R_OK))
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
+
+
 def refuse_another(work: list[Job], root: Path) -> None:
-    """Raise ConfigError where a finished training has other parameters than the study now gives it, or the study
-    that was computed here is another file, which is still there and says something else.
+    """Raise ConfigError where a finished training has other parameters than the study now gives it, one to come starts
+    from a file that is not there, or the study that was computed here is another file, which is there and says else.
 
     Before anything is written: a newer parameter file would have Snakemake run the training again, which refuses.
     """
@@ -179,8 +188,13 @@ def refuse_another(work: list[Job], root: Path) -> None:
         if other != this and other.read_bytes() != this.read_bytes():
             todo = "give one of them another name, or name another folder with --runs (make study RUNS=folder)"
             raise ConfigError(f"{root} has the results of another study, {other}, not of {this}: {todo}")
-    found = []
-    for job in (job for job in work if job.notebook == "10_train" and (root / job.folder / "weights.pt").exists()):
+    found, known = [], ("", *OFFICIAL, *shipped())
+    for job in (job for job in work if job.notebook == "10_train"):
+        if not (root / job.folder / "weights.pt").exists():
+            if (file := job.values.get("weights", "")) not in known and not Path(in_project(file)).is_file():
+                told = f"run {job.folder}: expected weights of a file or one of {', '.join(known[1:])}, got {file!r}"
+                raise ConfigError(f"{told}; relative paths count from {PROJECT}")
+            continue
         with contextlib.suppress(ConfigError):  # a record that cannot be read: `gather` names it
             there = trained_with(root / job.folder).model_dump()
             last = root / f"{job.name}.yaml"  # what the study has given it so far: what it gives no more is a default
@@ -195,9 +209,9 @@ def refuse_another(work: list[Job], root: Path) -> None:
 
 
 def distrust(root: Path) -> None:
-    """Move aside what is not as it was made: it is made anew. Take back dates of the future, where Snakemake fails."""
+    """Move aside what is not as it was made, times apart: it is made anew. Take back future dates: Snakemake fails."""
     for name, mark in read_json(root / "made.json", {}).items():
-        if (path := root / name).exists() and mark_of(path) != mark:
+        if (path := root / name).exists() and path.name not in ("costs.csv", "methods.csv") and mark_of(path) != mark:
             aside = path.replace(path.with_name(f"damaged_{path.name}"))
             print(f"{path} is not as it was made: that is {aside} now, and it is made again", file=sys.stderr)
     now = time.time()
@@ -207,14 +221,14 @@ def distrust(root: Path) -> None:
 
 
 def remember(work: list[Job], root: Path) -> None:
-    """Write down how the files that these jobs made are, for `distrust`; not the report."""
-    files = [file for job in work if job.folder for file in job.makes if (root / file).exists()]
+    """Write down how the files that these jobs made are, for `distrust`."""
+    files = [file for job in work for file in job.makes if (root / file).exists()]
     write_if_new(root / "made.json", json.dumps({file: mark_of(root / file) for file in files}))
 
 
 def mark_of(path: Path) -> str:
-    """A table's hash; of weights, whose file has checksums that `weights.load` compares, the size."""
-    return sha256(path) if path.suffix == ".csv" else str(path.stat().st_size)
+    """A file's hash; of weights, whose file has checksums that `weights.load` compares, the size."""
+    return str(path.stat().st_size) if path.suffix == ".pt" else sha256(path)
 
 
 def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: str = "snakemake.log") -> bool:

@@ -16,8 +16,8 @@ def augment(moving: Tensor, fixed: Tensor, generator: torch.Generator) -> tuple[
     2403.05780); on a grid of unequal sides a permutation therefore stretches the image, as there.
     """
     turned = turn(moving.dim() - 1, generator)
-    moving = transformed(moving, turned + noise(turned, generator))
-    return moving, transformed(fixed, turned + noise(turned, generator))
+    first, second = (turned + NOISE * torch.randn(turned.shape, generator=generator) for _ in range(2))
+    return transformed(moving, first), transformed(fixed, second)
 
 
 def turn(dim: int, generator: torch.Generator) -> Tensor:
@@ -25,10 +25,6 @@ def turn(dim: int, generator: torch.Generator) -> Tensor:
     axes = torch.randperm(dim, generator=generator)
     signs = torch.randint(0, 2, (dim, 1), generator=generator) * 2 - 1
     return torch.cat([torch.eye(dim)[axes] * signs, torch.zeros(dim, 1)], 1)
-
-
-def noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    return NOISE * torch.randn(like.shape, generator=generator)
 
 
 def transformed(image: Tensor, affine: Tensor) -> Tensor:

@@ -32,11 +32,10 @@ class Averages(nn.ModuleDict):
 
     def networks(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, GradICON]:
         """The averaged networks by name, BatchNorm's statistics gathered from these training pairs."""
-        found = {}
-        for name, average in self.items():
-            found[name] = cast(GradICON, average.module).cpu()
-            gather_statistics(found[name], pairs)
-            found[name].eval()
+        found = {name: cast(GradICON, average.module).cpu() for name, average in self.items()}
+        for net in found.values():
+            gather_statistics(net, pairs)
+            net.eval()
         return found
 
 
@@ -45,7 +44,7 @@ def gather_statistics(net: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) ->
 
     pairs: moving and fixed images, `(N, 1, *S)` each.
     """
-    both = [torch.stack([torch.cat([moving, fixed]), torch.cat([fixed, moving])]) for moving, fixed in pairs]
+    both = (torch.stack([torch.cat([moving, fixed]), torch.cat([fixed, moving])]) for moving, fixed in pairs)
     unpack = net.register_forward_pre_hook(lambda net, given: tuple(given[0]))  # `update_bn` hands on one tensor
     update_bn(both, net)
     unpack.remove()

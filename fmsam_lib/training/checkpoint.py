@@ -4,6 +4,7 @@
 needs. `snapshots/`: weights on the way.
 """
 
+import hashlib
 import json
 import math
 import warnings
@@ -65,8 +66,7 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
     """The history's line of a step."""
     line: dict[str, Any] = {"step": state.step, **{name: value.item() for name, value in loss._asdict().items()}}
     line |= {"dice": None if math.isnan(dice) else dice, "lr": optimizer.param_groups[0]["lr"]}
-    line |= {"gradient_evaluations": state.gradients, "skipped": state.skipped}
-    return line | (sam.logged() if sam is not None else {})
+    return line | {"gradient_evaluations": state.gradients, "skipped": state.skipped} | (sam.logged() if sam else {})
 
 
 @contextmanager
@@ -84,58 +84,63 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def identity(run: Train, dataset) -> dict:
-    """What makes two trainings the same: the parameters, and the seed that the domain draws its pairs with."""
-    return {"parameters": run.model_dump(), "domain_seed": getattr(dataset, "seed", 0)}
+def identity(run: Train, dataset, net: GradICON) -> dict:
+    """What makes two trainings the same: parameters, a hash of the first weights, the seed of the domain's pairs."""
+    starts = vars(net).setdefault("starts", {})  # by folder: who trained on in one before has lost its first weights
+    if run.out not in starts or not Path(run.out, "config.json").exists():
+        values = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())
+        starts[run.out] = hashlib.sha256(values).hexdigest()[:12]
+    return {"parameters": run.model_dump(), "start": starts[run.out], "domain_seed": getattr(dataset, "seed", 0)}
 
 
 def refuse_another(there: dict, now: dict, folder: Path) -> None:
     """A folder holds one training: going on with another `identity` would mix two."""
-    old, new = ({**who["parameters"], "domain_seed": who["domain_seed"]} for who in (there, now))
-    names = [name for name in new if name not in MAY_DIFFER and old.get(name) != new[name]]
+    old, new = ({**who, **who["parameters"], "parameters": None} for who in (there, now))
+    fixed = {"snapshots"} if new["snapshots"] and (folder / "weights.pt").exists() else set()  # it would leave none
+    names = [name for name in new if name not in {*MAY_DIFFER} - fixed and old.get(name) != new[name]]
     if names:
         differing = "\n- ".join(f"{name}: {old.get(name)!r} there, {new[name]!r} now" for name in names)
         todo = "delete the folder to train anew, or choose another `out`"
         raise ConfigError(f"{folder} holds a training with other parameters:\n- {differing}\n{todo}")
 
 
-def record(folder: Path, run: Train, dataset, net: GradICON, state: State) -> None:
+def record(folder: Path, run: Train, now: dict, net: GradICON, state: State) -> None:
     """Parameters and provenance, once, to which a training that goes on adds where it did; the history up to there."""
     config = folder / "config.json"
     there = read_json(config, {}) if state.step else {}
     if not there:
-        write_json(config, identity(run, dataset) | {"network": net.settings, "provenance": provenance()})
+        write_json(config, now | {"network": net.settings, "provenance": provenance()})
     elif state.step < run.updates:
         resumed = [*there.get("resumed", []), {"step": state.step} | provenance()]
-        write_json(config, there | identity(run, dataset) | {"resumed": resumed})
+        write_json(config, there | now | {"resumed": resumed})
     with written_whole(folder / "history.jsonl") as partial:  # the lines after the checkpoint will be made again
         partial.write_text("".join(json.dumps(line) + "\n" for line in state.history), encoding="utf-8")
 
 
-def save(folder: Path, run: Train, dataset, parts: dict[str, Any], state: State) -> None:
+def save(folder: Path, now: dict, parts: dict[str, Any], state: State) -> None:
     """All that going on to the same weights needs; the learning rate and all that is random follow from the step.
 
     parts: what has a `state_dict`, by name, None where a training has none: network, optimizer, SAM, averages.
     """
     states = {name: part and part.state_dict() for name, part in parts.items()}
     with written_whole(folder / "checkpoint.pt", synced=True) as partial:
-        torch.save(identity(run, dataset) | states | {"state": vars(state)}, partial)
+        torch.save(now | states | {"state": vars(state)}, partial)
 
 
-def resume(folder: Path, run: Train, dataset, parts: dict[str, Any]) -> State:
-    """Where to go on from; fills the parts (see `save`).
+def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
+    """Where the training of the identity `now` goes on from; fills the parts (see `save`).
 
     From the start, with a warning, where the checkpoint cannot be read: that is kept beside, and is of no more use.
     Raises ConfigError for a folder of a training with other parameters.
     """
-    path, now = folder / "checkpoint.pt", identity(run, dataset)
-    there = read_json(folder / "config.json", {})
+    path, same = folder / "checkpoint.pt", {"start": now["start"]}  # older ones do not say where they started
+    there = same | read_json(folder / "config.json", {})
     if now.keys() <= there.keys():  # else it is damaged: the checkpoint says whose it is
         refuse_another(there, now, folder)
     if not path.exists():
         return State()
     try:
-        saved = whole(path)
+        saved = same | whole(path)
         there = {name: saved[name] for name in now}
     except DAMAGED as error:
         if parallel.rank() == 0:

@@ -15,20 +15,11 @@ LARGE = 128**3  # samples; optimising on more computes activations twice rather 
 
 @torch.enable_grad()
 def optimise(
-    net: GradICON,
-    moving: Tensor,
-    fixed: Tensor,
-    *,
-    steps: int,
-    lr: float,
-    seed: int = 0,
-    masks=(),
-    progress=True,
-    **loss_options,
+    net: GradICON, moving: Tensor, fixed: Tensor, *, steps: int, lr: float, seed=0, masks=(), progress=True, **how
 ) -> tuple[Transform, list[float], int, Transform]:
     """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
 
-    masks: the moving and the fixed image's, `(1, 1, *S)` each, or none. loss_options: lmbda, sigma and whatever else
+    masks: the moving and the fixed image's, `(1, 1, *S)` each, or none. how: lmbda, sigma and whatever else
     `objective` takes. A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does).
     Returns the transform of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came)
     to `steps`, which was lowest, and the transform of the swapped pair at that step. A loss that is not finite ends it
@@ -54,7 +45,7 @@ def optimise(
     for step in bar:
         found.clear()
         batch = Batch(moving, fixed, jittered_points(tuple(fixed.shape[2:]), generator).to(device), *masks)
-        loss = objective(net, batch, **loss_options).total
+        loss = objective(net, batch, **how).total
         if not loss.isfinite():
             break
         losses.append(loss.item())

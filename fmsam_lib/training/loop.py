@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 from tqdm.auto import tqdm
 
-from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.checking import ConfigError, in_project, read
 from fmsam_lib.images.domains import opens_again
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON, give_back_memory
@@ -69,7 +69,7 @@ def train(
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
-    with TemporaryDirectory() if out is None else nullcontext(os.path.abspath(out)) as folder:
+    with TemporaryDirectory() if out is None else nullcontext(os.path.abspath(os.path.expanduser(out))) as folder:
         run = read(Train, options | given | {"out": folder}, source="the options of train")
         if run.processes > 1 and net is not None:
             raise ConfigError("several processes cannot start from `net`: save it and give the file as `weights`")
@@ -89,7 +89,7 @@ def starting(run: Train) -> GradICON:
         torch.manual_seed(run.seed)
         up = tuple(run.up) or None
         return GradICON(len(run.shape), down=tuple(run.down), up=up, levels=run.levels, last_step=run.last_step)
-    net = load(run.weights)
+    net = load(path if Path(path := in_project(run.weights)).is_file() else run.weights)
     if net.dim != len(run.shape):
         raise ConfigError(f"expected weights of a {len(run.shape)}-D network, got a {net.dim}-D one in {run.weights}")
     return net
@@ -125,13 +125,13 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True, watch: Wat
         with checkpoint.alone(folder):
             return _fit(net, dataset, run, folder, progress and parallel.rank() == 0, watch)
     finally:
-        net.recorded = None
+        net.eval().first_stage, net.save_memory, net.precision, net.recorded = False, False, "float32", None
         torch.set_num_threads(threads)
 
 
 def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch: Watch | None) -> list[dict]:
     first = parallel.rank() == 0
-    device = device_of(run)
+    device, now = device_of(run), checkpoint.identity(run, dataset, net)
     if run.first_stage and not net.settings["last_step"]:
         raise ConfigError("expected a network with a last step, which first_stage leaves out, got one without")
     net.to(device).train()
@@ -144,11 +144,10 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
     sam = perturbation(net, run)
     averages = Averages(net, run.updates) if run.averages else None
     parts = {"net": net, "optimizer": optimizer, "sam": sam, "averages": averages}
-    state = checkpoint.resume(folder, run, dataset, parts)
+    state = checkpoint.resume(folder, now, parts)
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
-    snapshots = snapshot_steps(run)
     if first:
-        checkpoint.record(folder, run, dataset, net, state)
+        checkpoint.record(folder, run, now, net, state)
     threads = GPU_THREADS if device.type == "cuda" else 1
     net.recorded = Recorded(net, run) if device.type == "cuda" and run.processes == 1 else None
     batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates), threads)
@@ -169,9 +168,8 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             waited += time.perf_counter() - start
             loss = train_step(net, [batch.to(device) for batch in micro], run, optimizer, sam, state)
             if state.in_a_row == GIVE_UP_AFTER:
-                where = f"{state.in_a_row} steps in a row, up to step {state.step}"
-                todo = f"try a smaller lr ({run.lr}) or rho ({run.rho})"
-                raise FloatingPointError(f"loss or gradient not finite {where}: {todo}")
+                told = f"loss or gradient not finite {state.in_a_row} steps in a row, up to step {state.step}"
+                raise FloatingPointError(f"{told}: try a smaller lr ({run.lr}) or rho ({run.rho})")
             state.step += 1
             if averages is not None:
                 averages.follow(net, state.step)
@@ -190,16 +188,15 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
                         log.write(json.dumps(line) + "\n")
                 shown |= {name: line[name] for name in ("total", "dice", "rise", "skipped") if line.get(name)}
                 bar.set_postfix(shown)
-            if first and state.step in snapshots:
+            if first and state.step in snapshot_steps(run):
                 checkpoint.snapshot(folder, net, state.step)
             stop = watch is not None and watch(state, net) and not last
             if first and (state.step % CHECKPOINT_EVERY == 0 or last or stop):
-                checkpoint.save(folder, run, dataset, parts, state)
+                checkpoint.save(folder, now, parts, state)
             if stop:
                 todo = "run this again, and it goes on from there"
                 raise Stopped(f"The training stopped after step {state.step} of {run.updates}: {todo}.")
-    net.first_stage, net.save_memory, net.precision = False, False, "float32"
-    net.eval().to("cpu")
+    net.to("cpu")
     if first:
         read = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)
         about = {"seen": seen(dataset, read)}
@@ -228,9 +225,8 @@ def device_of(run: Train) -> torch.device:
 
 def learning_rate(step: int, run: Train) -> float:
     """Constant (as uniGradICON's), or from `run.lr` to 0 along half a cosine (Loshchilov & Hutter 2017, 1608.03983)."""
-    if run.lr_schedule == "constant":
-        return run.lr
-    return run.lr * 0.5 * (1 + math.cos(math.pi * step / run.updates))
+    share = 0 if run.lr_schedule == "constant" else step / run.updates
+    return run.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def snapshot_steps(run: Train) -> set[int]:

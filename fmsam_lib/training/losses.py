@@ -45,12 +45,9 @@ class Batch(NamedTuple):
 
 def with_masks(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
     """Every pair's moving and fixed image, `(2, *S)` with its mask where all images have one, else `(1, *S)`."""
-    found = []
-    for pair in pairs:
-        if pair.moving_mask is None or pair.fixed_mask is None:
-            return [(p.moving, p.fixed) for p in pairs]
-        found.append((torch.cat([pair.moving, pair.moving_mask]), torch.cat([pair.fixed, pair.fixed_mask])))
-    return found
+    masks = [(p, p.moving_mask, p.fixed_mask) for p in pairs]
+    found = [(torch.cat([p.moving, m]), torch.cat([p.fixed, f])) for p, m, f in masks if not (m is None or f is None)]
+    return found if len(found) == len(pairs) else [(p.moving, p.fixed) for p in pairs]
 
 
 def batch_of(moving: Tensor, fixed: Tensor, points: Tensor) -> Batch:

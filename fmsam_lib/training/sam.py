@@ -188,9 +188,10 @@ class SAM:
         rho = {id(p): group["rho"] for group in self.groups for p in group["params"]}
         scales = [math.nan if not finite else rho[id(p)] / length if length else 0.0 for p in moved]
         if self.by_layer:
-            sizes, lengths = (torch.stack(torch._foreach_norm(tensors)).tolist() for tensors in (weights, gradients))
+            own = [w.to(e.dtype) for w, e in zip(weights, eps, strict=True)]  # norms overflow in half precision
+            sizes, lengths = (torch.stack(torch._foreach_norm(tensors)).tolist() for tensors in (own, eps))
             each = zip(scales, sizes, lengths, strict=True)
-            scales = [scale * length * size / own if own else 0.0 for scale, size, own in each]
+            scales = [scale * length * size / slope if slope else 0.0 for scale, size, slope in each]
         torch._foreach_mul_(eps, scales)
         self.step_norm, size = norm(eps), norm(weights)
         self.step_ratio = self.step_norm / size if size else math.nan
@@ -217,12 +218,11 @@ class SAM:
         self._random = None
         if self.vertical is not None:
             pairs = zip(self.params, self.vertical, strict=True)
-            bent = [(p.grad, v) for p, v in pairs if p.requires_grad and p.grad is not None and v is not None]
-            length = norm([v for _, v in bent])
-            if length > 0:
-                scale = self.alpha * norm([p.grad for p in self.params if p.grad is not None]) / length
-                for gradient, v in bent:
-                    gradient.add_(v.to(gradient.dtype), alpha=scale)
+            found = [(p.grad, v) for p, v in pairs if p.requires_grad and p.grad is not None]
+            length = norm([v for _, v in found if v is not None])
+            scale = self.alpha * norm([gradient for gradient, _ in found]) / length if length > 0 else 0.0
+            for gradient, v in ((gradient, v) for gradient, v in found if v is not None):
+                gradient.add_(v.to(gradient.dtype), alpha=scale)
         self.steps += 1
 
     def remember(self) -> None:

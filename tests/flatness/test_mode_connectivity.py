@@ -460,6 +460,13 @@ def test_runs_of_other_starts_or_losses_are_refused_by_name(copied, changes, mes
         between(settings(copied))
 
 
+def test_first_weights_that_are_not_those_of_the_training_are_refused(copied):
+    config = copied / "sam/seed0/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"start": "another"}))
+    with pytest.raises(ConfigError, match=r"got\n- first weights \(hash\): another there, \w{12} now$"):
+        between(settings(copied))
+
+
 def test_runs_that_cannot_be_told_apart_are_refused(copied):
     other = shutil.copytree(copied / "sam", copied / "other" / "adam")
     with pytest.raises(ConfigError, match=r"folders that tell them apart, <name>/seed<seed>, got .*adam/seed0"):

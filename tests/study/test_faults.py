@@ -159,14 +159,16 @@ def test_what_is_damaged_afterwards_is_noticed_and_made_again(study, whole, undi
     damage = {
         root / "none/results.csv": drop_the_last_line, run / "results.csv": change_a_digit, run / "robustness.csv": cut,
         run / "weights.pt": cut, root / "none/20_evaluate.ipynb": cut, root / "report.html": Path.unlink,
-        root / "sources.json": cut, root / "left_out.json": cut,
+        root / "sources.json": cut, root / "left_out.json": cut, root / "summary.csv": Path.unlink,
+        root / "problems.json": cut,
     }  # fmt: skip
     for path, how in damage.items():
         how(path)
     process = study("--runs", str(whole))
     assert process.returncode == 0, process.stderr
     named = [line.split(" is not as it was made")[0] for line in process.stderr.splitlines()]
-    assert {*named} == {str(path) for path in damage if path.suffix == ".csv" or path.name == "weights.pt"}
+    told = (".csv", "weights.pt", "problems.json")
+    assert {*named} == {str(p) for p, how in damage.items() if p.name.endswith(told) and how is not Path.unlink}
     assert results(root) == undisturbed
     assert (run / "damaged_weights.pt").exists()  # nothing is deleted
 

@@ -129,6 +129,7 @@ def test_a_table_that_is_missing_or_damaged_is_named_and_the_rest_is_there(make,
     assert len(found.problems) == 1, found.problems
     says = "this was not computed" if damage == "missing" else "this cannot be read"
     assert found.problems[0].startswith(f"{name}: {says}")
+    assert ("remove it and weights.pt, compute again" in found.problems[0]) == (name == TABLES[3] and says[-2:] == "ad")
     kind = path.stem
     for other in whole._fields[:8]:
         same = len(getattr(found, other)) == len(getattr(whole, other))

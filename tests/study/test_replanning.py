@@ -52,10 +52,10 @@ class Checkout:
         given = {"env": os.environ | {"PYTHONPATH": self.path}, "capture_output": True, "text": True}
         return subprocess.run([*command, *arguments], **given)
 
-    def plan(self, **changes):
+    def plan(self, stamps=None, **changes):
         file = self.folder / "s.yaml"
         file.write_text(yaml.safe_dump(GRID | changes))
-        plan(jobs(read_study(file), self.root, "", file), self.root)
+        plan(jobs(read_study(file), self.root, "", file, stamps), self.root)
         (self.root / "left_out.json").touch()
 
     def compute(self, **changes):
@@ -108,6 +108,11 @@ def test_prose_and_code_of_a_notebook_run_nothing(checkout):
     assert checkout.compute() == []
 
 
+def test_a_table_of_the_whole_study_that_was_removed_is_made_again(checkout):
+    (checkout.root / "summary.csv").unlink()
+    assert checkout.compute() == [REPORT]
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -122,6 +127,11 @@ def test_prose_and_code_of_a_notebook_run_nothing(checkout):
         (
             {"optimizers": ["adam", "sam"], "variants": {}, "train": {"steps": 10, "lr": 0.5}},
             {f"{o}/{n}" for o in ("adam", "sam") for n in [*NOTEBOOKS][:3]} | {"between/35_between_minima"},
+        ),
+        (
+            {"stamps": {"heart-mr": "of other files"}},
+            {f"{o}/{n}" for o in ("adam", "sam") for n in ("20_evaluate", "30_loss_landscape")}
+            | {"none/20_evaluate", "between/35_between_minima"},
         ),
         ({"description": "other words"}, set()),
         ({"resources": {"10_train": {"minutes": 5, "cpus": 2}}}, set()),

@@ -144,9 +144,8 @@ def test_one_seed_decides_nothing():
     sentence = done.sentence
     assert done.tables["answer"][["low", "high", "p"]].isna().all(axis=None)  # nor of a new anatomy
     assert set(done.tables["answer"].verdict) == {"undecided"}
-    assert sentence.endswith(
-        "(1 seed, 281 patients or pairs of patients). One seed decides nothing: another training may come out otherwise."
-    )
+    units = "281 patients or pairs of patients"
+    assert sentence.endswith(f"(1 seed, {units}). One seed decides nothing: another training may come out otherwise.")
     assert not re.search(r"helps|\[", sentence)
 
 

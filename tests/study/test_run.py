@@ -1,5 +1,6 @@
 """The workflow: study files, and a whole tiny study by the command that `make study` calls."""
 
+import errno
 import fcntl
 import importlib.util
 import json
@@ -21,12 +22,13 @@ import pytest
 import yaml
 
 from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.images.manifest import read_manifest
 from fmsam_lib.parameters import Evaluate
 from fmsam_lib.records import DataError
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.grid import grid, twins
 from fmsam_lib.study.notebooks import NOTEBOOKS, executed, jobs, plan
-from fmsam_lib.study.run import main, preflight
+from fmsam_lib.study.run import distrust, main, preflight, remember, stamp
 from tests.conftest import PROJECT, drawn
 from tests.test_browser import CHROMIUM, FLAGS
 
@@ -178,12 +180,14 @@ def test_what_a_study_does_not_ask_for_is_not_computed(tmp_path):
     assert given["brain-mr/adam/seed0/20_evaluate"]["methods"] == ["network"]
     assert not [name for name in given if name.startswith("io/") or "between" in name]
     evaluated = ("results.csv", "pairs.csv", "costs.csv", "robustness.csv")
-    assert [file for job in jobs(study, tmp_path, "", tmp_path) for file in job.makes] == [
+    *work, report = jobs(study, tmp_path, "", tmp_path)
+    assert [file for job in [*work, report] for file in job.makes] == [
         *(f"none/{name}" for name in evaluated),
         "brain-mr/adam/seed0/weights.pt",
         *(f"brain-mr/adam/seed0/{name}" for name in (*evaluated, "landscape.csv", "flatness.csv")),
-        "report.html",
+        *report.makes,
     ]
+    assert report.makes[-1] == "report.html"
 
 
 def test_the_report_waits_for_every_notebook(tmp_path):
@@ -206,8 +210,10 @@ def test_a_notebook_waits_for_the_trainings_that_it_reads(tmp_path):
 
 
 def test_every_file_is_made_by_one_notebook_alone():
-    files = [file for notebook in NOTEBOOKS.values() for file in (*notebook.makes, *notebook.keeps)]
+    *in_folders, report = NOTEBOOKS.values()
+    files = [file for notebook in in_folders for file in (*notebook.makes, *notebook.keeps)]
     assert len(files) == len(set(files))
+    assert len(report.makes) == len(set(report.makes))
 
 
 def test_a_fetched_training_domain_may_be_one_of_several(tmp_path, monkeypatch):
@@ -269,6 +275,13 @@ def test_a_data_set_without_test_pairs_is_left_out_of_the_tests_and_trained_on(t
         ({"leave_one_out": ["brain-mr"]}, "expected two domains or more in leave_one_out, not brain-mr alone"),
         ({"leave_one_out": ["a", "b"], "only": ["b", "c"]}, "expected in only some of leave_one_out, not c"),
         ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
+        ({"always": ["knee-mr"]}, "expected leave_one_out with always, knee-mr, which it never leaves out"),
+        (
+            {"evaluate": {"methods": ["network", "none"]}},
+            r"section evaluate, run brain-mr/adam/seed0: expected methods of networks \(others are base.*got none",
+        ),
+        ({"evaluate": {"methods": ["network+ema"]}}, r"\+ema and \+tail with train: \{averages: true\}, got network"),
+        ({"landscape": {"measured_on": ["tests"]}}, "measured_on to name training or test_domains, got tests"),
         ({"train_domains": []}, "expected train_domains or leave_one_out: name what to train on"),
         ({"baselines": ["syn"]}, "baselines: expected one of ants-syn or io, got 'syn'"),
         ({"evaluate": {"run": "x"}}, r"section evaluate: the study itself sets run"),
@@ -360,6 +373,49 @@ def real_images(folder):
         "registration_val": [{"fixed": entry(3), "moving": entry(4)}, {"fixed": entry(2), "moving": entry(3)}],
     }  # fmt: skip
     (folder / f"{folder.name}_dataset.json").write_text(json.dumps(manifest))
+
+
+def test_a_stamp_is_of_what_is_tested_with_wherever_it_lies(tmp_path):
+    real_images(tmp_path / "Real")
+
+    def now(folder=tmp_path):
+        return stamp(read_manifest(folder / "Real"))
+
+    first = now()
+    shutil.copytree(tmp_path / "Real", tmp_path / "moved/Real", copy_function=shutil.copyfile)  # with new dates
+    assert now(tmp_path / "moved") == first
+    stamps = {first}
+    for name in ("imagesTr/p0.nii.gz", "imagesTr/p3.nii.gz", "labelsTr/p4.nii.gz", "Real_dataset.json"):
+        path = tmp_path / "Real" / name
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        stamps.add(now())
+        path.write_bytes(before)
+    assert len(stamps) == 4  # the first is of a training image
+    assert now() == first
+
+
+def test_tables_with_times_are_not_damaged_where_they_are_made_again(tmp_path, capsys):
+    work = jobs(study_of(tmp_path, optimizers=["adam"], baselines=None), tmp_path, "", tmp_path / "s.yaml")
+    plan(work, tmp_path)
+    for file in (file for job in work for file in job.makes):
+        (tmp_path / file).write_text("a")
+    remember(work, tmp_path)
+    for name in ("none/costs.csv", "none/results.csv", "methods.csv", "summary.csv"):
+        (tmp_path / name).write_text("b")
+    distrust(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("damaged_*")) == ["damaged_results.csv", "damaged_summary.csv"]
+
+
+@pytest.mark.parametrize(("number", "room"), [(errno.ENOSPC, True), (errno.EROFS, True), (errno.ENOENT, False)])
+def test_room_is_asked_for_where_there_is_none(number, room, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study", "quick"])
+    error = OSError(number, os.strerror(number), "x")
+    monkeypatch.setattr("fmsam_lib.study.run.computed", lambda *given: (_ for _ in ()).throw(error))
+    assert main() == 1
+    said = capsys.readouterr().err
+    assert ("nothing more can be written" in said) == ("make room" in said) == room
+    assert os.strerror(number) in said
 
 
 @pytest.fixture(scope="module")
@@ -672,7 +728,7 @@ def test_a_training_that_refuses_to_run_again_keeps_its_weights(project, tmp_pat
     weights, page = (run / "weights.pt").read_bytes(), (tmp_path / report).read_bytes()
     content = json.loads((run / "config.json").read_text(encoding="utf-8"))
     (run / "config.json").write_text(json.dumps(content | {"domain_seed": 7}), encoding="utf-8")
-    study.write_text(yaml.safe_dump(SMALL | {"train": SMALL["train"] | {"snapshots": 1}}), encoding="utf-8")
+    study.write_text(yaml.safe_dump(SMALL | {"train": SMALL["train"] | {"save_memory": True}}), encoding="utf-8")
     process = compute(project, "--runs", str(tmp_path), study="tiny5")
     assert process.returncode == 1
     assert "domain_seed: 7 there, 0 now" in process.stderr
@@ -726,14 +782,27 @@ def test_a_failed_training_keeps_what_the_others_did(project, damaged):
 def test_a_study_that_goes_on_with_another_version_of_the_library_says_so(project, damaged):
     (line,) = [line for line in damaged.stderr.splitlines() if "the runs differ in the library (hash" in line]
     made_by = json.loads((project / "runs/tiny/sources.json").read_text())
-    first, second = (made_by[f"{run}/20_evaluate"] for run in ("brain-mr/adam/seed0", "none"))
+    second = made_by["none/20_evaluate"]  # as whatever else tests on the file that was cut
+    first = json.loads((project / "runs/tiny/brain-mr/adam/seed0/config.json").read_text())["provenance"]["sources"]
     assert first != second
     assert f"{first} in " in line
     assert f"{second} in " in line
-    assert line.split(f"{second} in ")[1].startswith("2, first none/20_evaluate")  # and Adam's landscape
+    assert line.split(f"{second} in ")[1].startswith("6, first none/20_evaluate")  # io, and two of each Adam
     assert f"computed by the library's sources {first}, not by the present ones" in (
         (project / "runs/tiny/report.html").read_text().replace("&#39;", "'")
     )
+
+
+def test_a_file_that_was_mended_is_measured_again(project, damaged):
+    root, path = project / "runs/tiny", project / "data/Real/imagesTr/p4.nii.gz"
+    shutil.copy(path.with_name("p3.nii.gz"), path)
+    process = compute(project)
+    assert "p4.nii.gz" not in process.stderr
+    results = pd.read_csv(root / "results.csv")
+    assert results[results.optimizer == "none"].groupby("test_domain").pair.nunique().to_dict() == {
+        "Real": 2,
+        "brain-mr": 2,
+    }
 
 
 def test_a_missing_training_domain_is_an_error_before_anything_is_computed(project):

@@ -75,6 +75,14 @@ def test_two_files_of_one_name_do_not_mix(study_of, tmp_path, change):
     refuse_another(again, root)
 
 
+def test_weights_that_are_not_there_are_refused_before_the_first_training(study_of, tmp_path):
+    work = jobs(study_of(train={"weights": "runs/no.pt"}), tmp_path, "", tmp_path)
+    told = r"brain-mr/adam/seed0: expected weights of a file or one of .*2d-sam.*, got 'runs/no.pt'; relative paths"
+    with pytest.raises(ConfigError, match=told):
+        refuse_another(work, tmp_path)
+    refuse_another(jobs(study_of(train={"weights": "2d"}), tmp_path, "", tmp_path), tmp_path)
+
+
 # --- folders
 
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from fmsam_lib.training.augmentation import augment, noise, transformed, turn
+from fmsam_lib.training.augmentation import augment, transformed, turn
 
 
 def generator(seed=0):
@@ -31,9 +31,11 @@ def test_all_turns_occur_about_equally_often():
     assert min(counts) > 60
 
 
-def test_noise_is_five_percent_of_every_entry():
-    g = generator()
-    drawn = torch.stack([noise(torch.zeros(3, 4), g) for _ in range(2000)])
+def test_noise_is_five_percent_of_every_entry(monkeypatch):
+    monkeypatch.setattr("fmsam_lib.training.augmentation.turn", lambda dim, generator: torch.zeros(dim, dim + 1))
+    monkeypatch.setattr("fmsam_lib.training.augmentation.transformed", lambda image, affine: affine)
+    g, image = generator(), torch.zeros(1, 4, 4, 4)
+    drawn = torch.cat([torch.stack(augment(image, image, g)) for _ in range(1000)])
     assert torch.allclose(drawn.std(0), torch.full((3, 4), 0.05), rtol=0.1)
     assert drawn.mean(0).abs().max() < 0.005
 

@@ -30,6 +30,7 @@ from fmsam_lib.training.checkpoint import State
 from fmsam_lib.training.loop import (
     AHEAD,
     GIVE_UP_AFTER,
+    Stopped,
     ahead,
     device_of,
     fit,
@@ -334,6 +335,45 @@ def test_fine_tuning_goes_on_from_a_file(tmp_path):
     assert 0 < (weights(tuned) - weights(first)).norm() < 0.1 * weights(first).norm()
     assert json.loads((tmp_path / "tuned" / "config.json").read_text())["network"]["down"] == [4, 4]
     assert load(tmp_path / "tuned" / "weights.pt").shape == (16, 16)
+
+
+def test_weights_count_from_the_projects_folder(tmp_path, monkeypatch):
+    first, _ = run(tiny(tmp_path / "first", steps=1))
+    monkeypatch.setattr("fmsam_lib.checking.PROJECT", tmp_path)
+    monkeypatch.chdir("/")
+    assert torch.equal(weights(starting(tiny(tmp_path, weights="first/weights.pt"))), weights(first))
+
+
+def test_a_training_goes_on_from_its_own_first_weights_alone(tmp_path, domain, monkeypatch):
+    options = {name: value for name, value in OPTIONS.items() if name not in ("down", "levels")}
+    first, other = (GradICON(2, down=(4, 4), levels=2, last_step=False) for _ in range(2))
+    again = copy.deepcopy(first)
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
+    with interrupted_in_step(8, monkeypatch):
+        train(domain, net=first, out=tmp_path / "a", **options)
+    with pytest.raises(ConfigError, match=r"(?s)other parameters:\n- start: '\w+' there, '\w+' now\n"):
+        train(domain, net=other, out=tmp_path / "a", **options)
+    train(domain, net=first, out=tmp_path / "a", **options)  # the same network, which has moved meanwhile
+    train(domain, net=again, out=tmp_path / "a", **options)  # as of another day
+    assert torch.equal(weights(first), weights(again))
+    first.save(tmp_path / "start.pt")
+    run(tiny(tmp_path / "b", weights=str(tmp_path / "start.pt"), steps=1))
+    other.save(tmp_path / "start.pt")
+    with pytest.raises(ConfigError, match="start: '"):
+        run(tiny(tmp_path / "b", weights=str(tmp_path / "start.pt"), steps=1))
+    record = json.loads((tmp_path / "b/config.json").read_text())
+    del record["start"]  # as older ones
+    (tmp_path / "b/config.json").write_text(json.dumps(record))
+    (tmp_path / "b/checkpoint.pt").unlink()
+    run(tiny(tmp_path / "b", weights=str(tmp_path / "start.pt"), steps=1))
+
+
+def test_a_training_stopped_in_its_first_stage_leaves_the_network_whole(tmp_path, domain):
+    net, settings = GradICON(2, down=(4,)), tiny(tmp_path, first_stage=10, last_step=True)
+    with pytest.raises(Stopped):
+        fit(net, domain, settings, progress=False, watch=lambda state, net: state.step == 3)
+    assert not net.first_stage
+    assert not net.training
 
 
 def test_weights_of_another_dimension_are_refused(tmp_path):
@@ -698,6 +738,14 @@ def test_a_training_may_go_on_with_another_number_of_snapshots(tmp_path, monkeyp
     record = json.loads((tmp_path / "killed" / "config.json").read_text())
     assert record["parameters"]["snapshots"] == 4
     assert record["resumed"][0]["step"] == 10
+
+
+def test_a_training_that_is_done_leaves_no_other_snapshots(tmp_path):
+    run(tiny(tmp_path, snapshots=2))
+    with pytest.raises(ConfigError, match=r"snapshots: 2 there, 4 now\ndelete the folder"):
+        run(tiny(tmp_path, snapshots=4))
+    run(tiny(tmp_path, snapshots=0))
+    assert list(snapshots_in(tmp_path)) == ["step000010.pt", "step000020.pt"]
 
 
 OPTIONS = {"down": [4, 4], "levels": 2, "steps": 12, "batch": 1, "validation": 0, "sigma": 3.0, "progress": False}

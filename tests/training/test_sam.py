@@ -706,6 +706,21 @@ def test_a_parameter_frozen_after_its_gradient_does_not_move():
     assert sam.gradient_norm == pytest.approx(torch.cat([x.flatten() for x in g]).norm().item(), rel=1e-6)
 
 
+def test_a_parameter_frozen_after_looksams_climb_does_not_count_in_the_next_step():
+    p, frozen = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
+    sam = SAM([p, frozen], 0.1, every=2, alpha=0.5)
+    for side in (1.0, -1.0):
+        p.grad, frozen.grad = torch.tensor([3.0, side]), torch.tensor([4.0, 4.0])
+        if side == 1:
+            with sam.perturbed():
+                p.grad, frozen.grad = torch.tensor([3.0, 5.0]), torch.tensor([1.0, 1.0])
+    frozen.requires_grad_(False)
+    g, v = p.grad.clone(), sam.vertical[0]
+    sam.between()
+    torch.testing.assert_close(p.grad, g + 0.5 * g.norm() / v.norm() * v)
+    assert frozen.grad.tolist() == [4.0, 4.0]
+
+
 def test_random_numbers_are_drawn_again_and_the_stream_goes_on_as_without_a_second_pass():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1))
@@ -825,6 +840,13 @@ def test_an_overflow_of_the_first_pass_makes_the_scaler_skip_the_step():
     scaler.update()
     assert torch.equal(flat(net), before)
     assert scaler.get_scale() == 2.0**125
+
+
+def test_layers_of_half_precision_climb_where_their_norms_overflow():
+    w = nn.Parameter(torch.full((400,), 4000.0, dtype=torch.float16))  # of length 80,000: 65,504 is the largest float16
+    w.grad = torch.full_like(w, 5000.0)
+    with SAM([w], 0.1, by_layer=True).perturbed():
+        assert w.tolist() == pytest.approx([4400.0] * 400, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
