@@ -92,7 +92,8 @@ def test_the_first_screen_has_the_answer():
     assert screen.index(these) < 500
     assert new in screen
     assert f"{answer.seeds[THESE]} seeds" in screen
-    assert f"{answer.units[THESE]} test pairs" in screen
+    networks = pd.read_csv(PROJECT / "figures" / "networks.csv").query("study == 'unseen' and not seen")
+    assert f"{networks.drop_duplicates('test_domain').pairs.sum()} test pairs" in screen
     assert f"{100 * answer['mean'][THESE] / answer.mean_baseline[THESE]:+.1f} %" in screen
     assert answer.verdict[THESE] in screen
 

@@ -338,8 +338,8 @@ def test_what_lacks_a_file_or_was_made_with_other_parameters_is_to_be_run(tmp_pa
     changed = study_of(tmp_path, optimizers=["adam"], baselines=None, landscape={"pairs": 2})
     for path in tmp_path.rglob("*.csv"):
         os.utime(path, (1000, 1000))
-    for path in (tmp_path / "brain-mr/adam/seed0/20_evaluate.asked.yaml", tmp_path / "none/20_evaluate.asked.yaml"):
-        os.utime(path, (900, 900))
+    for name in ("brain-mr/adam/seed0/20_evaluate", "none/20_evaluate", "40_compare"):
+        os.utime(tmp_path / f"{name}.asked.yaml", (900, 900))
     again = jobs(changed, tmp_path, "", tmp_path / "s.yaml")
     assert [job.notebook for job in plan(again, tmp_path)] == ["30_loss_landscape"]
     (tmp_path / "brain-mr/adam/seed0/weights.pt").unlink()
