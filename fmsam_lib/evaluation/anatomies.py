@@ -107,8 +107,7 @@ def _sets(rows: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
         model = mixedlm("difference ~ 0 + C(test_domain)", scaled, groups="anatomy", re_formula="0", vc_formula=effects)
         fitted = model.fit(reml=True, method=["lbfgs", "powell"])
     covariance = fitted.cov_params().iloc[: len(names), : len(names)].to_numpy()
-    estimates = pd.Series(scale * fitted.fe_params.to_numpy(), names)
-    return estimates, pd.DataFrame(scale**2 * covariance, names, names)
+    return pd.Series(scale * fitted.fe_params.to_numpy(), names), pd.DataFrame(scale**2 * covariance, names, names)
 
 
 def verdict(low: float, high: float) -> str:

@@ -49,8 +49,7 @@ def comparison(
     table = pd.DataFrame(lines, columns=COLUMNS)
     # over several domains a large one would outweigh the others, unlike in the mean
     table.loc[table.test_domain.isin(["seen", "unseen"]), ["p", "d_z", "rank_biserial"]] = np.nan
-    tested = table[table.p.notna()]
-    for _, group in tested.groupby(["metric", "baseline", "treatment"]):
+    for _, group in table[table.p.notna()].groupby(["metric", "baseline", "treatment"]):
         table.loc[group.index, "p_holm"] = multipletests(group.p, method="holm")[1]
     return table
 

@@ -50,8 +50,7 @@ MEASURES = {
 def select(table: pd.DataFrame, columns: str | list[str], **where) -> pd.DataFrame:
     """The rows where columns have these values; ValueError for a missing column or when no row is left."""
     names = columns.split() if isinstance(columns, str) else columns
-    missing = [name for name in names if name not in table]
-    if missing:
+    if not {*names} <= {*table.columns}:
         raise ValueError(f"expected the columns {', '.join(names)}, got {', '.join(map(str, table.columns))}")
     rows = table
     for column, value in where.items():

@@ -106,8 +106,7 @@ def apply(
             raise data_error(path, "a 2-D image, as those of the folder", f"size {image.GetSize()}", "Save one slice.")
         kind = modality if sitk.GetArrayViewFromImage(image).min() < -500 else "mr"  # PET, dose: no air beside CT
         moved = nearest(image, target, transform) if path in labels else linearly(image, target, transform, kind)
-        empty = np.ptp(sitk.GetArrayViewFromImage(moved)) == 0  # image == image is 1 all over
-        if empty and not sitk.GetArrayFromImage(nearest(image == image, target, transform)).any():
+        if not sitk.GetArrayFromImage(nearest(image == image, target, transform)).any():  # 1 where it lies
             raise data_error(path, f"an image that overlaps {theirs}", "nothing of it there", "Check its header.")
         made[f"{stem(path)}.nii.gz"] = moved
     found, table = {}, None
