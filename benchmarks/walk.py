@@ -37,9 +37,11 @@ def way(ground: Walk) -> np.ndarray:
 
 def animate(ground: Walk, file: Path) -> None:
     """Each frame: the surface with the point, the warped image with outlines, the deformation grid, the numbers."""
-    figure = slices.Picture(figsize=(9, 3.7), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=[1.45, 1, 1])
-    ground.draw(axes[0])
+    figure, surface = ground.picture()
+    figure.set_size_inches(9, 3.7)
+    grid = figure.add_gridspec(1, 3, width_ratios=[1.45, 1, 1])
+    surface.set_subplotspec(grid[0])
+    axes = [surface, *(figure.add_subplot(grid[n]) for n in (1, 2))]
     (point,) = axes[0].plot([], [], "o", color="#D55E00", markeredgecolor="white", markersize=11, markeredgewidth=1.5)
     (trail,) = axes[0].plot([], [], ":", color="white", linewidth=1.2)
     places = way(ground)

@@ -147,6 +147,7 @@ def test_all_cells_run_and_the_strength_slider_redraws(lab, page, notebook, old,
     bottom_until(page, explorer.locator("canvas").first)
     errors = page.locator("[data-mime-type='application/vnd.jupyter.stderr'] >> text=Error")
     assert errors.count() == 0
+    assert page.get_by_text("official Jupyter news").count() == 0  # no question before the first cell
     assert not explorer.locator("xpath=ancestor::*[contains(@class, 'jp-OutputArea-child')]").locator("img").count()
     row = explorer.locator("tr", has_text="displacement")
     row.wait_for()
@@ -515,13 +516,14 @@ def run_all(page):
 
 
 def shot(page, name, at):
-    """Screenshots in a wide and in a narrow window, where a person wants them."""
-    if shots := os.environ.get("FMSAM_SCREENSHOTS"):
-        for width in (800, 1300):
-            page.set_viewport_size({"width": width, "height": 1000})
-            at.scroll_into_view_if_needed()
-            page.wait_for_timeout(700)
+    """It fits a narrow window and a wide one; screenshots of both where a person wants them."""
+    for width in (800, 1300):
+        page.set_viewport_size({"width": width, "height": 1000})
+        at.scroll_into_view_if_needed()
+        page.wait_for_timeout(700)
+        if shots := os.environ.get("FMSAM_SCREENSHOTS"):
             page.screenshot(path=f"{shots}/{name}_{width}.png")
+        assert at.evaluate("e => e.getBoundingClientRect().right <= innerWidth")
 
 
 def facts(page):
@@ -647,3 +649,34 @@ def test_a_training_stopped_by_its_button_goes_on_to_the_same_weights(lab, page,
     ours, theirs = (load(tmp_path / name / "weights.pt").state_dict() for name in ("run", "undisturbed"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (tmp_path / "run/weights.pt").read_bytes() == (tmp_path / "undisturbed/weights.pt").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("notebook", "parameters"),
+    [
+        ("02_registration_by_hand", {"steps": 50}),
+        ("03_the_network", {"steps": 30}),
+        ("60_when_not_to_trust_it", {"steps": 30, "pairs": 2}),
+        ("20_evaluate", {"run": "adam", "test_domains": ["heart-mr"], "pairs": 2, "corrupted_pairs": 1}),
+        ("30_loss_landscape", {"run": "adam", "other": "sam", "measured_on": ["training"], "plane_points": 3}),
+        ("35_between_minima", {"baseline": "adam", "treatment": "sam", "test_domains": ["brain-mr"], "pairs": 2}),
+    ],
+)
+def test_every_other_notebook_runs_to_its_end(lab, page, two_runs, notebook, parameters):
+    folders = {"adam": str(two_runs[0] / "adam/seed0"), "sam": str(two_runs[0] / "sam/seed0")}
+    given = {name: folders.get(value, value) if isinstance(value, str) else value for name, value in parameters.items()}
+    if "run" in given or "baseline" in given:
+        given["out"] = str(two_runs[0] / notebook)
+    opened_in_lab(lab, page, notebook, given)
+    run_all(page)
+    page.get_by_text("| Busy").wait_for()
+    page.get_by_text("| Idle").wait_for(timeout=400_000)
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(3000)
+    with urllib.request.urlopen(f"{lab}/api/contents/notebooks/{notebook}.ipynb?token={TOKEN}", timeout=30) as answer:
+        cells = [cell for cell in json.load(answer)["content"]["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output["evalue"] for output in outputs if output["output_type"] == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)

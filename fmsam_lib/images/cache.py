@@ -16,6 +16,7 @@ from fmsam_lib.images.grid import Sample, decode
 from fmsam_lib.records import written_whole
 
 CACHE_VERSION = 4  # raise it whenever `decode` returns something else than before
+warn_once = functools.cache(functools.partial(warnings.warn, stacklevel=3))
 
 
 def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None, cache=None) -> Sample:
@@ -74,9 +75,4 @@ def _store(entry: Path, sample: Sample) -> None:
         with written_whole(entry) as part:  # no reader ever meets half an entry
             record.tofile(part)
     except OSError as error:
-        _warn_once(f"{entry.parent} keeps no cache: {error.strerror}. Set FMSAM_CACHE to a writable folder.")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+        warn_once(f"{entry.parent} keeps no cache: {error.strerror}. Set FMSAM_CACHE to a writable folder.")

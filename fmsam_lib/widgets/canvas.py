@@ -1,5 +1,6 @@
 """Pictures that the browser draws: pixels and lines go there as numbers, in milliseconds where a PNG takes tenths."""
 
+import base64
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ class Surface(Canvas):
         with self.hold_sync():
             self.panels, self.facts, self.answered = panels, facts, self.point
 
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The widget, and its figure for whoever has no kernel to show it."""
+        data, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        return data | {"image/png": base64.b64encode(self.surface["picture"]).decode()}, metadata
+
 
 def panel(title: str, lines: Iterable[dict], *, grey: np.ndarray | None = None, tall=1.0, texts=()) -> dict[str, Any]:
     """A picture `tall` times as high as it is wide: a grey one, its first row at the bottom, or none, and lines on it.
@@ -74,11 +80,9 @@ def registered(cut: slices.Cut) -> list[dict[str, Any]]:
     looks = ((cut.fixed_label, slices.FIXED_LINE), (cut.warped_label, slices.WARPED_LINE))
     known = [(slices.structures(label), look) for label, look in looks if label is not None]
     outlines = [line(_contours((part, [0.5]) for part in parts), look) for parts, look in known]
-    grid = line(_contours(slices.grid_levels(cut)), slices.GRID_LINE)
-    return [
-        panel("warped image; labels: fixed blue, warped orange", outlines, grey=cut.warped, tall=tall),
-        panel("deformation grid", [grid], grey=cut.warped, tall=tall),
-    ]
+    lines = {"warped image; labels: fixed blue, warped orange": outlines}
+    lines["deformation grid"] = [line(_contours(slices.grid_levels(cut)), slices.GRID_LINE)]
+    return [panel(title, drawn, grey=cut.warped, tall=tall) for title, drawn in lines.items()]
 
 
 def _contours(pictures: Iterable[tuple[np.ndarray, Iterable[float]]]) -> np.ndarray:

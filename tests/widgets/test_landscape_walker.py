@@ -1,8 +1,12 @@
 """The landscape walker: what a point shows is what its weights give."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+import walk as animation
+from PIL import Image, ImageSequence
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.flatness.landscape import batch_with
@@ -113,3 +117,18 @@ def test_without_a_kernel_pictures_stand_in_its_place(pair, monkeypatch):
     monkeypatch.setattr(landscape_walker, "display", lambda *pictures: shown.extend(pictures))
     assert walk({"SAM": network(1)}, pair, points=3, **LOSS) is None
     assert [type(picture) for picture in shown] == [Picture, Picture]
+
+
+def test_the_readmes_animation_walks_from_solution_to_solution(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(animation, "FRAMES", 3)
+    _, walker = between_two(pair)
+    animation.animate(walker.ground, tmp_path / "walk.gif")
+    with Image.open(tmp_path / "walk.gif") as recorded:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(recorded)]
+    assert len(frames) == 3
+    height, width, _ = frames[0].shape
+    assert (width, height) == (round(9 * animation.DPI), round(3.7 * animation.DPI))
+    for first, second in itertools.pairwise(frames):  # the point moves, and so does the registration
+        differ = (first != second).any(2)
+        assert differ[:, : width // 3].any()
+        assert differ[:, width // 2 :].any()

@@ -6,11 +6,14 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from fmsam_lib.checking import read
 from fmsam_lib.images.domains import open_domain
+from fmsam_lib.model.spatial import warp
+from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Train
 from fmsam_lib.training.loop import Stopped, fit, starting
 from fmsam_lib.widgets import training_watcher
@@ -52,11 +55,15 @@ def test_watching_changes_no_weight_and_shows_what_was_logged(tmp_path, undistur
     watch = Watcher(DOMAIN.validation_pair(0), run)
     history = train(run, watch)
     assert (tmp_path / "weights.pt").read_bytes() == undisturbed
-    loss, dice, warp = watch.canvas.panels
+    loss, dice, warp_shown = watch.canvas.panels
     assert loss["title"] == f"total loss: {history[-1]['total']:.3f}"
     assert dice["title"] == f"validation Dice: {history[-1]['dice']:.3f}"
     assert len(loss["lines"][0]["points"]) == 2 * 4 * len(history)
-    assert len(warp["pixels"]) == 4 * 16 * 16
+    pair, net = DOMAIN.validation_pair(0), load(tmp_path / "weights.pt")
+    with torch.no_grad():
+        warped = warp(pair.moving[None], net(pair.moving[None], pair.fixed[None]).map)[0, 0].T.flip(0)
+    grey = np.frombuffer(warp_shown["pixels"], np.uint8).reshape(16, 16, 4)[..., 0] / 255
+    assert np.abs(grey - warped.numpy().clip(0, 1)).max() < 0.01
     assert watch.canvas.facts["step"] == "25 of 25"
 
 
