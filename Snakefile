@@ -61,6 +61,7 @@ rule compare:
         "40_compare.ipynb",
     threads: report["resources"]["threads"]
     resources:
+        gpu=report["resources"]["gpu"],
         mem_mb=report["resources"]["mem_mb"],
         runtime=report["resources"]["runtime"],
     shell:
@@ -71,5 +72,10 @@ rule compare:
 rule what_there_is:
     log:
         "40_compare.ipynb",
+    threads: report["resources"]["threads"]
+    resources:
+        gpu=report["resources"]["gpu"],
+        mem_mb=report["resources"]["mem_mb"],
+        runtime=report["resources"]["runtime"],
     shell:
         compared

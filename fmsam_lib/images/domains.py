@@ -76,11 +76,9 @@ def readable(dataset, numbers: Iterable[int], problems: list[str]) -> Iterator[P
     """The test pairs of these numbers; why one cannot be read, or that there is none, is added to `problems`."""
     for number in numbers if dataset.test_count else [0]:  # which says why
         try:
-            pair = dataset.test_pair(number)
+            yield dataset.test_pair(number)
         except DataError as error:
             problems.append(str(error))
-            continue
-        yield pair
 
 
 def readable_test_pairs(dataset, count: int) -> list[Pair]:
@@ -137,7 +135,7 @@ class FileDomain:
         if len(shape) > manifest.dimensions:
             raise data_error(manifest.folder, "a 2-D grid for its 2-D images", f"{shape}", "Choose a 2-D grid.")
         self.manifest, self.shape, self.seed, self.subjects = manifest, shape, seed, subjects
-        self.name, self.data = manifest.name, str(manifest.folder.parent.resolve())
+        self.name, self.data = manifest.folder.absolute().name, str(manifest.folder.parent.resolve())
         self.labels, self.modality, self.pairing = manifest.labels, manifest.modality, manifest.pairing
         self.unit = "mm" if manifest.spacing_known else "voxel"
         self.training, listed, self.validation_pairs = held_out(manifest)
@@ -252,8 +250,8 @@ def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | 
     kept_apart = set(subjects[-max(2, len(subjects) // HELD_OUT) :]) if len(subjects) >= 10 else set()
     training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]
     if listed is not None:
-        outside = [sum(manifest.subject[image] in kept_apart for image in pair) for pair in listed]
-        within, apart = ([pair for pair, n in zip(listed, outside, strict=True) if n == wanted] for wanted in (0, 2))
+        within = [pair for pair in listed if not any(manifest.subject[image] in kept_apart for image in pair)]
+        apart = [pair for pair in listed if all(manifest.subject[image] in kept_apart for image in pair)]
         return (training, within, apart) if within and apart else (manifest.training, listed, [])
     images = [image for image in manifest.training if manifest.subject[image] in kept_apart]
     pairs = []

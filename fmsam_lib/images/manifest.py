@@ -6,8 +6,8 @@ import os
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fmsam_lib.images.files import stem
 from fmsam_lib.records import PROJECT, DataError, data_error
@@ -28,12 +28,11 @@ def data_folder(folder: Path | str | None = None) -> Path:
     return Path(folder or os.environ.get("FMSAM_DATA") or PROJECT / "data")
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """What a data set says about itself; paths are whole ones, checked to exist.
 
-    labels: structures by number, without the background. training: images.
-    training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
+    name: its title; its domain is called as the folder. labels: structures by number, without the background.
+    training: images. training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
     test_pairs: (fixed, moving) images. beside: by "label", "mask" and "keypoints", every image's file or None.
     modality: "CT" or "MR", or both with a plus; modality_of: each image's own. subject: whose image it is.
     spacing_known: `"spacing_known": false` in the manifest says that its millimetres mean nothing.

@@ -6,10 +6,21 @@ import yaml
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.flatness.landscape import TRAINING
-from fmsam_lib.parameters import Evaluate, Landscape
+from fmsam_lib.parameters import Between, Evaluate, Landscape
 from fmsam_lib.records import PROJECT
 from fmsam_lib.study.grid import Study, swept
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
+
+
+class Once(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two, PyYAML takes the last."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]} stands twice", problem_mark=node.start_mark)
+        return node
 
 
 def placed(study: str, runs: Path) -> tuple[Path, Path]:
@@ -26,18 +37,22 @@ def read_study(path: Path | str) -> Study:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Once)
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"no study file {path}; known studies: {known}") from None
-    except (OSError, yaml.YAMLError, UnicodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of {', '.join(Study.model_fields)}, got {values!r}")
     study = read(Study, values, source=str(path))
+    if TRAINING in study.test_domains:
+        raise ConfigError(f"{path}: expected test_domains other than {TRAINING}, the images trained on: rename it")
+    read(Between, study.between, source=f"{path}, section between")  # also where notebook 35 is not run
+    every = study.model_copy(update={"optimizers": list(dict.fromkeys([*study.optimizers, *study.variants]))})
     try:
-        study = swept(study)
-        work = jobs(study, Path("runs"), "", path)
+        study, every = swept(study), swept(every)
+        work = jobs(every, Path("runs"), "", path)
     except ValueError as error:
         raise ConfigError(f"{path}, {error}") from None
     averaged = {job.folder for job in work if job.values.get("averages")}

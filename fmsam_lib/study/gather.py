@@ -1,6 +1,7 @@
 """What the comparison notebook shows: everything a study's runs have left, and what is missing."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def gather(study: Study, folder: Path | str) -> Found:
     configs: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     runs = {run.folder: {name: getattr(run, name) for name in ABOUT} for run in grid(study)}
-    made_by, by = read_json(folder / "sources.json", {}), {}
+    made_by, by = read_json(folder / "sources.json", {}), dict[str, str]()
     _json(folder, "left_out.json", problems)
     for job in jobs(study, folder, "", Path())[:-1]:  # without the report
         if job.notebook == "10_train":
@@ -65,8 +66,7 @@ def gather(study: Study, folder: Path | str) -> Found:
         if job.folder == "io" or needed <= configs.keys():  # of a run that is left out, io takes the network's form
             _read(folder, job, runs.get(job.folder), parts, problems)
             _json(folder, f"{job.folder}/problems.json", problems)
-            if job.name in made_by:
-                by[job.name] = made_by[job.name]
+            by |= {job.name: made_by[job.name]} if job.name in made_by else {}
     if not any(part.train_domain.any() for part in parts["results.csv"]):  # without training there are others
         told = f"no results under {folder} of a run: run the study first (make study STUDY=...)"
         raise DataError("\n- ".join([told, *problems[:9]]))
@@ -111,9 +111,7 @@ def differing(there: dict[str, Any], values: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {there[name]!r} there, {value!r} in the study" for name, value in other.items())
 
 
-def _read(
-    folder: Path, job: Job, about: dict[str, Any] | None, parts: dict[str, list[pd.DataFrame]], problems: list[str]
-) -> None:
+def _read(folder: Path, job: Job, about: dict | None, parts: dict[str, list], problems: list[str]) -> None:
     """Add the tables that the job left; a line about each that is not there or damaged.
 
     about: the run's columns, with the study's own name for the optimizer, which may be a variant.
@@ -127,15 +125,14 @@ def _read(
                 raise ValueError(f"no column {', '.join(absent)}")
         except FileNotFoundError:
             problems.append(f"{job.folder}/{name}: this was not computed")
-            continue
         except (ValueError, OSError) as error:
             made_by = " and weights.pt" * (name in notebook.keeps)
             problems.append(f"{job.folder}/{name}: this cannot be read ({error}); remove it{made_by}, compute again")
-            continue
-        if about and "optimizer" in columns and not table.empty:
-            after = table.optimizer.str.extract(r"(\+\w+)$", expand=False).fillna("") if "pair" in table else ""
-            table = table.assign(**about | {"optimizer": about["optimizer"] + after})
-        parts[name].append(table)
+        else:
+            if about and "optimizer" in columns and not table.empty:
+                after = table.optimizer.str.extract(r"(\+\w+)$", expand=False).fillna("") if "pair" in table else ""
+                table = table.assign(**about | {"optimizer": about["optimizer"] + after})
+            parts[name].append(table)
 
 
 def _unlike(study: Study, configs: dict[str, dict[str, Any]], by: dict[str, str]) -> list[str]:
@@ -146,11 +143,9 @@ def _unlike(study: Study, configs: dict[str, dict[str, Any]], by: dict[str, str]
         differ[name] = {run: repr(config["parameters"][name]) for run, config in configs.items()}
     problems = []
     for name, values in differ.items():
-        runs: dict[str, list[str]] = {}
-        for run, value in values.items():
-            runs.setdefault(value, []).append(run)
-        if len(runs) > 1:
-            told = "; ".join(f"{value} in {len(of)}, first {of[0]}" for value, of in runs.items())
+        first = {value: run for run, value in reversed(values.items())}
+        if len(runs := Counter(values.values())) > 1:
+            told = "; ".join(f"{value} in {number}, first {first[value]}" for value, number in runs.items())
             problems.append(f"the runs differ in {name} ({told}): are several studies mixed?")
     return problems
 

@@ -4,8 +4,7 @@ import hashlib
 import itertools
 import re
 import typing
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -17,13 +16,11 @@ from fmsam_lib.plotting.cards import card
 NotebookName = Literal["10_train", "20_evaluate", "30_loss_landscape", "35_between_minima", "40_compare"]
 BASELINE = "adam"  # the other optimizers are compared with it
 TAKEN = (*typing.get_args(Optimizer), *typing.get_args(Method), "between")  # no variant's names; the last is a folder's
-CLIMBING = tuple(name for name in typing.get_args(Optimizer) if not name.startswith(BASELINE))
 USED_BY = {  # parameters that say nothing to the other optimizers
-    **dict.fromkeys(("rho", "rho_schedule", "sync_climb"), CLIMBING),
+    **dict.fromkeys(("rho", "rho_schedule", "sync_climb"), {*typing.get_args(Optimizer)} - {BASELINE, EQUAL_COMPUTE}),
     **dict.fromkeys(("climb", "late"), ("sam",)),
     **{"every": ("sam-every", "looksam"), "alpha": ("looksam",)},
 }
-NO_NAME = re.compile(r"[^\w.-]+")  # of a file, whatever the system
 # No training domain's folder: what else lies in a study's.
 NO_FOLDER = re.compile(r"none|io|figures|[.-].*|.*[/\\{}\n].*|.*\.(csv|html|ipynb|json|log|pt|txt|yaml)")
 
@@ -90,7 +87,7 @@ class Study(Parameters):
     @classmethod
     def _named(cls, variants: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, variant in variants.items():
-            if not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN:
+            if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in TAKEN:  # some disks have no capitals
                 taken = f"that is no optimizer's or method's, none of {', '.join(TAKEN)}"
                 raise ValueError(f"{name!r}: expected a name of letters, digits, '.', '_' and '-' {taken}")
             if "optimizer" not in variant:
@@ -101,8 +98,7 @@ class Study(Parameters):
     @classmethod
     def _known(cls, names: list[str], info: ValidationInfo) -> list[str]:
         known = [*typing.get_args(Optimizer), *info.data.get("variants", names)]
-        unknown = [f"{name} is unknown{nearest(name, known)}" for name in names if name not in known]
-        if unknown:
+        if unknown := [f"{name} is unknown{nearest(name, known)}" for name in names if name not in known]:
             raise ValueError(f"expected some of {', '.join(known)}; {'; '.join(unknown)}")
         return names
 
@@ -156,8 +152,7 @@ class Study(Parameters):
         return card(self.description, facts, more=table)
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One cell of the grid, and its folder below the study's."""
 
     train_domain: str
@@ -175,22 +170,26 @@ def swept(study: Study) -> Study:
     """The study with an optimizer for each combination of values where a parameter of the trainings has several.
 
     It is a variant, "sam-lr=0.01-rho=0.03", whatever their order in the file. A parameter that is a list itself has
-    several where it is a list of lists. ValueError for values that are none, or the same twice.
+    several where it is a list of lists. ValueError for values that are none, the same twice, or of no use.
     """
     common = {name: values for name, values in study.train.items() if _several(name, values)}
-    variants, optimizers = {**study.variants}, []
+    variants, optimizers, unused = {**study.variants}, [], [*common]
     for optimizer in study.optimizers:
         own = study.variants.get(optimizer, {"optimizer": optimizer})
         used = {name: common[name] for name in common if own["optimizer"] in USED_BY.get(name, [own["optimizer"]])}
         lists = {name: values for name, values in sorted((used | own).items()) if _several(name, values)}
+        unused = [name for name in unused if name not in used or name in own]
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
-            words = (NO_NAME.sub("_", str(value)).strip("_") for value in values)
+            words = (re.sub(r"[^\w.-]+", "_", str(value)).strip("_") for value in values)  # of files on any system
             called = "-".join([optimizer, *(f"{name}={word}" for name, word in zip(lists, words, strict=True))])
             variants |= {called: own | chosen} if chosen else {}
             optimizers.append(called)
-        if not all(lists.values()) or len({*optimizers}) < len(optimizers):
-            raise ValueError(f"{optimizer}: expected one value or more of each parameter, each once, got {lists}")
+        if not all(lists.values()) or len({name.lower() for name in optimizers}) < len(optimizers):
+            told = "expected one value or more of each parameter, and names that differ in more than capitals"
+            raise ValueError(f"{optimizer}: {told}, got {lists}")
+    if unused:
+        raise ValueError(f"train: expected optimizers that use {', '.join(unused)}, got {', '.join(study.optimizers)}")
     train = {name: value for name, value in study.train.items() if name not in common}
     return study.model_copy(update={"train": train, "variants": variants, "optimizers": optimizers})
 

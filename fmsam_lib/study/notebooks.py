@@ -1,18 +1,16 @@
 """Which notebooks a study runs, what each one takes and makes, and what they left."""
 
 import json
-import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from fmsam_lib.checking import ConfigError, Parameters, read
 from fmsam_lib.parameters import Between, Compare, Evaluate, Landscape, Train
 from fmsam_lib.records import read_json, written_whole
-from fmsam_lib.study.grid import NotebookName, Resources, Run, Study, compared, grid, twins
+from fmsam_lib.study.grid import Resources, Run, Study, compared, grid, twins
 from fmsam_lib.training.loop import GPU_THREADS
 
 TABLES = "results costs robustness landscape flatness between summary comparison methods correlation answer"
@@ -20,8 +18,7 @@ REPORT = (*(f"{name}.csv" for name in TABLES.split()), "summary.txt", "problems.
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text, seven times as fast
 
 
-@dataclass(frozen=True)
-class Notebook:
+class Notebook(NamedTuple):
     """What a notebook takes, the section of the study file that says so, and the files it leaves.
 
     makes: into its job's folder, when it is done: removed, they are made again. keeps: what it adds to on the way.
@@ -42,8 +39,7 @@ NOTEBOOKS = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One notebook to run: its folder below the study's, what it takes beyond its defaults, the files that it needs.
 
     asked: `values` wherever the study and its data lie: its folders count from the study's own. What is computed is
@@ -81,10 +77,8 @@ def jobs(study: Study, root: Path, data: str, study_file: Path, stamps: dict[str
     Raises ConfigError where a section of the file sets what the study itself does.
     """
     found: list[Job] = []
-    resources = {
-        name: read(Resources, study.resources.get(name, {}), source=f"section resources, notebook {name}")
-        for name in typing.get_args(NotebookName)
-    }
+    asked_for: dict = {**study.resources}
+    allowed = {n: read(Resources, asked_for.get(n, {}), source=f"section resources, notebook {n}") for n in NOTEBOOKS}
 
     def add(notebook: str, folder: str, section: dict[str, Any], own: dict[str, Any], **trained: Run) -> None:
         """trained: the runs whose folders the notebook takes, by the names of these parameters."""
@@ -96,22 +90,20 @@ def jobs(study: Study, root: Path, data: str, study_file: Path, stamps: dict[str
         here = {name: f"{root}/{path}" for name, path in folders.items()} | {"data": data}
         needs = tuple(f"{run.folder}/weights.pt" for run in trained.values())
         asked |= {"data": stamps} if stamps and "test_domains" in own else {}
-        found.append(Job(folder, notebook, section | own | here, section | asked, needs, resources[notebook]))
+        found.append(Job(folder, notebook, section | own | here, section | asked, needs, allowed[notebook]))
 
     tests, shape = dict[str, Any](test_domains=study.test_domains), dict[str, Any](shape=study.shape)
     alone = ["none", *(["ants-syn"] if "ants-syn" in study.baselines else [])]
-    evaluate = dict(study.evaluate)
-    of_runs = evaluate.pop("methods", None)
+    evaluate = {name: value for name, value in study.evaluate.items() if name != "methods"}
     add("20_evaluate", "none", evaluate, tests | shape | {"run": "", "methods": alone})
     if "io" in study.baselines:  # takes the network's form and the loss from a run
-        first = grid(study)[0]
-        add("20_evaluate", "io", evaluate, tests | shape | {"methods": ["io"]}, run=first)
+        add("20_evaluate", "io", evaluate, tests | shape | {"methods": ["io"]}, run=grid(study)[0])
     for run in grid(study):
         variant = study.variants.get(run.optimizer, {"optimizer": run.optimizer})
         values = study.train | {name: value for name, value in variant.items() if name != "optimizer"}
         cell = {"train_domain": run.train_domain, "optimizer": variant["optimizer"], "seed": run.seed}
         add("10_train", run.folder, values, shape | cell)
-        methods = of_runs or ["network", *(["network+io"] if study.evaluate.get("io") else [])]
+        methods = study.evaluate.get("methods") or ["network", *(["network+io"] if study.evaluate.get("io") else [])]
         add("20_evaluate", run.folder, evaluate, tests | shape | {"methods": methods}, run=run)
         if study.landscape is not None:
             add("30_loss_landscape", run.folder, study.landscape, tests, run=run)
@@ -121,12 +113,12 @@ def jobs(study: Study, root: Path, data: str, study_file: Path, stamps: dict[str
     asked = dict(zip(("baseline", "treatment"), compared(study), strict=True))
     report = asked | {"study": str(study_file), "folder": str(root), "data": data}
     made = tuple(file for job in found for file in job.makes)
-    return [*found, Job("", "40_compare", report, asked, made, resources["40_compare"])]
+    return [*found, Job("", "40_compare", report, asked, made, allowed["40_compare"])]
 
 
 def write_if_new(path: Path, text: str) -> None:
     """Write a file unless it says the same already, so that its date tells when it last changed."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not path.exists() or path.read_bytes() != text.encode():
         with written_whole(path) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -153,8 +145,7 @@ def executed(work: list[Job], root: Path) -> Iterator[tuple[Job, float, list[str
     """The jobs that were run, the seconds that each took (0: it was killed), and its errors."""
     for job in work:
         path = root / f"{job.name}.ipynb"
-        content = read_json(path)
-        if content is None:  # papermill could not start, or was killed while it wrote
+        if (content := read_json(path)) is None:  # papermill could not start, or was killed while it wrote
             continue
         outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
         errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]

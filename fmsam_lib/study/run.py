@@ -20,11 +20,13 @@ import pandas as pd
 import yaml
 
 from fmsam_lib.checking import ConfigError, in_project
+from fmsam_lib.flatness.landscape import TRAINING
 from fmsam_lib.images.domains import FileDomain, open_domain
+from fmsam_lib.images.files import parts
 from fmsam_lib.images.manifest import Manifest, data_folder
 from fmsam_lib.model.weights import OFFICIAL, sha256, shipped
 from fmsam_lib.parameters import Train
-from fmsam_lib.records import PROJECT, DataError, read_json, sources
+from fmsam_lib.records import PROJECT, DataError, read_json, sources, written_whole
 from fmsam_lib.study.file import placed, read_study
 from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
@@ -34,7 +36,7 @@ from fmsam_lib.training.checkpoint import trained_with
 # Ends the process group of Snakemake and its workers when nobody holds the other end of its pipe, so also when this
 # process was killed. A notebook's kernel looks by itself whether its parent is there.
 LAST = "trap '' INT TERM HUP; read _; kill -9 0"
-ROOM = 2**24  # bytes that a disk takes which is not full
+COPY_OF = "# copy of "
 
 
 def main() -> int:
@@ -66,12 +68,15 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
 
     Raises ConfigError, DataError before anything is computed; OSError where the folder `root` takes nothing more.
     """
-    study, left_out = preflight(read_study(study_file), data)
+    study, text = read_study(study_file), study_file.read_text(encoding="utf-8")
+    study, left_out = preflight(study, data)
     lock = locked(root)
     opened = [open_domain(domain, shape=tuple(study.shape), data=data) for domain in study.test_domains]
     stamps = {domain.name: stamp(domain.manifest) for domain in opened if isinstance(domain, FileDomain)}
-    work = jobs(study, root, data, study_file, stamps)
-    refuse_another(work, root)
+    copy = root / "40_compare.study.yaml"  # what the report reads: the file may change meanwhile
+    work = jobs(study, root, data, copy, stamps)
+    refuse_another(work, root, study_file)
+    write_if_new(copy, f"{text}\n{COPY_OF}{study_file}\n")
     write_if_new(root / "left_out.json", json.dumps(left_out))
     distrust(root)
     left = plan(work, root)
@@ -87,14 +92,15 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
     print(f"study {study_file.stem} {where}; log: {root / 'snakemake.log'}", flush=True)
     report, before = root / "report.html", root / "report_before.html"
     if report.exists() and not before.exists():  # until there is another of all runs
-        shutil.copy(report, before)
+        with written_whole(before) as partial:
+            shutil.copy(report, partial)
     done = compute(snakemake, work, root, lock.fileno())
     if not done:
         failed = [problem for *_, problems in executed(work, root) for problem in problems]
         for problem in failed:
             print(f"failed: {problem}", file=sys.stderr)
         with TemporaryFile(dir=root) as room:
-            room.write(bytes(ROOM))
+            room.write(bytes(2**24))  # which a disk takes that is not full
         told = (root / "snakemake.log").read_text(encoding="utf-8", errors="replace")
         if "DeadKernelError" in told:
             todo = "mostly for want of memory. Fewer at a time (--cores 1) take less, as does save_memory in training"
@@ -121,8 +127,7 @@ def profile(name: str) -> str:
     """The folder of a Snakemake profile, by its name in `profiles/` or its path."""
     found = [path for path in (PROJECT / "profiles" / name, Path(name).resolve()) if (path / "config.yaml").is_file()]
     if not found:
-        told = f"no profile {name}: expected slurm, or a folder with a config.yaml for Snakemake"
-        raise argparse.ArgumentTypeError(told)
+        raise argparse.ArgumentTypeError(f"no profile {name}: expected slurm, or a folder with a config.yaml")
     return str(found[0])
 
 
@@ -154,54 +159,55 @@ def preflight(study: Study, data: str) -> tuple[Study, list[str]]:
                 if (done := subprocess.run(fetch, stderr=subprocess.PIPE, text=True, check=False)).returncode:
                     raise DataError(done.stderr.strip().split("\n")[-1])
             opened = open_domain(domain, shape=tuple(study.shape), data=data)
+            if domain in study.test_domains and not opened.test_count:
+                left_out[domain] = f"{domain} is left out of the tests: it has no test pairs"
         except DataError as error:
             if domain in study.train_domains:
                 raise
             left_out[domain] = f"{domain} is left out of the tests: {error}"
-        else:
-            if domain in study.test_domains and not opened.test_count:
-                left_out[domain] = f"{domain} is left out of the tests: it has no test pairs"
-    there = [domain for domain in study.test_domains if domain not in left_out]
-    if not there:
+    if not (there := [domain for domain in study.test_domains if domain not in left_out]):
         raise DataError("no test domain is there:\n- " + "\n- ".join(left_out.values()))
-    return study.model_copy(update={"test_domains": there}), [*left_out.values()]
+    landscape = study.landscape and {**study.landscape}
+    if landscape and (measured := landscape.get("measured_on")):  # empty would be all
+        landscape["measured_on"] = [domain for domain in measured if domain not in left_out] or [TRAINING]
+    return study.model_copy(update={"test_domains": there, "landscape": landscape}), [*left_out.values()]
 
 
 def stamp(manifest: Manifest) -> str:
     """A hash of what a data set tests with, wherever it lies: its manifest's file, test images and what is beside."""
-    images = {image for pair in manifest.test_pairs for image in pair}
-    beside = {of[image] for of in manifest.beside.values() for image in images}
-    files = {*manifest.folder.glob("*_dataset.json"), *images, *beside}
-    found = sorted(f"{file.name} {sha256(file)}" for file in files if file and os.access(file, os.R_OK))
+    folder, images = manifest.folder, {image for pair in manifest.test_pairs for image in pair}
+    named = {*folder.glob("*_dataset.json"), *images, *(of[i] for of in manifest.beside.values() for i in images)}
+    files = {part for file in named if file and os.access(file, os.R_OK) for part in parts(file) if part.is_file()}
+    found = sorted(f"{os.path.relpath(file, folder)} {sha256(file)}" for file in files if os.access(file, os.R_OK))
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
 
 
-def refuse_another(work: list[Job], root: Path) -> None:
+def refuse_another(work: list[Job], root: Path, study_file: Path) -> None:
     """Raise ConfigError where a finished training has other parameters than the study now gives it, one to come starts
     from a file that is not there, or the study that was computed here is another file, which is there and says else.
 
     Before anything is written: a newer parameter file would have Snakemake run the training again, which refuses.
     """
-    with contextlib.suppress(OSError, yaml.YAMLError, TypeError, KeyError):  # it was never computed here
-        this = Path(work[-1].values["study"])
-        other = Path(yaml.safe_load((root / f"{work[-1].name}.yaml").read_text(encoding="utf-8"))["study"])
-        if other != this and other.read_bytes() != this.read_bytes():
-            todo = "give one of them another name, or name another folder with --runs (make study RUNS=folder)"
-            raise ConfigError(f"{root} has the results of another study, {other}, not of {this}: {todo}")
+    copy = Path(work[-1].values["study"])
+    said = copy.read_text(encoding="utf-8", errors="replace") if copy.exists() else ""
+    other = Path(said.rstrip("\n").rpartition(COPY_OF)[2])
+    if other != study_file and other.is_file() and other.read_bytes() != study_file.read_bytes():
+        todo = "give one of them another name, or name another folder with --runs (make study RUNS=folder)"
+        raise ConfigError(f"{root} has the results of another study, {other}, not of {study_file}: {todo}")
     found, known = [], ("", *OFFICIAL, *shipped())
     for job in (job for job in work if job.notebook == "10_train"):
-        if not (root / job.folder / "weights.pt").exists():
-            if (file := job.values.get("weights", "")) not in known and not Path(in_project(file)).is_file():
-                told = f"run {job.folder}: expected weights of a file or one of {', '.join(known[1:])}, got {file!r}"
-                raise ConfigError(f"{told}; relative paths count from {PROJECT}")
-            continue
-        with contextlib.suppress(ConfigError):  # a record that cannot be read: `gather` names it
-            there = trained_with(root / job.folder).model_dump()
-            last = root / f"{job.name}.yaml"  # what the study has given it so far: what it gives no more is a default
-            given = {*(yaml.safe_load(last.read_text(encoding="utf-8")) if last.exists() else ()), *job.values}
-            now = {name: value for name, value in Train(**job.values).model_dump().items() if name in given}
-            if told := differing(there, now):
-                found.append(f"- {root / job.folder}: {told}")
+        if (root / job.folder / "weights.pt").exists():
+            with contextlib.suppress(ConfigError):  # a record that cannot be read: `gather` names it
+                there, given = trained_with(root / job.folder).model_dump(), {*job.values}
+                with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # it is not there or damaged
+                    # What the study has given it so far: what it gives no more is a default.
+                    given |= {*yaml.safe_load((root / f"{job.name}.yaml").read_bytes())}
+                now = {name: value for name, value in Train(**job.values).model_dump().items() if name in given}
+                if told := differing(there, now):
+                    found.append(f"- {root / job.folder}: {told}")
+        elif (file := job.values.get("weights", "")) not in known and not Path(in_project(file)).is_file():
+            told = f"run {job.folder}: expected weights of a file or one of {', '.join(known[1:])}, got {file!r}"
+            raise ConfigError(f"{told}; relative paths count from {PROJECT}")
     if found:
         todo = "copy it to another name in studies/ and compute that; or delete these folders to train them anew."
         told = "Nothing was touched. To keep them, give the changed study another name: " + todo
@@ -214,10 +220,11 @@ def distrust(root: Path) -> None:
         if (path := root / name).exists() and path.name not in ("costs.csv", "methods.csv") and mark_of(path) != mark:
             aside = path.replace(path.with_name(f"damaged_{path.name}"))
             print(f"{path} is not as it was made: that is {aside} now, and it is made again", file=sys.stderr)
-    now = time.time()
-    for path in root.rglob("*"):
-        if path.lstat().st_mtime > now:
-            os.utime(path, (now, now), follow_symlinks=False)
+    now, dates = time.time(), {path: path.lstat().st_mtime for path in root.rglob("*")}
+    rank = {date: i for i, date in enumerate(sorted({d for d in dates.values() if d > now}, reverse=True))}
+    for path, date in dates.items():
+        if date in rank:  # in the same order: the newest is of now, each before it a millisecond older
+            os.utime(path, (now - rank[date] / 1000,) * 2, follow_symlinks=False)
 
 
 def remember(work: list[Job], root: Path) -> None:
@@ -235,20 +242,18 @@ def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: s
     """Run the graph, telling how far it is; whether all of it was done. The lock is Snakemake's, too."""
     start, told, every = time.monotonic(), "", 2 if sys.stdout.isatty() else 20
     paths = [str(PROJECT / "profiles" / "jupyter"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
-    own = {"JUPYTER_PATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+    own = os.environ | {"JUPYTER_PATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
     if not os.access(os.path.expanduser("~"), os.W_OK):  # Snakemake, Jupyter and Matplotlib keep things there
         own["HOME"] = str(root / ".snakemake" / "home")
     with (
         open(root / log, "w", encoding="utf-8") as file,
         subprocess.Popen(["sh", "-c", LAST], stdin=subprocess.PIPE, process_group=0) as last,
     ):
-        process = subprocess.Popen(
-            snakemake, stdout=file, stderr=file, pass_fds=[lock], process_group=last.pid, env=os.environ | own
-        )
+        graph = subprocess.Popen(snakemake, stdout=file, stderr=file, pass_fds=[lock], process_group=last.pid, env=own)
         try:
-            while process.poll() is None:
+            while graph.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(every)
+                    graph.wait(every)
                 seconds, now = int(time.monotonic() - start), progress(work, root)
                 if work and now != told:
                     print(f"{seconds // 60:3d}:{seconds % 60:02d}  {now}", flush=True)
@@ -257,23 +262,21 @@ def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: s
             for sign, seconds in ((signal.SIGINT, 30), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
                 with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
                     os.killpg(last.pid, sign)
-                    process.wait(seconds)
+                    graph.wait(seconds)
                     break
             raise
-    return process.returncode == 0
+    return graph.returncode == 0
 
 
 def progress(work: list[Job], root: Path) -> str:
     """How many notebooks are done, and where the trainings under way stand."""
     left = [job for job in work if not all((root / file).exists() for file in job.makes)]
-    parts = [f"{len(work) - len(left)} of {len(work)} notebooks done"]
-    for job in left:
-        history = root / job.folder / "history.jsonl"
-        lines = history.read_text(encoding="utf-8").split("\n")[:-1] if history.exists() else []  # the whole ones
-        if job.notebook == "10_train" and lines:
-            last = json.loads(lines[-1])
-            parts.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
-    return " | ".join(parts)
+    told = [f"{len(work) - len(left)} of {len(work)} notebooks done"]
+    for job in (job for job in left if job.notebook == "10_train"):
+        with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):  # none yet, or damaged
+            last = json.loads((root / job.folder / "history.jsonl").read_bytes().split(b"\n")[-2])  # the last whole one
+            told.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
+    return " | ".join(told)
 
 
 def times(work: list[Job], root: Path) -> str:

@@ -66,6 +66,13 @@ def test_a_pair_knows_the_subjects_that_the_manifest_names(tmp_path):
     assert open_domain("brain-mr", shape=(16, 16)).test_pair(0).subjects == ()
 
 
+def test_a_data_set_is_called_as_its_folder_whatever_its_manifest_says(tmp_path):
+    dataset(tmp_path / "MyACDC", name="ACDC")
+    domain = open_domain("MyACDC", shape=GRID, data=tmp_path)
+    assert domain.name == "MyACDC"
+    assert opens_again(domain)
+
+
 def test_what_another_process_opens_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset(tmp_path / "sets" / "Own")

@@ -143,6 +143,14 @@ def test_a_parameter_runs_what_depends_on_it(checkout, change, expected):
     assert (REPORT in ran) == bool(expected)
 
 
+def test_the_report_of_what_is_there_has_the_resources_that_a_scheduler_is_told(tmp_path):
+    checkout = Checkout(tmp_path)
+    checkout.plan(resources={REPORT: {"minutes": 7, "memory_mb": 800}})
+    told = checkout.snakemake("-n", "what_there_is")
+    assert "runtime=7" in told.stdout, told.stderr
+    assert "mem_mb=800" in told.stdout
+
+
 def test_a_thousand_runs_are_planned_in_seconds(tmp_path):
     """Processor seconds: others may compute on the machine."""
     checkout, start = Checkout(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_utime

@@ -23,12 +23,13 @@ import yaml
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.manifest import read_manifest
-from fmsam_lib.parameters import Evaluate
+from fmsam_lib.parameters import Evaluate, Train
 from fmsam_lib.records import DataError
 from fmsam_lib.study.file import read_study
 from fmsam_lib.study.grid import grid, twins
 from fmsam_lib.study.notebooks import NOTEBOOKS, executed, jobs, plan
-from fmsam_lib.study.run import distrust, main, preflight, remember, stamp
+from fmsam_lib.study.run import computed as computed_here
+from fmsam_lib.study.run import distrust, main, preflight, progress, refuse_another, remember, stamp
 from tests.conftest import PROJECT, drawn
 from tests.test_browser import CHROMIUM, FLAGS
 
@@ -240,6 +241,23 @@ def test_a_data_set_without_test_pairs_is_left_out_of_the_tests_and_trained_on(t
 
 
 @pytest.mark.parametrize(
+    ("measured_on", "kept"),
+    [
+        (["training", "Real"], ["training"]),
+        (["Real"], ["training"]),
+        (["brain-mr"], ["brain-mr"]),
+        ([], []),
+        (None, None),
+    ],
+)
+def test_flatness_is_not_measured_on_a_data_set_that_is_left_out(tmp_path, measured_on, kept):
+    landscape = {} if measured_on is None else {"measured_on": measured_on}
+    found, _ = preflight(study_of(tmp_path, landscape=landscape), str(tmp_path))
+    assert found.test_domains == ["brain-mr"]
+    assert found.landscape == ({} if kept is None else {"measured_on": kept})
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seedz": [0]}, r"seedz: unknown; known are .*did you mean seeds\?"),
@@ -272,6 +290,20 @@ def test_a_data_set_without_test_pairs_is_left_out_of_the_tests_and_trained_on(t
         ({"variants": {0.03: {"optimizer": "sam"}}}, "variants: expected text, got 0.03"),
         ({"variants": {"ants-syn": {"optimizer": "sam"}}}, "'ants-syn': expected .* none of adam, .*ants-syn"),
         ({"variants": {"between": {"optimizer": "sam"}}}, "'between': expected a name"),
+        (
+            {"variants": {"Sam": {"optimizer": "sam"}}},
+            "'Sam': expected a name .* that is no optimizer's",
+        ),  # on some disks
+        (
+            {"variants": {"V": {"optimizer": "sam"}, "v": {"optimizer": "sam"}}},
+            "v: .* names that differ in more than cap",
+        ),
+        ({"variants": {"v": {"optimizer": "sam", "roh": 1.0}}}, r"(?s)run brain-mr/v/seed0.*did you mean rho\?"),
+        (
+            {"test_domains": ["brain-mr", "training"]},
+            "expected test_domains other than training, the images trained on",
+        ),
+        ({"landscape": None, "between": {"pear": 1}}, r"(?s)section between .*pear: unknown; .*did you mean pairs"),
         ({"leave_one_out": ["brain-mr"]}, "expected two domains or more in leave_one_out, not brain-mr alone"),
         ({"leave_one_out": ["a", "b"], "only": ["b", "c"]}, "expected in only some of leave_one_out, not c"),
         ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
@@ -301,6 +333,14 @@ def test_a_data_set_without_test_pairs_is_left_out_of_the_tests_and_trained_on(t
 def test_a_wrong_study_says_what_is_right(tmp_path, change, message):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | change))
     with pytest.raises(ConfigError, match=message):
+        read_study(tmp_path / "s.yaml")
+
+
+@pytest.mark.parametrize("twice", ["train: {steps: 20}", "evaluate: {pairs: 2, io: 3, pairs: 4}"])
+def test_a_key_that_stands_twice_is_named(tmp_path, twice):
+    given = {key: value for key, value in TINY.items() if key != "evaluate"}
+    (tmp_path / "s.yaml").write_text(f"{yaml.safe_dump(given)}\n{twice}\n")
+    with pytest.raises(ConfigError, match=r"not valid YAML in UTF-8: the key (train|pairs) stands twice"):
         read_study(tmp_path / "s.yaml")
 
 
@@ -344,6 +384,41 @@ def test_what_lacks_a_file_or_was_made_with_other_parameters_is_to_be_run(tmp_pa
     assert [job.notebook for job in plan(again, tmp_path)] == ["30_loss_landscape"]
     (tmp_path / "brain-mr/adam/seed0/weights.pt").unlink()
     assert [job.folder for job in plan(again, tmp_path)] == ["brain-mr/adam/seed0"] * 3 + [""]
+
+
+@pytest.mark.parametrize("content", [b"", b"steps: [1", b"steps: \xff", b"3", b"steps: 2001-99-99"])
+def test_a_parameter_file_that_cannot_be_read_is_written_anew(tmp_path, content):
+    file = tmp_path / "s.yaml"
+    work = jobs(study_of(tmp_path, optimizers=["adam"], baselines=None), tmp_path, "", tmp_path / "copy.yaml")
+    plan(work, tmp_path)
+    (train,) = [job for job in work if job.notebook == "10_train"]
+    run, names = (
+        tmp_path / train.folder,
+        ["plan.json", "40_compare.yaml", f"{train.name}.yaml", f"{train.name}.asked.yaml"],
+    )
+    (run / "weights.pt").touch()
+    (run / "config.json").write_text(json.dumps({"parameters": Train(**train.values).model_dump()}))
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    for name in (*names, "copy.yaml"):
+        (tmp_path / name).write_bytes(content)
+    refuse_another(work, tmp_path, file)
+    plan(work, tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    changed = study_of(tmp_path, optimizers=["adam"], baselines=None, train=TINY["train"] | {"steps": 30})
+    (tmp_path / f"{train.name}.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match="steps: 10 there, 30 in the study"):
+        refuse_another(jobs(changed, tmp_path, "", tmp_path / "copy.yaml"), tmp_path, file)
+
+
+@pytest.mark.parametrize("last", [b'{"step": 7, "tot', b"3", b"{}", b"\xff", b'{"step": 7, "total": null}'])
+def test_a_damaged_history_is_left_out_of_the_progress(tmp_path, last):
+    work = jobs(study_of(tmp_path, optimizers=["adam"], baselines=None), tmp_path, "", tmp_path / "s.yaml")
+    (history := tmp_path / "brain-mr/adam/seed0/history.jsonl").parent.mkdir(parents=True)
+    assert progress(work, tmp_path) == "0 of 5 notebooks done" == progress(work[-1:] * 5, tmp_path)
+    history.write_bytes(b'{"step": 5, "total": 0.5}\n{"st')
+    assert progress(work, tmp_path) == "0 of 5 notebooks done | brain-mr/adam/seed0: step 5, loss 0.500"
+    history.write_bytes(last + b"\n")
+    assert progress(work, tmp_path) == "0 of 5 notebooks done"
 
 
 @pytest.mark.parametrize("content", ["", '{"cells": ['])
@@ -393,6 +468,58 @@ def test_a_stamp_is_of_what_is_tested_with_wherever_it_lies(tmp_path):
         path.write_bytes(before)
     assert len(stamps) == 4  # the first is of a training image
     assert now() == first
+
+
+def test_a_stamp_is_also_of_the_data_behind_a_header_and_of_folders(tmp_path):
+    real_images(tmp_path / "Real")
+    image, label, manifest = (
+        tmp_path / "Real" / f for f in ("imagesTr/p3.nii.gz", "labelsTr/p3.nii.gz", "Real_dataset.json")
+    )
+    first = stamp(read_manifest(tmp_path / "Real"))
+    image.rename(tmp_path / "p"), label.rename(image), (tmp_path / "p").rename(label)
+    assert stamp(read_manifest(tmp_path / "Real")) != first
+    manifest.write_text(manifest.read_text().replace("p4.nii.gz", "p4.mhd"))
+    image.with_name("p4.mhd").write_text("ObjectType = Image\nElementDataFile = p4.raw\n")
+    image.with_name("p4.raw").write_bytes(b"damaged")
+    first = stamp(read_manifest(tmp_path / "Real"))
+    image.with_name("p4.raw").write_bytes(b"mended")
+    assert stamp(read_manifest(tmp_path / "Real")) != first
+
+
+def test_dates_of_the_future_are_taken_back_in_their_order(tmp_path):
+    then = time.time() + 86400
+    for name, date in {"b": then, "a": then + 9, "c": then + 9, "d": 1000, "e": then - 9}.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (date, date))
+    distrust(tmp_path)
+    dates = {name: (tmp_path / name).stat().st_mtime for name in "abcde"}
+    assert dates["d"] == 1000 < dates["e"] < dates["b"] < dates["a"] == dates["c"] <= time.time()
+
+
+def test_the_report_is_of_the_study_as_it_was_started(tmp_path, monkeypatch):
+    """And a copy of the report that a full disk cuts short does not count."""
+    file, root = tmp_path / "s.yaml", tmp_path / "runs"
+    started = study_of(tmp_path, test_domains=["brain-mr"], baselines=None)
+
+    def edited(*given):
+        file.write_text("description: other\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fmsam_lib.study.run.compute", edited)
+    with pytest.raises(KeyboardInterrupt):
+        computed_here(file, root, str(tmp_path), 1, None)
+    assert read_study(yaml.safe_load((root / "40_compare.yaml").read_text())["study"]) == started
+
+    def cut(source, target):
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "full")
+
+    study_of(tmp_path, test_domains=["brain-mr"], baselines=None)
+    (root / "report.html").write_text("whole")
+    monkeypatch.setattr("fmsam_lib.study.run.shutil.copy", cut)
+    with pytest.raises(OSError, match="full"):
+        computed_here(file, root, str(tmp_path), 1, None)
+    assert not (root / "report_before.html").exists()
 
 
 def test_tables_with_times_are_not_damaged_where_they_are_made_again(tmp_path, capsys):
@@ -673,7 +800,7 @@ def test_a_study_that_was_moved_with_checkout_and_data_computes_nothing(project,
     process = compute(moved, *where)
     assert (process.returncode, process.stderr) == (0, "")
     assert "Nothing to be done" in (root / "snakemake.log").read_text()
-    of_its_place = {path for name in NOTEBOOKS for path in root.rglob(f"{name}.yaml")}
+    of_its_place = {path for name in NOTEBOOKS for path in root.rglob(f"{name}*.yaml") if "asked" not in path.name}
     same = before.keys() - of_its_place - {root / "snakemake.log"}
     assert {path: of for path, of in everything(root).items() if path in same} == {p: before[p] for p in same}
     if dates == "kept":

@@ -9,8 +9,8 @@ import yaml
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.study.file import placed, read_study
 from fmsam_lib.study.grid import compared, grid
-from fmsam_lib.study.notebooks import jobs, plan
-from fmsam_lib.study.run import refuse_another
+from fmsam_lib.study.notebooks import jobs
+from fmsam_lib.study.run import COPY_OF, refuse_another
 from tests.conftest import PROJECT
 from tests.study import report
 
@@ -63,24 +63,27 @@ def test_two_files_of_one_name_do_not_mix(study_of, tmp_path, change):
     there.parent.mkdir()
     there.write_text(yaml.safe_dump(STUDY | change))
     root = tmp_path / "runs/s"
-    plan(jobs(study, root, "", here), root)
-    refuse_another(jobs(study, root, "", here), root)  # the same again
-    again = jobs(read_study(there), root, "", there)
+    copy = root / "study.yaml"
+    refuse_another(jobs(study, root, "", copy), root, here)  # nothing is there yet
+    root.mkdir(parents=True)
+    copy.write_text(f"{here.read_text()}\n{COPY_OF}{here}\n")
+    refuse_another(jobs(study, root, "", copy), root, here)  # the same again
+    again = jobs(read_study(there), root, "", copy)
     with pytest.raises(ConfigError, match=rf"{root} has the results of another study, {here}, not of {there}: give"):
-        refuse_another(again, root)
+        refuse_another(again, root, there)
     there.write_bytes(here.read_bytes())  # a copy, as of a checkout
-    refuse_another(jobs(study, root, "", there), root)
+    refuse_another(jobs(study, root, "", copy), root, there)
     there.write_text(yaml.safe_dump(STUDY | change))
     here.unlink()  # moved
-    refuse_another(again, root)
+    refuse_another(again, root, there)
 
 
 def test_weights_that_are_not_there_are_refused_before_the_first_training(study_of, tmp_path):
-    work = jobs(study_of(train={"weights": "runs/no.pt"}), tmp_path, "", tmp_path)
+    work = jobs(study_of(train={"weights": "runs/no.pt"}), tmp_path, "", tmp_path / "c")
     told = r"brain-mr/adam/seed0: expected weights of a file or one of .*2d-sam.*, got 'runs/no.pt'; relative paths"
     with pytest.raises(ConfigError, match=told):
-        refuse_another(work, tmp_path)
-    refuse_another(jobs(study_of(train={"weights": "2d"}), tmp_path, "", tmp_path), tmp_path)
+        refuse_another(work, tmp_path, tmp_path / "s.yaml")
+    refuse_another(jobs(study_of(train={"weights": "2d"}), tmp_path, "", tmp_path / "c"), tmp_path, tmp_path / "s.yaml")
 
 
 # --- folders
@@ -193,8 +196,15 @@ def made_up(optimizers):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"train": {"rho": []}}, r"sam: expected one value or more of each parameter, each once, got \{'rho': \[\]\}"),
-        ({"train": {"lr": [0.1, 0.1]}}, r"adam: expected one value or more of each parameter, each once"),
+        ({"train": {"rho": []}}, r"sam: expected one value or more of each parameter, .*, got \{'rho': \[\]\}"),
+        ({"train": {"lr": [0.1, 0.1]}}, r"adam: expected one value or more of each parameter, and names that differ"),
+        ({"train": {"weights": ["A.pt", "a.pt"]}}, r"adam: expected .* names that differ in more than capitals"),
+        ({"train": {"every": [1, 2], "lr": [0.1, 0.2]}}, "train: expected optimizers that use every, got adam, sam"),
+        (
+            {"train": {"lr": [0.1, 0.2]}, "optimizers": ["v"], "variants": {"v": {"optimizer": "sam", "lr": 0.3}}},
+            "train: expected optimizers that use lr, got v",
+        ),
+        ({"variants": {"v": {"optimizer": "sam", "roh": [1, 2]}}}, r"(?s)run brain-mr/v/seed0.*roh: unknown"),
         ({"train": {"roh": [0.1, 0.2]}}, r"(?s)section train.*roh: unknown; .*did you mean rho"),
         ({"train": {"lr": [0.1, "1e-3"]}}, r"(?s)run brain-mr/adam-lr=1e-3/seed0.*write 1.0e-3"),
         ({"train": {"seed": [0, 1]}}, "section train: the study itself sets seed"),
