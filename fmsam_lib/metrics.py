@@ -85,7 +85,7 @@ def _check(pair: Pair, phi_map: Tensor | None, inverse: Tensor | None) -> None:
     expected, maps = (1, len(shape), *shape), {"phi_map": phi_map, "inverse": inverse}
     for name, given in ((name, given) for name, given in maps.items() if given is not None):
         if tuple(given.shape) != expected:
-            got = f"{tuple(given.shape)}; measure one pair at a time"
+            got = f"{tuple(given.shape)}; give one pair's tensor, as phi.map is"
             raise ValueError(f"{pair.name}: expected {name} of shape {expected}, on the images' grid, got {got}")
         if not given.isfinite().all():
             raise ValueError(f"{pair.name}: expected a finite {name}, got NaN or infinity; leave the pair out")
@@ -95,7 +95,7 @@ def _structures(pair: Pair, phi_map: Tensor | None) -> Iterator[tuple[str, Tenso
     """Name, and the masks `S` in the fixed, the moving and the warped label, of every structure with a name."""
     if pair.moving_label is None or pair.fixed_label is None:
         return
-    fixed, moving = pair.fixed_label[0], pair.moving_label[0]
+    fixed, moving = pair.fixed_label[0].long(), pair.moving_label[0].long()  # 257 is 1 for a uint8
     warped = moving if phi_map is None else _warped(moving, phi_map)
     for number, name in pair.labels.items():
         yield name, fixed == number, moving == number, warped == number
@@ -107,8 +107,7 @@ def _warped(label: Tensor, phi_map: Tensor) -> Tensor:
     Nearest neighbour alone would still find the outermost samples up to half a voxel outside; for a structure that
     the image cuts off that makes up to 0.03 of Dice (synthetic lungs, 48^3).
     """
-    shape = tuple(label.shape)
-    index = voxels(identity_map(shape), shape)[0].round()  # (D, *S)
+    index = torch.from_numpy(np.indices(label.shape, np.float32))  # (D, *S)
     last = index.amax(dim=tuple(range(1, index.dim())), keepdim=True)
     displacement = torch.from_numpy(learn2reg_field(phi_map)).movedim(-1, 0)
     inside = ((displacement >= -index) & (displacement <= last - index)).all(dim=0)
@@ -206,10 +205,10 @@ def map_error(pair: Pair, phi_map: Tensor | None) -> float:
 
 def determinants(pair: Pair, phi_map: Tensor) -> Tensor:
     """The Jacobian determinant in every cell; with a fixed mask, in those that start at a sample of it."""
-    return _within(jacobian_determinant(phi_map)[0], pair.fixed_mask, slice(-1))
+    return within(jacobian_determinant(phi_map)[0], pair.fixed_mask, slice(-1))
 
 
-def _within(values: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+def within(values: Tensor, mask: Tensor | None, part: slice) -> Tensor:
     """Values of this part of each axis, in a mask `(1, *S)`; all without a mask or where it is empty."""
     inside = None if mask is None else mask[0][(part,) * values.dim()]
     return values if inside is None or not inside.any() else values[inside]
@@ -220,11 +219,11 @@ def folding_percent(determinant: Tensor) -> float:
     return float((determinant <= 0).double().mean() * 100)
 
 
-def ndv_percent(phi_map: Tensor) -> float:
+def ndv_percent(phi_map: Tensor, mask: Tensor | None = None) -> float:
     """How much of the volume a map `(1, D, *S)` turns inside out, in percent: LUMIR's NDV (Liu et al. 2024, IJCV).
 
-    Every cell is cut into simplices in the two ways that there are (2 triangles; 5 tetrahedra, one of them without a
-    corner of its own in the middle), and the mean over both of the negative volumes counts.
+    Every cell, in a mask `(1, *S)` if given, is cut into simplices in the two ways that there are (2 triangles; 5
+    tetrahedra, one without a corner of its own in the middle), and the mean over both of the negative volumes counts.
     """
     shape = tuple(phi_map.shape[2:])
     dim, phi = len(shape), voxels(phi_map, shape)[0]
@@ -232,24 +231,24 @@ def ndv_percent(phi_map: Tensor) -> float:
         bits: phi[(slice(None), *(slice(bit, n - 1 + bit) for bit, n in zip(bits, shape, strict=True)))]
         for bits in itertools.product((0, 1), repeat=dim)
     }
-    ways: dict[int, Tensor | float] = {0: 0.0, 1: 0.0}
+    volume = torch.zeros([n - 1 for n in shape], dtype=torch.float64)  # of a cell, in both ways
     for bits, here in corners.items():
         edges = [corners[*bits[:d], 1 - bits[d], *bits[d + 1 :]] - here for d in range(dim)]
-        ways[sum(bits) % 2] += _inside_out(edges, (-1) ** sum(bits))
+        volume += _inside_out(edges, (-1) ** sum(bits))
     if dim == 3:
         inner = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), ((1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))
         for parity, (first, *others) in enumerate(inner):
-            ways[1 - parity] += _inside_out([corners[other] - corners[first] for other in others], (-1) ** parity)
-    return 100 * float(ways[0] + ways[1]) / 2 / math.prod(n - 1 for n in shape)
+            volume += _inside_out([corners[other] - corners[first] for other in others], (-1) ** parity)
+    return 100 * float(within(volume, mask, slice(-1)).mean()) / 2
 
 
 def _inside_out(edges: list[Tensor], sign: int) -> Tensor:
-    """The sum of the negative volumes of simplices with these edges `(D, *S)` from one of their corners."""
+    """The negative volumes of simplices with these edges `(D, *S)` from one of their corners, `(*S)`; 0 if positive."""
     if len(edges) == 2:
         volume = (edges[0][0] * edges[1][1] - edges[0][1] * edges[1][0]) / 2
     else:
         volume = (torch.linalg.cross(edges[0], edges[1], dim=0) * edges[2]).sum(dim=0) / 6
-    return (-sign * volume).clamp(min=0).sum(dtype=torch.float64)
+    return (-sign * volume).clamp(min=0)
 
 
 def percent(value: float) -> str:
@@ -291,5 +290,5 @@ def sdlogj_learn2reg(phi_map: Tensor, mask: Tensor | None = None) -> float:
     if min(u.shape[:-1]) < 5:
         raise ValueError(f"expected at least 5 samples a side, got {tuple(u.shape[:-1])}; use sdlogj there")
     matrix = torch.stack(torch.gradient(u, dim=list(range(dim))), dim=-1)[(slice(2, -2),) * dim]  # component, axis
-    determinant = _within(torch.linalg.det(matrix + torch.eye(dim, dtype=u.dtype)), mask, slice(2, -2))
+    determinant = within(torch.linalg.det(matrix + torch.eye(dim, dtype=u.dtype)), mask, slice(2, -2))
     return float(np.std(np.log((determinant.double() + 3).clamp(1e-9, 1e9).numpy())))

@@ -24,6 +24,7 @@ from fmsam_lib.metrics import (
     surface_distances,
 )
 from fmsam_lib.model.spatial import identity_map, jacobian_determinant
+from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms.pairs import make_pair
 
@@ -335,6 +336,14 @@ def test_a_structure_that_registration_loses_has_dice_0_and_no_distance():
     assert mean_dice(toy_pair(), phi_map) == pytest.approx(big / 2)
 
 
+@pytest.mark.parametrize("number", [257, -255])
+def test_a_number_beyond_a_byte_is_no_other_structures(number):
+    """Label images of ids to 255 are stored as bytes, in which 257 and -255 are 1."""
+    rows = measure(toy_pair(labels={number: "none"}), identity_map(SHAPE))
+    assert {row["metric"] for row in rows if row["label"]} == {"missing_in_fixed", "missing_in_moving"}
+    assert math.isnan(mean_dice(toy_pair(labels={number: "none"}), identity_map(SHAPE)))
+
+
 def test_mean_dice_is_the_mean_of_measured_dice():
     pair = toy_pair(
         moving_label=torch.roll(toy_pair().fixed_label, (2, 1), dims=(1, 2)), labels={1: "a", 2: "b", 3: "c"}
@@ -438,6 +447,8 @@ def test_bad_maps_are_refused():
         ValueError, match=r"toy: expected phi_map of shape \(1, 3, 24, 20, 22\).*got \(2, 3, 24, 20, 22\)"
     ):
         measure(toy_pair(), identity.repeat(2, 1, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"expected phi_map of shape .* got \(24, 20, 22\); give .* phi.map"):
+        measure(toy_pair(), Transform(SHAPE))
     with pytest.raises(ValueError, match=r"expected inverse of shape .* got \(1, 3, 24, 20, 20\)"):
         measure(toy_pair(), identity, identity[..., :20])
     with pytest.raises(ValueError, match="an inverse, but no map"):

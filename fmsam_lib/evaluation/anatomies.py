@@ -37,9 +37,7 @@ def unseen(
     trained_on = rows.train_domain.str.split("+")
     own = [set(names).isdisjoint(groups[anatomy]) for names, anatomy in zip(trained_on, rows.anatomy, strict=True)]
     keys = ["anatomy", "test_domain", "seed", "pair"]
-    if not any(own):
-        raise ValueError(f"expected {' and '.join(methods)} on an anatomy never seen, got none")
-    wide = rows[own].pivot(index=keys, columns="optimizer", values="value").reindex(columns=list(methods))
+    wide = rows.loc[own].pivot(index=keys, columns="optimizer", values="value").reindex(columns=list(methods))
     wide = wide.set_axis(["baseline", "treatment"], axis=1).dropna().reset_index()
     if wide.empty:
         raise ValueError(f"expected {' and '.join(methods)} on the same pairs of an anatomy never seen, got none")
@@ -57,14 +55,13 @@ def answer(
 
     Intervals of 90 % and p are those of a mixed model (statsmodels' MixedLM, REML) with a mean for every set and the
     crossed random effects `EFFECTS`, whose variances all anatomies share; by t with anatomies x (seeds - 1) degrees of
-    freedom, NaN with one seed. For a new anatomy: the t interval of the anatomies' own differences, never narrower than
-    that of these. `verdict` is for Dice alone. Raises ValueError as `unseen`.
+    freedom, NaN with one seed. For a new anatomy: the t interval and p of the anatomies' own differences, never
+    narrower or smaller than those of these. `verdict` is for Dice alone. Raises ValueError as `unseen`.
     """
     rows = unseen(results, pairs, groups, methods, metric)
     estimates, covariance = _sets(rows)
     anatomy_of = rows.groupby("test_domain").anatomy.first()
-    weights = pd.get_dummies(anatomy_of).astype(float)  # (sets, anatomies)
-    weights = weights / weights.sum()
+    weights = pd.crosstab(anatomy_of.index, anatomy_of, normalize="columns")  # (sets, anatomies)
     seeds, lines = rows.groupby("anatomy").seed.nunique(), []
     freedom = int((seeds - 1).sum())
     seeds[THESE] = seeds.min()
@@ -83,7 +80,7 @@ def answer(
         low, high = test.confidence_interval(LEVEL)
         of_these = lines[-1]  # a new anatomy cannot be known better than these: a few alike would say so by chance
         ends = {"low": float(np.minimum(low, of_these["low"])), "high": float(np.maximum(high, of_these["high"]))}
-        lines.append(of_these | {"anatomy": NEW, "p": float(test.pvalue) if seeds[THESE] > 1 else np.nan} | ends)
+        lines.append(of_these | {"anatomy": NEW, "p": float(np.maximum(test.pvalue, of_these["p"]))} | ends)
     table = pd.DataFrame(lines).assign(metric=metric, baseline=methods[0], treatment=methods[1])
     said = [verdict(*ends) if metric == "dice" else "" for ends in zip(table.low, table.high, strict=True)]
     return table.assign(verdict=said)[COLUMNS]

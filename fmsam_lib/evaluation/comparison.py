@@ -4,6 +4,7 @@ Holm (1979), "A simple sequentially rejective multiple test procedure".
 """
 
 import itertools
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,9 @@ GRID = [*CELL, "optimizer", "seed"]
 COLUMNS = [*CELL, "metric", "unit", "baseline", "treatment", "equal", "seeds", "pairs", "units", "left_out"]
 COLUMNS += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
 COLUMNS += ["worst_baseline", "worst_treatment"]
+# What both spend alike, by their names without swept values; those of variants, and with a swept `late`, do not tell.
+EQUAL = {("adam", name): "steps" for name in ("sam", "asam", "sam-every", "looksam", "random")}
+EQUAL |= {(EQUAL_COMPUTE, name): "compute" for name in ("sam", "asam")}
 
 
 def comparison(
@@ -27,20 +31,21 @@ def comparison(
     The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several, and
     of one unit), the lines "each" in place of a training domain means over trainings too, as leave-one-domain-out
     wants them. p_holm: p corrected (Holm 1979) over all cells of train and test domain of one metric, baseline and
-    treatment. equal: steps or compute. A cell in which nothing is paired has its line, with NaN; a metric that is not
-    in the results has none.
+    treatment. equal: steps or compute, "" where names do not tell. A cell in which nothing is paired has its line, with
+    NaN; a metric that is not in the results has none.
     """
     lines = []
     for metric in metrics:
         values, units = per_pair(results, metric).assign(metric=metric), units_of(results, metric)
         for baseline, treatment in against:
             rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])]
-            equal = "compute" if baseline.startswith(EQUAL_COMPUTE) else "steps"
+            one, other = (re.sub(r"-(?!.*late=)\w+=.*|\+.*", "", name) for name in (baseline, treatment))
+            equal = EQUAL.get((one, other), "")
             about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": equal}
             for train, test, group in _groups(rows):
-                unit = set(units[group.test_domain])
-                if len(unit) > 1:
-                    continue  # a mean of millimetres and voxels says nothing
+                unit = set(units.reindex(group.test_domain).dropna())
+                if len(unit) != 1:
+                    continue  # a mean of millimetres and voxels says nothing; none where every result lost a structure
                 line = about | {"train_domain": train, "test_domain": test, "unit": unit.pop()}
                 try:
                     lines.append(line | difference(group, baseline, treatment)._asdict())
@@ -94,9 +99,8 @@ def gaps(results: pd.DataFrame) -> list[str]:
         found.append("one seed only: intervals are over test pairs and say nothing of another training")
     labelled = set(results.test_domain[results.metric == "dice"])
     found += [f"{d} has no labels: no Dice, no distances" for d in results.test_domain.unique() if d not in labelled]
-    missing = results[results.metric.str.startswith("missing_in_")]
-    for (domain, label, metric), pairs in missing.groupby(["test_domain", "label", "metric"]).pair.nunique().items():
-        where = metric.removeprefix("missing_in_")
+    missing = results.assign(where=results.metric.str.extract("missing_in_(.*)", expand=False))  # else NaN
+    for (domain, label, where), pairs in missing.groupby(["test_domain", "label", "where"]).pair.nunique().items():
         said = f"is not in the {where} label of {pairs} pairs; it is in none of their means"
         if where == "warped":
             said = f"was lost in the warped label of {pairs} pairs: Dice 0, no distance"

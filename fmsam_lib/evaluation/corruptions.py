@@ -70,7 +70,6 @@ def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupt
     share, above 1; for misalignment of a pair without spacing.
     """
     _check_kinds([kind])
-    severity = float(severity)
     if not 0 <= severity <= CORRUPTIONS[kind].most or math.isinf(severity):
         bound = "1" if CORRUPTIONS[kind].most == 1 else "anything finite"
         raise ValueError(f"{kind}: expected a severity from 0 to {bound}, got {severity:g}; 0 is the clean image")

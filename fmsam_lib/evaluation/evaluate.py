@@ -108,10 +108,11 @@ def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tenso
     """A pair's map, the swapped pair's (`back`), the seconds of the one registration; ValueError: one is not finite."""
     start = time.perf_counter()
     if isinstance(method, GradICON):
+        moving, fixed = (image[None].to(next(method.parameters()).device) for image in (pair.moving, pair.fixed))
         with torch.no_grad():
-            phi_map = method(pair.moving[None], pair.fixed[None]).map
+            phi_map = method(moving, fixed).map.cpu()
             seconds = time.perf_counter() - start
-            inverse = method(pair.fixed[None], pair.moving[None]).map if back else None
+            inverse = method(fixed, moving).map.cpu() if back else None
     else:
         phi_map, inverse = method(pair)
         seconds = time.perf_counter() - start
@@ -149,9 +150,8 @@ def evaluate_all(run: Evaluate, *, progress: bool = True) -> tuple[dict[str, pd.
             found = measured(method, dataset, pairs=run.pairs, progress=progress, fields=fields)
             problems += found.problems
             if run.corruptions and (method is None or isinstance(method, GradICON)):
-                kinds, number = run.corruptions, run.corrupted_pairs
-                curves, lost = robustness(method, dataset, kinds, pairs=number, progress=progress)
-                tables["robustness"].append(curves.assign(**about))
+                rows, lost = robustness(method, dataset, run.corruptions, pairs=run.corrupted_pairs, progress=progress)
+                tables["robustness"].append(rows.assign(**about))
                 problems += lost
             for kind in ("costs", "pairs", "results"):
                 tables[kind].append(getattr(found, kind).assign(**about))

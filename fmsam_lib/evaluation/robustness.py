@@ -55,11 +55,11 @@ def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[
     """What is measured of one registration, Dice NaN without labels; [] when its map is not finite."""
     phi_map, folding = identity_map(tuple(pair.fixed.shape[1:])), []
     if net is not None:
+        images = (image[None].to(next(net.parameters()).device) for image in (corrupted.moving, pair.fixed))
         with torch.no_grad():
-            phi_map = net(corrupted.moving[None], pair.fixed[None]).map
+            phi_map = net(*images).map.cpu()
         if not phi_map.isfinite().all():
             return []
-        percent = folding_percent(determinants(pair, phi_map))
-        folding = [{"metric": "folding_percent", "value": percent, "unit": "%"}]
+        folding = [{"metric": "folding_percent", "value": folding_percent(determinants(pair, phi_map)), "unit": "%"}]
     whole = phi_map if corrupted.place is None else placed(corrupted.place, phi_map)
     return [{"metric": "dice", "value": mean_dice(pair, whole), "unit": "1"}, *folding]

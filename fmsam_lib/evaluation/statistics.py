@@ -60,7 +60,7 @@ class Difference(NamedTuple):
 def per_pair(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """One value a pair: the mean over its labels of `metric`, NaN where one of them is NaN.
 
-    A pair with a structure that registration lost has no distance: NaN, lest who loses the hard ones seems the better.
+    A pair with a structure that registration lost has no distance: NaN, and `difference` leaves it out of both methods.
     """
     keys = [*CELL, "optimizer", "seed", "pair", *(c for c in ("drawn",) if c in results)]
     rows = results[results.metric == metric]
@@ -110,7 +110,7 @@ def mean_interval(rows: pd.DataFrame) -> Interval:
     rows: columns pair, seed, value and, where there are several, train_domain and test_domain; drawn tells what the
     bootstrap draws as one, else the pair's name does. With one seed the interval is over pairs alone: it says nothing
     of another training. With two seeds that matter as much as pairs, a nominal 95 % covers the truth in 71 % of cases
-    (simulated), with eight that matter half as much in 93 %.
+    (simulated), with eight that matter half as much in 93 %. NaN is left out: who loses hard pairs gains by it.
     """
     rows = _complete(rows.dropna(subset="value"))
     if rows.empty:

@@ -25,7 +25,7 @@ def climber(net: nn.Module, batch: Batch, *, lmbda: float, **settings: Any) -> W
 
     settings: those of `objective`.
     """
-    of_objective = terms_on(batch, torch.float64, lmbda=lmbda, **settings)
+    of_objective = terms_on(batch.to(next(net.parameters()).device), torch.float64, lmbda=lmbda, **settings)
 
     def terms(net: nn.Module) -> tuple[Tensor, ...]:
         total, similarity, penalty = of_objective(net)
@@ -52,11 +52,12 @@ def at_weights(net: nn.Module, batch: Batch, **settings: Any) -> pd.Series:
     space = climber(net, batch, **settings)
     g = uphill(space)
     length, d = float(g.norm()), g / g.norm()
+    along = d.numpy(force=True)
     last = vector([torch.full_like(p, ".last." in name) for name, p in space.net.named_parameters()]) > 0
     facts = {"loss": float(space.values()[0]), "|w|": float(space.w.norm()), "|g|": length}
     facts |= {"|w last|": float(space.w[last].norm()), "last, of the weights": float(last.double().mean())}
     facts["last, of |eps|^2"] = float(d[last].square().sum())
-    parts = [(float(space.gradient(i)[1] @ d), float(hessian(space, i)(d.numpy()) @ d.numpy())) for i in (1, 2)]
+    parts = [(float(space.gradient(i)[1] @ d), float(hessian(space, i)(along) @ along)) for i in (1, 2)]
     for name, (slope, curvature) in zip(TERMS, [np.sum(parts, 0), *parts], strict=True):
         facts |= {f"slope {name}": slope, f"c {name}": curvature}
     facts["rho*"] = 2 * length / facts["c total"] if facts["c total"] > 0 else np.nan
@@ -83,8 +84,7 @@ def climb(net: nn.Module, batch: Batch, rhos: Sequence[float] | np.ndarray, **se
         cosine = float(there @ g / (there.norm() * g.norm()))
         for name, rise, back in zip(TERMS, rises.tolist(), backs.tolist(), strict=True):
             first = rho * here[f"slope {name}"]
-            second = first + rho**2 * here[f"c {name}"] / 2
-            rows.append((rho, name, rise, back, first, second, cosine))
+            rows.append((rho, name, rise, back, first, first + rho**2 * here[f"c {name}"] / 2, cosine))
     return pd.DataFrame(rows, columns=["rho", "term", "rise", "back", "first", "second", "cosine"])
 
 

@@ -53,11 +53,10 @@ def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
     dim = image.GetDimension()
     try:
         table = pd.read_csv(path, encoding="utf-8-sig").rename(columns=lambda name: name.strip().lower())
+        if not set(AXES[:dim]) <= set(table.columns):  # Learn2Reg's keypoints have no header
+            table = pd.read_csv(path, header=None, names=AXES, encoding="utf-8-sig")  # of a plane a third number, too
         if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of the lines
             raise ValueError("lines of more cells than the first line has: decimal commas?")
-        if not set(AXES[:dim]) <= set(table.columns):  # Learn2Reg's keypoints have no header
-            table = pd.read_csv(path, header=None, encoding="utf-8-sig")
-            table = table.set_axis(AXES[: max(dim, table.shape[1])], axis=1)  # of a plane a third number, too
         points = table[AXES[:dim]].to_numpy(dtype=np.float64)
         if not len(points) or not np.isfinite(points).all():
             raise ValueError(f"{len(points)} points, or some that are no numbers")
@@ -87,8 +86,8 @@ def apply(
 ) -> dict[str, float]:
     """Write `<name>.nii.gz` of each image and label image, and `<name>.csv` of the points, into `out`.
 
-    paired_points: the same places in the other image, line by line: then the mean distances before and after, in mm,
-    are returned as `tre_before` and `tre`. space: of the points, see `read_points`. Raises DataError.
+    paired_points: the same places in the other image, line by line: then the mean distances by the headers alone and
+    after, in mm, are returned as `tre_before` and `tre`. space: of the points, see `read_points`. Raises DataError.
     """
     transform, target, source, modality = saved(folder, inverse=inverse)
     dim, out, made, theirs = target.GetDimension(), Path(out), {}, f"the images of {folder}"
@@ -109,35 +108,31 @@ def apply(
         if not sitk.GetArrayFromImage(nearest(image == image, target, transform)).any():  # 1 where it lies
             raise data_error(path, f"an image that overlaps {theirs}", "nothing of it there", "Check its header.")
         made[f"{stem(path)}.nii.gz"] = moved
-    found, table = {}, None
+    found = {}
     if points:
         here = read_points(points, space, target)
         there = np.array([transform.TransformPoint(point) for point in here.tolist()])
         source = source or target  # no voxels then: the points are in mm
         written = _in_space(there, space, source.TransformPhysicalPointToContinuousIndex)
-        table = pd.DataFrame(written, columns=AXES[:dim])
+        table = made[f"{Path(points).stem}.csv"] = pd.DataFrame(written, columns=AXES[:dim])
         if paired_points:
             truth = read_points(paired_points, space, source)
             if len(truth) != len(here):
                 todo = "Give the same places in the same order."
                 raise data_error(paired_points, f"{len(here)} points, as {points}", f"{len(truth)}", todo)
-            table["error_mm"] = np.linalg.norm(there - truth, axis=1)
-            before = np.linalg.norm(here - truth, axis=1).mean()
-            found = {"tre_before": float(before), "tre": float(table["error_mm"].mean())}
-    names = [*made, *([f"{Path(points).stem}.csv"] if points else [])]
-    if len(set(names)) < len(images) + len(labels) + bool(points):
-        raise data_error(out, "files with names of their own", ", ".join(names), "Rename one, or apply it twice.")
+            before, table["error_mm"] = np.linalg.norm([here - truth, there - truth], axis=2)
+            found = {"tre_before": float(before.mean()), "tre": float(table["error_mm"].mean())}
+    if len(made) < len(images) + len(labels) + bool(points):
+        raise data_error(out, "files with names of their own", ", ".join(made), "Rename one, or apply it twice.")
     for given in (*images, *labels, points, paired_points):
         if given and Path(given).resolve().parent == out.resolve():
             raise data_error(given, "another folder for the results", "the folder of an input", "Choose another one.")
-    if Path(folder).resolve() == out.resolve() and (lost := [name for name in names if RESULT.fullmatch(name)]):
+    if Path(folder).resolve() == out.resolve() and (lost := [name for name in made if RESULT.fullmatch(name)]):
         raise data_error(out, "another folder", f"that {lost[0]} there would be replaced", "Choose another one.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, image in made.items():
-            write(image, out / name)
-        if table is not None:
-            write_csv(table, out / names[-1])
+        for name, what in made.items():
+            (write_csv if isinstance(what, pd.DataFrame) else write)(what, out / name)
     except (OSError, RuntimeError) as error:
         raise data_error(out, "a folder to write the results into", error, "Choose another one.") from error
     return found
@@ -158,5 +153,5 @@ def main(argv: list[str]) -> int:
     if not (options["images"] or options["labels"] or options["points"]):
         parser.error("expected --images, --labels or --points: there is nothing to move")
     if found := apply(**options):
-        print(f"TRE {found['tre_before']:.3f} -> {found['tre']:.3f} mm")
+        print(f"TRE {found['tre_before']:.3f} by the headers -> {found['tre']:.3f} mm")
     return 0

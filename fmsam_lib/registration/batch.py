@@ -10,15 +10,13 @@ from typing import Any
 import pandas as pd
 
 from fmsam_lib.checking import nearest, plain
-from fmsam_lib.images.files import stem
+from fmsam_lib.images.files import parts, stem
 from fmsam_lib.records import DataError, data_error, read_json, write_csv, write_json
 from fmsam_lib.registration.folder import LONGEST, ROLES, SUMMARY, fitting
 
 TABLE = "pairs.csv"
-COLUMNS = [
-    *("name", "status", "similarity_before", "similarity_after", "folding_percent", "sdlogj", "dice_before"),
-    *("dice_after", "seconds", "verdict", "reason"),
-]
+COLUMNS = ["name", "status", "similarity_before", "similarity_after", "folding_percent", "sdlogj"]
+COLUMNS += ["dice_before", "dice_after", "seconds", "verdict", "reason"]
 
 
 def register_all(
@@ -27,17 +25,16 @@ def register_all(
     """Register each pair of the CSV file `pairs` into `<out>/<name>/`; 0, or 1 where a pair failed, which it names.
 
     register_one: takes the paths of a pair's files, by their names in `ROLES`, and its folder; leaves `summary.json`.
-    options: all else that the results depend on. What is there of the same files (by cell, size and date) and options,
+    options: all else that the results depend on. What is there of the same files (by cell and `stamps`) and options,
     as its summary says, is not made again. `<out>/pairs.csv` comes at the end, a line a pair, from the summaries.
 
     Raises DataError, before the work, as `read_pairs`.
     """
-    out, lines, failed = Path(out), [], []
+    out, lines = Path(out), []
     for name, row in read_pairs(Path(pairs), out).items():
         files, folder = {role: Path(pairs).parent / cell for role, cell in row.items()}, out / name
         try:
-            stamps = {role: [row[role], os.stat(f).st_size, os.stat(f).st_mtime_ns] for role, f in files.items()}
-            made_of = plain({"files": stamps, "options": options})
+            made_of = plain({"files": {role: [row[role], *stamps(f)] for role, f in files.items()}, "options": options})
             made = read_json(folder / SUMMARY, {})
             if made.get("made_of") != made_of or not all((folder / name).exists() for name in made["files"]):
                 register_one({role: str(file) for role, file in files.items()}, folder)
@@ -46,14 +43,19 @@ def register_all(
             dice = pd.DataFrame(summary.get("dice", {}), dtype=float).mean(axis=1).add_prefix("dice_")
             lines.append({**summary, **dice, "name": name, "status": "done"})
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            reason = str(error) or repr(error)
-            failed.append(f"{name}: {reason}")
-            lines.append({"name": name, "status": "failed", "verdict": {"reason": reason}})
+            lines.append({"name": name, "status": "failed", "verdict": {"reason": str(error) or repr(error)}})
         print(f"{name}: {lines[-1]['status']}", flush=True)
     table = pd.json_normalize(lines, sep="_").rename(columns=lambda column: column.removeprefix("verdict_"))
     write_csv(table, out / TABLE, COLUMNS)
+    failed = ["{name}: {verdict[reason]}".format(**line) for line in lines if line["status"] == "failed"]
     print("\n- ".join([f"{len(failed)} of {len(lines)} pairs failed; {out / TABLE}", *failed]))
     return 1 if failed else 0
+
+
+def stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and date of every file that an image consists of: of a header its data too, of a folder its slices."""
+    files = sorted(path.iterdir()) if path.is_dir() else parts(path)
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:

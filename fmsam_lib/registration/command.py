@@ -21,7 +21,7 @@ from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import check, load
 from fmsam_lib.parameters import Register, Registering
 from fmsam_lib.registration import apply
-from fmsam_lib.registration.batch import register_all
+from fmsam_lib.registration.batch import register_all, stamps
 from fmsam_lib.registration.folder import ROLES, check_room, staged
 from fmsam_lib.registration.register import register
 from fmsam_lib.registration.verdict import in_words
@@ -58,8 +58,8 @@ def _main(argv: list[str]) -> int:
     network = functools.cache(lambda: load(run.weights).to(more["device"]))  # asked for when all files are there
     if more["pairs"]:
         options = run.model_dump(include={*Registering.model_fields, "weights"})
-        if os.path.isfile(run.weights):  # another file of the same name gives other results
-            options["weights"] = [run.weights, os.path.getsize(run.weights), os.path.getmtime(run.weights)]
+        named = {name: options[name] for name in ("weights", "start") if os.path.isfile(options[name])}
+        options |= {name: [file, *stamps(Path(file))] for name, file in named.items()}  # of one name, but another file
         return register_all(more["pairs"], run.out, lambda files, out: _register(run, network, files, out), options)
     files = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
     summary = _register(run, network, files, run.out, progress=not more["quiet"])
@@ -143,8 +143,7 @@ def report(summary: dict[str, Any], folder: str | Path) -> str:
     """What a person wants to know of a `Registration.summary`, in a few lines."""
     similarity = "LNCC {before:.3f} -> {after:.3f}".format(**summary["similarity"])
     regularity = f"{percent(summary['folding_percent'])} folded, SDlogJ {summary['sdlogj']:.3f}"
-    lines = [f"{similarity}, {regularity}, {summary['seconds']:.1f} s"]
-    lines.append(in_words(summary["verdict"]))
+    lines = [f"{similarity}, {regularity}, {summary['seconds']:.1f} s", in_words(summary["verdict"])]
     if io := summary.get("instance_optimisation"):
         best = "best of {steps} steps was {best_step}, loss {loss_before:.4f} -> {loss_best:.4f}"
         lines.append("instance optimisation: " + best.format(**io))

@@ -62,8 +62,7 @@ def register(
     transform that is not finite, and DataError (a ValueError) for images that cannot be registered.
     """
     begun = time.perf_counter()
-    given = {name: value for name, value in options.items() if value is not None}
-    how = read(Registering, given, source="register's options")
+    how = read(Registering, {k: v for k, v in options.items() if v is not None}, source="register's options")
     modality = {"fixed": how.modality, "moving": how.moving_modality or how.modality}
     network, weights = (load(net), str(net)) if isinstance(net, str | Path) else (net, None)
     shape, dim = tuple(how.shape or network.shape or ()), network.dim
@@ -72,10 +71,10 @@ def register(
         raise ValueError(f"expected {dim} numbers as `shape` (--shape) of a {dim}-D network, got {got}")
 
     here, there = (_read(source, dim, name) for source, name in ((fixed, "fixed image"), (moving, "moving image")))
+    where = (name_of(fixed, "fixed image"), name_of(moving, "moving image"))
+    notes = doubts(where, (here, there))  # before the headers are lost in joining
     if here.GetDimension() != there.GetDimension():  # ITK reads a file (X, Y) as 2-D, one (X, Y, 1) as 3-D
         here, there = (sitk.JoinSeries([i]) if i.GetDimension() == 2 else i for i in (here, there))
-    where = (name_of(fixed, "fixed image"), name_of(moving, "moving image"))
-    notes = doubts(where, (here, there))
     for note in notes:
         warnings.warn(note, stacklevel=2)
     grid, own = reference(here, shape), reference(there, shape)
@@ -92,6 +91,10 @@ def register(
             if role.endswith("mask") and not marks_on_grid[role].any():
                 found, todo = "none of it there", "Is it too small, or elsewhere? Choose another mask or --start."
                 raise data_error(name_of(file, role), "a mask that holds samples of the grid", found, todo)
+    structures = [{*ids(marks[role])} - {0} if role in marks else set() for role in ("fixed_labels", "labels")]
+    if all(structures) and (alone := sorted(structures[0] ^ structures[1])):
+        notes.append(f"no Dice of the labels {alone}: only one of the two images has them")
+        warnings.warn(notes[-1], stacklevel=2)
     masks = {}
     if {"fixed_mask", "moving_mask"} & marks.keys():  # where only one image has a mask, all of the other counts
         everywhere = torch.ones_like(fixed_on_grid)
@@ -103,7 +106,7 @@ def register(
         moving=on_grid(there, grid, modality["moving"].upper(), where[1], start),
         fixed_label=marks_on_grid.get("fixed_labels"),
         moving_label=marks_on_grid.get("labels"),
-        labels={n: str(n) for n in (ids(marks["fixed_labels"]) if "fixed_labels" in marks else []) if n},
+        labels={n: str(n) for n in sorted(structures[0])},
         spacing=grid.GetSpacing()[:dim],
         affine=torch.from_numpy(affine(grid)) if oriented(here) else None,
         fixed_mask=masks.get("fixed_mask"),
@@ -126,10 +129,11 @@ def register(
     where_fixed = counts[-1] if counts else None
     before, after = (lncc(image, b, sigma=how.sigma, mask=where_fixed).item() for image in (a, warp(a, phi.map)))
     comparable = how.similarity == "lncc" and len({*modality.values()}) == 1  # LNCC means something
+    against: list[str] = []
     if after < before and comparable and not how.keep_worse:
         notes.append(f"the network makes the images less alike (LNCC {before:.3f} to {after:.3f}): left as they were")
         warnings.warn(notes[-1], stacklevel=2)
-        phi, psi, after = Transform(shape), Transform(shape), before
+        phi, psi, after, against = Transform(shape), Transform(shape), before, notes[-1:]
     determinant = determinants(pair, phi.map)
     summary: dict[str, Any] = {role: str(file) for role, file in files.items() if isinstance(file, str | Path)} | {
         "network": {"weights": weights, **network.settings, "shape": list(shape)},
@@ -151,14 +155,13 @@ def register(
         inverse.FlattenTransform()
     except RuntimeError:
         notes.append(f"the transform {how.start} has no inverse, so none is written")
-    summary["verdict"], error = judge(network, pair, phi.map, psi.map, summary["similarity"] if comparable else None)
+    similarity = summary["similarity"] if comparable else None
+    summary["verdict"], error = judge(network, pair, phi.map, psi.map, similarity, against)
     error_map = placed(error.reshape(grid.GetSize()).numpy().transpose(), grid)
     parts = (phi, psi, start, transform, inverse, pair, summary, losses, error_map, names)
     result = Registration(here, there, *parts, marks.get("labels"), marks.get("fixed_labels"))
-    if overlap := result.dice():
-        summary["dice"] = overlap
-    summary["seconds"] = round(time.perf_counter() - begun, 2)
-    summary |= {"notes": notes, "version": importlib.metadata.version("fmsam"), "provenance": provenance()}
+    summary |= {"dice": result.dice(), "seconds": round(time.perf_counter() - begun, 2), "notes": notes}
+    summary |= {"version": importlib.metadata.version("fmsam"), "provenance": provenance()}
     return result
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from fmsam_lib.images.files import Source, read_labels
+from fmsam_lib.images.files import Source, ids, read_labels
 from fmsam_lib.images.grid import affine, check_same_grid, nearest, placed
 from fmsam_lib.images.intensities import CT_WINDOW, without_fill
 from fmsam_lib.metrics import dice, percent
@@ -128,16 +128,16 @@ class Registration:
         return image
 
     def dice(self) -> dict[str, dict[str, float]]:
-        """Of each of the fixed image's labels, on its voxels, before and after; nothing unless both have labels."""
+        """Of each label that both images have, on the fixed one's voxels, before and after; nothing without labels."""
         if self.labels is None or self.fixed_labels is None:
             return {}
         identity = sitk.Transform(self.fixed.GetDimension(), sitk.sitkIdentity)
         moved = [(self.fixed_labels, identity), (self.labels, self.start), (self.labels, self.transform)]
         images = [sitk.GetArrayFromImage(nearest(labels, self.fixed, transform)) for labels, transform in moved]
         found: dict[str, dict[str, float]] = {}
-        for n, name in self.pair.labels.items():
+        for n in sorted({*self.pair.labels}.intersection(ids(self.labels))):
             fixed, before, after = (torch.from_numpy(values == n) for values in images)
-            found[name] = {"before": dice(before, fixed), "after": dice(after, fixed)}
+            found[str(n)] = {"before": dice(before, fixed), "after": dice(after, fixed)}
         return found
 
     def save(self, folder: str | Path) -> list[Path]:

@@ -78,9 +78,8 @@ def _found(kind: str, grids: tuple[sitk.Image, sitk.Image], images: tuple[Tensor
 def _optimised(images: list[sitk.Image], start: sitk.Transform):
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
-    method.SetOptimizerAsRegularStepGradientDescent(  # larger steps turn small images inside out
-        learningRate=0.2, minStep=5e-4, numberOfIterations=200, relaxationFactor=0.6
-    )
+    steps = {"learningRate": 0.2, "minStep": 5e-4, "numberOfIterations": 200, "relaxationFactor": 0.6}
+    method.SetOptimizerAsRegularStepGradientDescent(**steps)  # larger steps turn small images inside out
     method.SetOptimizerScalesFromPhysicalShift()
     levels = [factor for factor in (4, 2, 1) if min(images[0].GetSize()) // factor >= 12] or [1]
     method.SetShrinkFactorsPerLevel(levels)

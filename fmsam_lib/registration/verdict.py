@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmsam_lib.metrics import determinants, folding_percent, ndv_percent
+from fmsam_lib.metrics import determinants, folding_percent, ndv_percent, within
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import inverse_error, voxels
 from fmsam_lib.pair import Pair
@@ -40,19 +40,22 @@ def worst(signs: dict[str, float]) -> float:
     return max((value - LIMITS[name][0]) / (LIMITS[name][1] - LIMITS[name][0]) for name, value in signs.items())
 
 
-def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict | None) -> tuple[dict, Tensor]:
+def judge(
+    net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict | None, against: list[str] | None = None
+) -> tuple[dict, Tensor]:
     """A verdict for `summary.json`, and the map of the inverse-consistency error `|psi(phi(x)) - x|`, mm, `(*S)`.
 
     phi, psi: of the pair and of the swapped one, `(1, D, *S)`. similarity: LNCC before and after, or None: no judge.
+    against: what else speaks against it, in words. A fixed mask limits all that is said of phi and psi but this map.
     """
-    samples = voxels(inverse_error(psi, phi), tuple(pair.fixed.shape[1:]))[0]
-    spacing = torch.tensor(pair.spacing, dtype=samples.dtype).view(-1, *[1] * (samples.dim() - 1))
-    error = (samples * spacing).square().sum(dim=0).sqrt()
+    samples = voxels(inverse_error(psi, phi), tuple(pair.fixed.shape[1:]))[0].movedim(0, -1)  # (*S, D)
+    error = (samples * torch.tensor(pair.spacing)).norm(dim=-1)
+    missed, mm = (within(length, pair.fixed_mask, slice(None)).flatten() for length in (samples.norm(dim=-1), error))
     where = ""
     signs = {
-        "inverse_error": float(samples.square().sum(dim=0).sqrt().flatten().kthvalue(int(0.95 * error.numel())).values),
+        "inverse_error": float(missed.kthvalue(max(1, int(0.95 * len(missed)))).values),
         "folding": folding_percent(determinants(pair, phi)),
-        "ndv": ndv_percent(phi),
+        "ndv": ndv_percent(phi, pair.fixed_mask),
     }
     if similarity:
         signs["similarity_lost"] = round(similarity["before"] - similarity["after"], 5)  # not float32's last bit
@@ -60,12 +63,12 @@ def judge(net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict 
     if domains := net.about.get("seen"):
         signs["unlike"], where = unlike([pair.fixed, pair.moving], domains)
     beyond = [name for name, value in signs.items() if worst({name: value}) > 1]
-    reasons = [SAID[name].format(signs[name], LIMITS[name][1], where=where) for name in beyond]
+    reasons = [*(against or []), *(SAID[name].format(signs[name], LIMITS[name][1], where=where) for name in beyond)]
     known = "look at it" if reasons else "fine" if domains else "unknown"
     if not domains:
         reasons.append("the weights do not say what the network was trained on")
     verdict: dict[str, Any] = {"verdict": known, "reason": "; ".join(reasons), "signs": signs, "nearest": where}
-    return verdict | {"inverse_error_mm": {"mean": float(error.mean()), "max": float(error.max())}}, error
+    return verdict | {"inverse_error_mm": {"mean": float(mm.mean()), "max": float(mm.max())}}, error
 
 
 def in_words(verdict: dict[str, Any]) -> str:

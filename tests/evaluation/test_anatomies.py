@@ -66,6 +66,13 @@ def test_the_effect_is_found_and_judged(effect, said):
     assert [*(table.p < 0.1)] == [*(table.low * table.high > 0)]
 
 
+def test_of_a_new_anatomy_nobody_is_surer_than_of_these():
+    """Five that happen to be alike: neither the interval nor p is that of their own t test."""
+    table = answer(*simulated(np.random.default_rng(9), seeds=3), GROUPS, BOTH).set_index("anatomy")
+    assert stats.ttest_1samp(table["mean"][:5], 0.0).pvalue < 0.05 < table.p[THESE]
+    assert [*table.loc[NEW, ["low", "high", "p"]]] == [*table.loc[THESE, ["low", "high", "p"]]]
+
+
 def test_networks_that_saw_the_anatomy_do_not_count():
     results, pairs = simulated(np.random.default_rng(0))
     expected = answer(results, pairs, GROUPS, BOTH)

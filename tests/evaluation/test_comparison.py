@@ -32,6 +32,29 @@ def test_equal_steps_and_equal_compute_have_lines_of_their_own():
     assert table.seeds.tolist() == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("baseline", "treatment", "equal"),
+    [
+        ("adam-lr=0.1", "sam-every-lr=0.1", "steps"),
+        ("adam-2x-lr=0.1+ema", "asam-lr=0.1-rho=0.03+ema", "compute"),
+        ("adam-2x", "sam-every", ""),
+        ("adam-2x", "sam-climb=part-late=0.5", ""),
+        ("adam", "adam-4x", ""),
+        ("adam-2x", "sam-2x", ""),
+    ],
+)
+def test_what_two_optimizers_spend_alike_is_said_only_where_it_is_known(baseline, treatment, equal):
+    table = comparison(made_up(optimizers=(baseline, treatment)), [(baseline, treatment)])
+    assert table.equal.tolist() == [equal]
+
+
+def test_a_domain_where_every_result_lost_the_structure_has_no_line():
+    rows = made_up(tests=("T", "U"))
+    lost = {"metric": "missing_in_warped", "value": 1.0, "unit": "count"}
+    rows = rows.assign(metric="hd95", unit="mm").where(rows.test_domain == "T", rows.assign(**lost))
+    assert comparison(rows, [("adam", "sam")], metrics=("hd95",)).test_domain.tolist() == ["T", "seen"]
+
+
 def test_holm_corrects_over_the_test_domains():
     rows = made_up(0.02, tests=("T", "U", "V"), spread=0.05)
     table = comparison(rows, [("adam", "sam")])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -120,6 +121,21 @@ def test_what_was_made_of_other_files_or_options_is_done_again(tmp_path, table, 
     one = Registering()
     assert register_all(path, out, one, options) == 0
     assert names(one) == (["a_b", "b_é"] if change == "an option" else ["a_b"])
+
+
+@pytest.mark.parametrize("changed", ["b.raw", "c.img", "series/2.dcm"])
+def test_what_belongs_to_the_named_file_counts_too(tmp_path, table, changed):
+    path = table("fixed,moving\na.nii.gz,b.mhd\na.nii.gz,c.hdr\na.nii.gz,series\n")
+    out, data = tmp_path / "out", path.parent
+    (data / "series").mkdir()
+    (data / "b.mhd").write_text("ElementDataFile = b.raw\n")
+    for name in ("b.raw", "c.hdr", "c.img", "series/1.dcm", "series/2.dcm"):
+        (data / name).write_bytes(b"x")
+    assert register_all(path, out, Registering(), OPTIONS) == 0
+    os.utime(data / changed, ns=(1, 1))
+    one = Registering()
+    assert register_all(path, out, one, OPTIONS) == 0
+    assert names(one) == [f"a_{Path(changed).parts[0].split('.')[0]}"]
 
 
 def test_a_pair_of_which_a_file_is_gone_is_done_again(tmp_path, table):

@@ -367,6 +367,18 @@ def test_the_summary_says_how_it_went(tmp_path, pair):
     assert "0.123<" in result._repr_html_()
 
 
+def test_a_label_of_one_image_alone_has_no_dice(tmp_path, pair):
+    """As in `measure`: nobody could have brought it there."""
+    values = structures(MOVING, 2)
+    labels = save(tmp_path / "few.nii.gz", np.where(values == 2, 3, values).astype(np.uint8), HEADERS["all"])
+    with pytest.warns(UserWarning, match=r"no Dice of the labels \[2, 3\]: only one of the two images has them"):
+        result = register(
+            pair["fixed"], pair["moving"], network(), shape=GRID, labels=labels, fixed_labels=pair["fixed_labels"]
+        )
+    assert result.summary["dice"].keys() == {"1"}
+    assert "no Dice of the labels [2, 3]" in result.summary["notes"][-1]
+
+
 @pytest.mark.parametrize(
     ("file", "name"),
     [
@@ -877,6 +889,18 @@ def test_the_command_registers_and_says_what_came_out(tmp_path, pair, capsys):
     assert summary["network"]["weights"] == str(pair["weights"])
     assert run(pair, tmp_path / "quiet", *more, "--quiet", "--keep-worse") == 0
     assert capsys.readouterr() == ("", "")
+
+
+def test_pairs_are_registered_again_from_a_start_that_changed(tmp_path, pair, monkeypatch):
+    asked, start = [], tmp_path / "s.tfm"
+    monkeypatch.setattr(command, "register_all", lambda pairs, out, one, options: asked.append(options) or 0)
+    for angle in (0.1, 0.25):
+        sitk.WriteTransform(sitk.Euler3DTransform((0, 0, 0), angle, 0, 0), str(start))
+        options = ("--pairs", "pairs.csv", "--out", tmp_path, "--weights", pair["weights"], "--start", start)
+        assert main([*map(str, options)]) == 0
+    first, second = asked
+    assert first["start"] != second["start"]
+    assert first["weights"] == second["weights"]
 
 
 def test_the_command_prints_doubts_as_notes(tmp_path, pair, capsys):

@@ -21,7 +21,7 @@ register = functools.partial(registering, keep_worse=True)  # made-up transforms
 GRID = (24, 24, 24)
 
 
-STILL = Analytic(lambda x: 0 * x)
+STILL, STILL_2D = Analytic(lambda x: 0 * x), Analytic(lambda x: 0 * x, dim=2)
 
 
 def scan(size=(40, 44, 36), seed=0, sigma=3.0, spacing=(1.0, 1.2, 1.5), origin=(-20.0, 30.0, 10.0)):
@@ -209,6 +209,14 @@ def test_pictures_have_no_sides(tmp_path):
         assert register(*paths, Analytic(lambda x: 0 * x, dim=2), shape=GRID[:2]).pair.affine is None
 
 
+def test_a_picture_beside_a_slice_with_sides_is_refused_however_that_is_stored(tmp_path):
+    sitk.WriteImage(sitk.Cast(scan((40, 44)), sitk.sitkUInt8), str(tmp_path / "fixed.png"))
+    for name, image in (("plane", scan((40, 44), 1)), ("slice", scan((40, 44, 36), 1)[:, :, 18:19])):
+        sitk.WriteImage(image, str(tmp_path / f"{name}.nii.gz"))
+        with pytest.raises(DataError, match=r"fixed.png: expected a header that states the orientation"):
+            register(tmp_path / "fixed.png", tmp_path / f"{name}.nii.gz", STILL_2D, shape=GRID[:2])
+
+
 def test_a_start_that_mirrors_the_image_is_refused(monkeypatch):
     monkeypatch.setattr("fmsam_lib.registration.start._found", lambda *_: np.diag([-1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(DataError, match="loses or mirrors it"):
@@ -323,7 +331,7 @@ def test_points_are_moved_and_their_error_measured(tmp_path, capsys, registered,
     table = pd.read_csv(tmp_path / "p" / "fixed.csv")
     np.testing.assert_allclose(table[["x", "y", "z"]], said(there, result.moving), atol=1e-4)
     np.testing.assert_allclose(table["error_mm"], 5.0, atol=1e-4)
-    assert "-> 5.000 mm" in capsys.readouterr().out
+    assert " by the headers -> 5.000 mm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("header", ["X,Y,Z", "x, y, z"])
@@ -435,6 +443,9 @@ def test_a_registration_that_makes_the_images_less_alike_is_not_used():
     similarity = result.summary["similarity"]
     assert similarity["before"] == similarity["after"]
     assert "less alike" in result.summary["notes"][-1]
+    verdict = result.summary["verdict"]
+    assert verdict["verdict"] == "look at it"
+    assert verdict["reason"].startswith(result.summary["notes"][-1])
     assert sitk.GetArrayViewFromImage(register(image, image, shift, shape=GRID).displacement()).any()
     other = registering(image, image, shift, shape=GRID, similarity="mind")  # LNCC is no judge there
     assert sitk.GetArrayViewFromImage(other.displacement()).any()

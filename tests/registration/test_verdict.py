@@ -1,6 +1,7 @@
 """The verdict's signs against hand-made maps, what the weights remember of their training, and --check."""
 
 import copy
+import dataclasses
 import json
 
 import nibabel
@@ -93,6 +94,21 @@ def test_a_translation_that_comes_back_is_fine_and_one_that_does_not_is_not(trai
     assert said["signs"]["inverse_error"] == pytest.approx(4, abs=1e-3)
     np.testing.assert_allclose(error, 4 * pair.spacing[0], rtol=1e-4)
     json.dumps(said)
+
+
+def test_only_the_fixed_mask_is_judged(trained, pair):
+    """A fold and a miss outside of it are nobody's concern; the map of the error has them all the same."""
+    mask = torch.zeros(1, 48, 40, dtype=torch.bool)
+    mask[:, 30:] = True
+    x, inside = identity_map((48, 40)), dataclasses.replace(pair, fixed_mask=mask)
+    folded = x.clone()
+    folded[:, 0, 5:25] = folded[:, 0, 5:25].flip(1)
+    assert {*judge(trained[0], pair, folded, x, ALIKE)[0]["reason"].split("; ")} != {""}
+    said, error = judge(trained[0], inside, folded, x, ALIKE)
+    assert (said["verdict"], said["reason"]) == ("fine", "")
+    assert [said["signs"][name] for name in ("inverse_error", "folding", "ndv")] == [0, 0, 0]
+    assert said["inverse_error_mm"] == {"mean": 0, "max": 0}
+    assert error.max() > 0
 
 
 def test_other_signs(trained, pair):
