@@ -161,16 +161,23 @@ def pretrained() -> pd.DataFrame:
 
 
 def longer() -> pd.DataFrame:
-    """Dice on anatomies never seen by the gradients that Adam and SAM spent, and the difference at equal compute."""
-    rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen and seed == 10")
+    """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have every length;
+    the differences at equal compute, the last one of every seed, too."""
+    rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen")
     rows = rows[~rows.optimizer.str.contains("+", regex=False)].assign(
         anatomy=rows.train_domain.str.removeprefix("all but "), optimizer=rows.optimizer.str.partition("-")[0]
     )
-    rows = rows.groupby(["anatomy", "optimizer", "gradients"]).dice.mean().unstack([1, 2]).dropna()
-    rows.loc[f"mean of these {len(rows)}"] = rows.mean()
+    rows = rows.groupby(["seed", "anatomy", "optimizer", "gradients"]).dice.mean().unstack([2, 3]).dropna()
+    rows = rows.groupby("seed").filter(lambda seed: len(seed) == rows.index.levels[1].size)  # every anatomy
+    each = (rows["sam", 16000] - rows["adam", 16000]).unstack("seed")
+    rows = rows.groupby("anatomy").mean()
+    rows.loc[mean := f"mean of these {len(rows)}"] = rows.mean()
+    each.loc[mean] = each.mean()
     kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]
     shown = {f"{name_of(o)}, {n:,}": rows[o, n].map("{:.3f}".format) for o, n in kinds}
     shown |= {f"SAM - Adam, {n:,}": (rows["sam", n] - rows["adam", n]).map("{:+.3f}".format) for n in (8000, 16000)}
+    if each.shape[1] > 1:
+        shown["of seeds " + ", ".join(map(str, each))] = each.map("{:+.3f}".format).agg(", ".join, axis=1)
     return pd.DataFrame(shown).rename_axis("anatomy, never seen").reset_index()
 
 
