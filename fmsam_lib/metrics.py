@@ -231,7 +231,7 @@ def ndv_percent(phi_map: Tensor, mask: Tensor | None = None) -> float:
         bits: phi[(slice(None), *(slice(bit, n - 1 + bit) for bit, n in zip(bits, shape, strict=True)))]
         for bits in itertools.product((0, 1), repeat=dim)
     }
-    volume = torch.zeros([n - 1 for n in shape], dtype=torch.float64)  # of a cell, in both ways
+    volume = phi.new_zeros([n - 1 for n in shape], dtype=torch.float64)  # of a cell, in both ways
     for bits, here in corners.items():
         edges = [corners[*bits[:d], 1 - bits[d], *bits[d + 1 :]] - here for d in range(dim)]
         volume += _inside_out(edges, (-1) ** sum(bits))

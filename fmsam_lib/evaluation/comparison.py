@@ -19,7 +19,9 @@ COLUMNS = [*CELL, "metric", "unit", "baseline", "treatment", "equal", "seeds", "
 COLUMNS += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
 COLUMNS += ["worst_baseline", "worst_treatment"]
 # What both spend alike, by their names without swept values; those of variants, and with a swept `late`, do not tell.
-EQUAL = {("adam", name): "steps" for name in ("sam", "asam", "sam-every", "looksam", "random")}
+EQUAL: dict[tuple[str, ...], str] = {
+    ("adam", name): "steps" for name in ("sam", "asam", "sam-every", "looksam", "random")
+}
 EQUAL |= {(EQUAL_COMPUTE, name): "compute" for name in ("sam", "asam")}
 
 
@@ -31,7 +33,7 @@ def comparison(
     The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several, and
     of one unit), the lines "each" in place of a training domain means over trainings too, as leave-one-domain-out
     wants them. p_holm: p corrected (Holm 1979) over all cells of train and test domain of one metric, baseline and
-    treatment. equal: steps or compute, "" where names do not tell. A cell in which nothing is paired has its line, with
+    treatment. equal: steps or compute, "" where names do not say. A cell in which nothing is paired has its line, with
     NaN; a metric that is not in the results has none.
     """
     lines = []
@@ -39,9 +41,8 @@ def comparison(
         values, units = per_pair(results, metric).assign(metric=metric), units_of(results, metric)
         for baseline, treatment in against:
             rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])]
-            one, other = (re.sub(r"-(?!.*late=)\w+=.*|\+.*", "", name) for name in (baseline, treatment))
-            equal = EQUAL.get((one, other), "")
-            about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": equal}
+            kinds = tuple(re.sub(r"-(?!.*late=)\w+=.*|\+.*", "", name) for name in (baseline, treatment))
+            about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": EQUAL.get(kinds, "")}
             for train, test, group in _groups(rows):
                 unit = set(units.reindex(group.test_domain).dropna())
                 if len(unit) != 1:

@@ -47,8 +47,7 @@ def correlation(flatness: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
             there = merged.dropna(subset=[name, "value"])
             if runs[name].notna().any():
                 tau = kendall(there.value.to_numpy(), there[name].to_numpy(), there.train_domain.to_numpy())
-                found = {"performance": name, "tau": tau, "n": len(there)}
-                lines.append(dict(zip(MEASURE, key, strict=True)) | found)
+                lines.append(dict(zip(MEASURE, key, strict=True)) | {"performance": name, "tau": tau, "n": len(there)})
     return pd.DataFrame(lines, columns=COLUMNS)
 
 

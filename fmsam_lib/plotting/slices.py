@@ -245,8 +245,7 @@ def registration(
         outline(axes[2], plane, plane.fixed_label, FIXED_LINE)
         outline(axes[2], plane, plane.warped_label, WARPED_LINE)
         deformed_grid(axes[4], plane)
-        image = show(axes[5], plane, plane.jacobian, **jacobian_look())
-        jacobian_bar(figure, image, axes[5])
+        jacobian_bar(figure, show(axes[5], plane, plane.jacobian, **jacobian_look()), axes[5])
         folded = percent(100 * (plane.jacobian <= 0).mean())
         axes[5].set_title(f"Jacobian determinant, {folded} folded", fontsize=10)
     if pair.fixed_label is not None or pair.moving_label is not None:

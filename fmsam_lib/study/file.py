@@ -8,7 +8,7 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.flatness.landscape import TRAINING
 from fmsam_lib.parameters import Between, Evaluate, Landscape
 from fmsam_lib.records import PROJECT
-from fmsam_lib.study.grid import Study, swept
+from fmsam_lib.study.grid import Study, grid, swept
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
 
 
@@ -17,9 +17,9 @@ class Once(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.MarkedYAMLError(problem=f"the key {twice[0]} stands twice", problem_mark=node.start_mark)
+        keys = [(key.tag, key.value) for key, _ in node.value]
+        if twice := [key for i, (key, _) in enumerate(node.value) if keys[i] in keys[:i] and key.value != "<<"]:
+            raise yaml.MarkedYAMLError(problem=f"{twice[0].value} stands twice", problem_mark=twice[0].start_mark)
         return node
 
 
@@ -56,11 +56,12 @@ def read_study(path: Path | str) -> Study:
     except ValueError as error:
         raise ConfigError(f"{path}, {error}") from None
     averaged = {job.folder for job in work if job.values.get("averages")}
+    used = {run.folder for run in grid(study)}
     for job in work:
         notebook = NOTEBOOKS[job.notebook]
         source = f"{path}, section {notebook.section}, run {job.folder}"
         given, unfit, fit = read(notebook.takes, job.values, source=source), set[str](), ""
-        if isinstance(given, Evaluate) and job.folder not in ("none", "io"):
+        if isinstance(given, Evaluate) and job.folder in used:
             other = () if job.folder in averaged else ("+ema", "+tail")
             unfit = {name for name in given.methods if not name.startswith("network") or name.endswith(other)}
             fit = "methods of networks (others are baselines), +ema and +tail with train: {averages: true}"

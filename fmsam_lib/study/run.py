@@ -188,10 +188,11 @@ def refuse_another(work: list[Job], root: Path, study_file: Path) -> None:
 
     Before anything is written: a newer parameter file would have Snakemake run the training again, which refuses.
     """
-    copy = Path(work[-1].values["study"])
-    said = copy.read_text(encoding="utf-8", errors="replace") if copy.exists() else ""
-    other = Path(said.rstrip("\n").rpartition(COPY_OF)[2])
-    if other != study_file and other.is_file() and other.read_bytes() != study_file.read_bytes():
+    other, text = None, study_file.read_bytes()
+    with contextlib.suppress(OSError, ValueError):  # never computed here, or the copy is damaged
+        said = Path(Path(work[-1].values["study"]).read_text(encoding="utf-8").rstrip("\n").rpartition(COPY_OF)[2])
+        other = said if said.read_bytes() != text else None
+    if other:
         todo = "give one of them another name, or name another folder with --runs (make study RUNS=folder)"
         raise ConfigError(f"{root} has the results of another study, {other}, not of {study_file}: {todo}")
     found, known = [], ("", *OFFICIAL, *shipped())

@@ -25,7 +25,7 @@ from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.manifest import read_manifest
 from fmsam_lib.parameters import Evaluate, Train
 from fmsam_lib.records import DataError
-from fmsam_lib.study.file import read_study
+from fmsam_lib.study.file import Once, read_study
 from fmsam_lib.study.grid import grid, twins
 from fmsam_lib.study.notebooks import NOTEBOOKS, executed, jobs, plan
 from fmsam_lib.study.run import computed as computed_here
@@ -340,7 +340,25 @@ def test_a_wrong_study_says_what_is_right(tmp_path, change, message):
 def test_a_key_that_stands_twice_is_named(tmp_path, twice):
     given = {key: value for key, value in TINY.items() if key != "evaluate"}
     (tmp_path / "s.yaml").write_text(f"{yaml.safe_dump(given)}\n{twice}\n")
-    with pytest.raises(ConfigError, match=r"not valid YAML in UTF-8: the key (train|pairs) stands twice"):
+    with pytest.raises(ConfigError, match=r"(?s)not valid YAML in UTF-8: (train|pairs) stands twice.*line [2-9]\d,"):
+        read_study(tmp_path / "s.yaml")
+
+
+def test_what_yaml_takes_twice_or_only_looks_alike_is_no_key_given_twice(tmp_path):
+    given = yaml.safe_dump(TINY | {"variants": {}}) + "resources: {10_train: {<<: &some {minutes: 5}, <<: {cpus: 2}}}\n"
+    (tmp_path / "s.yaml").write_text(given)
+    assert read_study(tmp_path / "s.yaml").resources["10_train"] == {"minutes": 5, "cpus": 2}
+    assert yaml.load('{1: a, "1": b}', Once) == {1: "a", "1": "b"}
+
+
+def test_averages_of_a_variant_that_is_not_run_are_not_asked_for(tmp_path):
+    of = {"optimizer": "adam", "lr": 0.002}
+    change = {"variants": {"a": of | {"averages": True}, "b": of}, "optimizers": ["a"]}
+    change["evaluate"] = {"methods": ["network", "network+ema"]}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | change))
+    assert read_study(tmp_path / "s.yaml").optimizers == ["a"]
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | change | {"optimizers": ["a", "b"]}))
+    with pytest.raises(ConfigError, match=r"\+ema and \+tail with train: \{averages: true\}"):
         read_study(tmp_path / "s.yaml")
 
 
@@ -386,7 +404,9 @@ def test_what_lacks_a_file_or_was_made_with_other_parameters_is_to_be_run(tmp_pa
     assert [job.folder for job in plan(again, tmp_path)] == ["brain-mr/adam/seed0"] * 3 + [""]
 
 
-@pytest.mark.parametrize("content", [b"", b"steps: [1", b"steps: \xff", b"3", b"steps: 2001-99-99"])
+@pytest.mark.parametrize(
+    "content", [b"", b"steps: [1", b"steps: \xff", b"3", b"steps: 2001-99-99", b"a" * 999, bytes(9)]
+)
 def test_a_parameter_file_that_cannot_be_read_is_written_anew(tmp_path, content):
     file = tmp_path / "s.yaml"
     work = jobs(study_of(tmp_path, optimizers=["adam"], baselines=None), tmp_path, "", tmp_path / "copy.yaml")
