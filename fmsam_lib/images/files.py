@@ -180,9 +180,13 @@ def parts(path: Path) -> list[Path]:
     if re.search(r"\.(hdr|img)(\.gz)?$", path.name):
         pair = (path.with_name(stem(path) + end) for end in (".hdr", ".hdr.gz", ".img.gz", ".img"))
         return [path, *filter(Path.exists, pair)]
-    text = path.read_bytes() if path.suffix in (".mhd", ".nhdr") and path.is_file() else b""
-    named = re.findall(rb"(?im)^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$", text)
-    return [path, *(path.parent / os.fsdecode(name) for name in named)]
+    if path.suffix not in (".mhd", ".mha", ".nhdr", ".nrrd") or not path.is_file():
+        return [path]
+    with open(path, "rb") as file:
+        named = re.search(rb"(?im)^(?:ElementDataFile *=|data ?file:) *(.+?)\s*$(?s:(.*))", file.read(1 << 20))
+    name, below = named.groups() if named else (b"LOCAL", b"")
+    names = below.split(b"\n") if name.upper().startswith(b"LIST") else [name] * (name != b"LOCAL")
+    return [path, *(path.parent / os.fsdecode(name.strip()) for name in names if name.strip())]
 
 
 def _unzipped(path: Path, where: str) -> bytes:

@@ -109,7 +109,9 @@ def _checked(path: Path, content: dict) -> Manifest:
         return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content.get(key) or []]
 
     own, more = ([e if isinstance(e, dict) else {"image": e} for e in content.get(key) or []] for key in ENTRIES)
-    entries = {folder / entry["image"]: entry for entry in (*own, *more)}
+    entries: dict[Path, dict] = {}
+    for image, entry in ((folder / entry["image"], entry) for entry in (*more, *own)):
+        entries[image] = entries.get(image, {}) | entry  # of an image in both, what stands under `training` counts
     training = [folder / entry["image"] for entry in own]
     training_pairs, test_pairs = image_pairs("training_paired_images") or None, image_pairs("registration_val")
     itself = [fixed.name for fixed, moving in [*(training_pairs or []), *test_pairs] if fixed == moving]

@@ -22,7 +22,7 @@ class Averages(nn.ModuleDict):
     def __init__(self, net: GradICON, updates: int):
         ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
         super().__init__({"ema": ema, "tail": AveragedModel(net)})
-        self.first = round((1 - TAIL) * updates)  # steps before the tail begins
+        self.first = min(round((1 - TAIL) * updates), updates - 1)  # steps before the tail begins
 
     def follow(self, net: GradICON, step: int) -> None:
         """After `step` steps."""

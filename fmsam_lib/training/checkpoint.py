@@ -4,6 +4,7 @@
 needs. `snapshots/`: weights on the way.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -31,6 +32,7 @@ try:
 except ImportError:  # Windows, where nothing keeps two trainings out of one folder
     fcntl = None  # type: ignore[assignment]
 
+WRITES = (".checkpoint", ".config", ".history", ".weights", "snapshots/.step")  # before they have their names
 MAY_DIFFER = ("out", "data", "save_memory", "snapshots", "threads", "device")  # the same training at another place
 
 
@@ -77,8 +79,8 @@ def alone(folder: Path) -> Iterator[None]:
             if parallel.rank() == 0:
                 if fcntl:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in folder.rglob(".*.partial"):  # by one that was killed while it wrote
-                    left.unlink()
+                for left in (file for name in WRITES for file in folder.glob(f"{name}*.partial")):
+                    left.unlink()  # by one that was killed while it wrote
         except BlockingIOError:
             raise ConfigError(f"another process is training in {folder}: wait for it or end it") from None
         yield
@@ -143,6 +145,8 @@ def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
         saved = same | whole(path)
         there = {name: saved[name] for name in now}
     except DAMAGED as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EIO, errno.ENOMEM, errno.EPERM, errno.ESTALE):
+            raise  # the disk's trouble: the file may be whole
         if parallel.rank() == 0:
             aside = path.replace(folder / "checkpoint_damaged.pt")
             warnings.warn(f"{path} cannot be read ({error}): it is {aside} now, and this trains anew", stacklevel=2)

@@ -54,8 +54,9 @@ class SAM:
     the weights, half precision apart. Where the loss draws random numbers, see `remember`.
 
     Gradient accumulation: all micro-batches before the block, then all of them inside. A loss scaled by a
-    GradScaler climbs the same eps (the logged norms of gradients are then scaled too); one that overflowed makes
-    all weights NaN inside the block, so that the scaler skips the step. Clip after the block.
+    GradScaler climbs the same eps (the logged norms of gradients are then scaled too); where it
+    is not finite there is no climb, and all gradients are NaN after the block, so that the scaler skips the step. Clip
+    after the block.
 
     Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient, or one that is complex
     or sparse.
@@ -151,6 +152,8 @@ class SAM:
             if first:
                 _set_random_state(self.params, first)
             yield
+        if math.isnan(self.step_norm):  # there was no climb
+            torch._foreach_mul_([p.grad for p in moved if p.grad is not None], math.nan)
         weights.clear()  # their memory goes before LookSAM takes some
         statistics.clear()
         self.gradient_norm_there = norm([p.grad for p in moved if p.grad is not None])
@@ -183,17 +186,18 @@ class SAM:
             length = norm(eps)
         if self.adaptive:
             torch._foreach_mul_(eps, weights)  # w^2 g: w's sign does not matter
-        # rho / |g|; a gradient that is not finite leaves no weight in place, so that nobody takes the second for good
         finite = math.isfinite(length) and math.isfinite(self.gradient_norm)
+        if not finite:  # weights of NaN would crash torch's 2-D grid_sample on its way back
+            torch._foreach_zero_(eps)
         rho = {id(p): group["rho"] for group in self.groups for p in group["params"]}
-        scales = [math.nan if not finite else rho[id(p)] / length if length else 0.0 for p in moved]
+        scales = [rho[id(p)] / length if finite and length else 0.0 for p in moved]
         if self.by_layer:
             own = [w.to(e.dtype) for w, e in zip(weights, eps, strict=True)]  # norms overflow in half precision
             sizes, lengths = (torch.stack(torch._foreach_norm(tensors)).tolist() for tensors in (own, eps))
             each = zip(scales, sizes, lengths, strict=True)
             scales = [scale * length * size / slope if slope else 0.0 for scale, size, slope in each]
         torch._foreach_mul_(eps, scales)
-        self.step_norm, size = norm(eps), norm(weights)
+        self.step_norm, size = norm(eps) if finite else math.nan, norm(weights)
         self.step_ratio = self.step_norm / size if size else math.nan
         torch._foreach_add_(eps, weights)
         torch._foreach_copy_(moved, eps)  # of half precision; a copy to itself does nothing

@@ -65,7 +65,8 @@ function walkable(model, parent) {
   const stage = add(parent, "div", { className: "surface", tabIndex: 0, role: "application" });
   stage.ariaLabel = "picture with a point: drag it, or move it with the arrow keys";
   stage.dataset.lmSuppressShortcuts = true; // arrow keys are for the point, not for the notebook
-  add(stage, "img", { src: URL.createObjectURL(new Blob([bytes(picture)], { type: "image/png" })), alt: "" });
+  const src = URL.createObjectURL(new Blob([bytes(picture)], { type: "image/png" }));
+  add(stage, "img", { src, alt: "", onload: () => URL.revokeObjectURL(src) });
   const point = add(stage, "div", { className: "point" });
   let here = model.get("point"), sent = null;
 

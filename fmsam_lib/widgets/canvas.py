@@ -45,9 +45,12 @@ class Surface(Canvas):
         self._move()
 
     def _move(self, change: Any = None) -> None:
-        panels, facts = self.tells(*self.point)
-        with self.hold_sync():
-            self.panels, self.facts, self.answered = panels, facts, self.point
+        panels, facts = list[dict](), {"no picture": "this was interrupted: move again"}
+        try:
+            panels, facts = self.tells(*self.point)
+        finally:  # the browser waits for an answer before it asks again
+            with self.hold_sync():
+                self.panels, self.facts, self.answered = panels, facts, self.point
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The widget, and its figure for whoever has no kernel to show it."""

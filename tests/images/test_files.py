@@ -20,7 +20,7 @@ import torch
 from fmsam_lib.images import files
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.domains import open_domain
-from fmsam_lib.images.files import ids, name_of, read_labels, read_values, stem
+from fmsam_lib.images.files import ids, name_of, parts, read_labels, read_values, stem
 from fmsam_lib.images.grid import affine
 from fmsam_lib.images.manifest import read_manifest, subject_of
 from fmsam_lib.records import DataError
@@ -705,6 +705,23 @@ def test_values_beside_a_header_are_read_again_when_they_change(tmp_path, name):
         path.write_bytes(other.read_bytes())
     os.utime(values_file(path), ns=(1, 1))
     assert not torch.equal(load(path, modality="MR", shape=GRID).image, first.image)
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "named"),
+    [
+        ("a.mhd", "NDims = 3\nElementDataFile = LIST\ns1.raw\n s2.raw\n", ["s1.raw", "s2.raw"]),
+        ("a.mha", "NDims = 3\nElementDataFile = my values.raw\n", ["my values.raw"]),
+        ("a.mha", "NDims = 3\nElementDataFile = LOCAL\n\1\2\3", []),
+        ("a.nrrd", "NRRD0004\ndimension: 3\ndata file: ./b.raw\n\n", ["b.raw"]),
+        ("a.nhdr", "NRRD0004\r\ndatafile: LIST 2\r\ns1.raw\r\ns2.raw", ["s1.raw", "s2.raw"]),
+        ("a.nrrd", "NRRD0004\nencoding: raw\n\n\1\2\3", []),
+        ("a.png", "ElementDataFile = b.raw", []),
+    ],
+)
+def test_the_files_that_a_header_names_belong_to_it(tmp_path, name, header, named):
+    (tmp_path / name).write_bytes(header.encode())
+    assert parts(tmp_path / name) == [tmp_path / file for file in (name, *named)]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "zeros", "longer"])

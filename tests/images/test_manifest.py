@@ -150,6 +150,23 @@ def test_validation_cases_under_training_are_taken_out_and_named(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*taken out of training")
+def test_an_image_under_training_and_test_keeps_what_its_training_entry_says(tmp_path):
+    folder = tmp_path / "Set"
+    for seed, name in enumerate("abcdf"):
+        save(folder / f"scans/{name}.nii.gz", image(seed), CANONICAL)
+        save(folder / f"segs/{name}.nii.gz", label(), CANONICAL, np.uint8)
+    of = {n: {"image": f"scans/{n}.nii.gz", "label": f"segs/{n}.nii.gz"} for n in "abcdf"}
+    content = {"name": "Set", "dimensions": 3, "modality": {"0": "MR"}, "pairing": "inter-subject", "labels": NAMES}
+    content["training"] = [of["a"], of["b"], of["c"] | {"subject": "P1"}, of["f"] | {"subject": "P1"}]
+    content |= {"test": [of["c"]["image"], of["d"]]}
+    content["registration_val"] = [{"fixed": of["c"]["image"], "moving": of["d"]["image"]}]
+    (folder / "Set_dataset.json").write_text(json.dumps(content))
+    with pytest.warns(match="test subjects P1"):
+        manifest = read_manifest(folder)
+    assert [path.name for path in manifest.training] == ["a.nii.gz", "b.nii.gz"]  # f is of the same patient as c
+    assert all(manifest.beside["label"][path] for path in manifest.test_pairs[0])
+
+
 def test_each_image_is_read_by_its_own_modality(tmp_path):
     pair_of = {name: open_domain(name, shape=GRID, data=make(tmp_path / name).parent).test_pair(0)
                for name, make in (("AbdomenMRCT", abdomen), ("LungCT", lung))}  # fmt: skip

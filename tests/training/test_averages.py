@@ -25,6 +25,13 @@ def vector(net):
     return torch.nn.utils.parameters_to_vector(net.parameters()).detach()
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_tail_of_a_very_short_training_is_its_last_step(tmp_path, steps):
+    run(tmp_path, steps=steps, snapshots=0)
+    tail, last = (load(tmp_path / f"weights{name}.pt") for name in ("_tail", ""))
+    assert torch.equal(vector(tail), vector(last))
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sam"])
 def test_averages_are_those_of_the_weights_of_every_step(tmp_path, optimizer):
     settings, dataset, _ = run(tmp_path, optimizer=optimizer)

@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import dataclasses
+import errno
 import fcntl
 import itertools
 import json
@@ -197,8 +198,30 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
     (tmp_path / ".checkpoint.pt.12.partial").write_bytes(b"half")
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / ".step000001.pt.12.partial").write_bytes(b"half")
+    of_others = [tmp_path / ".results.csv.12.partial", tmp_path / "another/.checkpoint.pt.12.partial"]
+    of_others[1].parent.mkdir()
+    for file in of_others:  # which may be at work
+        file.touch()
     run(tiny(tmp_path, steps=1))
-    assert not list(tmp_path.rglob(".*.partial"))
+    assert sorted(tmp_path.rglob(".*.partial")) == sorted(of_others)
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_kept_for_later(tmp_path, monkeypatch):
+    whole, _ = run(tiny(tmp_path / "whole", steps=8))
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 4)
+    with interrupted_in_step(7, monkeypatch):
+        run(tiny(tmp_path / "run", steps=8))
+
+    def stale(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fmsam_lib.training.checkpoint.whole", stale)
+        with pytest.raises(OSError, match="Stale"):
+            run(tiny(tmp_path / "run", steps=8))
+    net, _ = run(tiny(tmp_path / "run", steps=8))
+    assert torch.equal(weights(net), weights(whole))
+    assert not (tmp_path / "run/checkpoint_damaged.pt").exists()
 
 
 def cut_short(path):

@@ -132,3 +132,15 @@ def test_the_readmes_animation_walks_from_solution_to_solution(pair, tmp_path, m
         differ = (first != second).any(2)
         assert differ[:, : width // 3].any()
         assert differ[:, width // 2 :].any()
+
+
+def test_an_interrupted_answer_is_an_answer_too(pair, monkeypatch):
+    _, walker = between_two(pair)
+    with monkeypatch.context() as patched:
+        patched.setattr(walker, "tells", lambda *point: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            walker.point = [0.1, 0.2]
+    assert (walker.answered, walker.panels) == ([0.1, 0.2], [])
+    assert "interrupted" in walker.facts["no picture"]
+    walker.point = [0.2, 0.2]
+    assert walker.facts["(α, β)"] == "(0.2, 0.2)"
