@@ -37,7 +37,7 @@ def read_study(path: Path | str) -> Study:
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Once)
+        values = Once(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"no study file {path}; known studies: {known}") from None
