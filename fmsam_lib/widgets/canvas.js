@@ -4,7 +4,7 @@
 const WIDE = 600; // samples of a canvas from left to right; it is shown at about half of that
 const STYLE = `
 .fmsam-canvas { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; margin: 4px 0; }
-.fmsam-canvas .surface { position: relative; flex: 0 1 460px; touch-action: none; cursor: crosshair; }
+.fmsam-canvas .surface { position: relative; flex: 0 1 460px; touch-action: none; user-select: none; cursor: crosshair; }
 .fmsam-canvas .surface:focus-visible { outline: 2px solid #0072B2; }
 .fmsam-canvas .surface img { width: 100%; display: block; pointer-events: none; }
 .fmsam-canvas .point { position: absolute; width: 14px; height: 14px; margin: -9px; border-radius: 50%;
