@@ -31,15 +31,14 @@ def data_folder(folder: Path | str | None = None) -> Path:
 class Manifest(NamedTuple):
     """What a data set says about itself; paths are whole ones, checked to exist.
 
-    name: its title; its domain is called as the folder. labels: structures by number, without the background.
-    training: images. training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
+    labels: structures by number, without the background. training: images.
+    training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
     test_pairs: (fixed, moving) images. beside: by "label", "mask" and "keypoints", every image's file or None.
     modality: "CT" or "MR", or both with a plus; modality_of: each image's own. subject: whose image it is.
     spacing_known: `"spacing_known": false` in the manifest says that its millimetres mean nothing.
     """
 
-    name: str
-    folder: Path
+    folder: Path  # the domain is called as it
     dimensions: int
     modality: str
     labels: dict[int, str]
@@ -154,7 +153,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     spacing_known = content.get("spacing_known", True)
     demand(isinstance(spacing_known, bool), "spacing_known true or false", repr(spacing_known))
     return Manifest(
-        name=content["name"], folder=folder, dimensions=dimensions.pop(), pairing=content["pairing"], labels=labels,
+        folder=folder, dimensions=dimensions.pop(), pairing=content["pairing"], labels=labels,
         modality="+".join(dict.fromkeys(read_as.values())), modality_of=modality_of, training=training,
         training_pairs=training_pairs, test_pairs=test_pairs, beside=beside, subject=subjects,
         spacing_known=spacing_known,

@@ -5,6 +5,7 @@ synthetic and real 2-D pairs. `benchmarks/verdict.py` finds them, and measures o
 a low Dice: `figures/verdict.csv`.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def worst(signs: dict[str, float]) -> float:
 
 
 def judge(
-    net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict | None, against: list[str] | None = None
+    net: GradICON, pair: Pair, phi: Tensor, psi: Tensor, similarity: dict | None, against: Iterable[str] = ()
 ) -> tuple[dict, Tensor]:
     """A verdict for `summary.json`, and the map of the inverse-consistency error `|psi(phi(x)) - x|`, mm, `(*S)`.
 
@@ -63,7 +64,7 @@ def judge(
     if domains := net.about.get("seen"):
         signs["unlike"], where = unlike([pair.fixed, pair.moving], domains)
     beyond = [name for name, value in signs.items() if worst({name: value}) > 1]
-    reasons = [*(against or []), *(SAID[name].format(signs[name], LIMITS[name][1], where=where) for name in beyond)]
+    reasons = [*against, *(SAID[name].format(signs[name], LIMITS[name][1], where=where) for name in beyond)]
     known = "look at it" if reasons else "fine" if domains else "unknown"
     if not domains:
         reasons.append("the weights do not say what the network was trained on")

@@ -54,9 +54,8 @@ class SAM:
     the weights, half precision apart. Where the loss draws random numbers, see `remember`.
 
     Gradient accumulation: all micro-batches before the block, then all of them inside. A loss scaled by a
-    GradScaler climbs the same eps (the logged norms of gradients are then scaled too); where it
-    is not finite there is no climb, and all gradients are NaN after the block, so that the scaler skips the step. Clip
-    after the block.
+    GradScaler climbs the same eps (the logged norms of gradients are then scaled too). Where a gradient is not
+    finite there is no climb, and all gradients are NaN after the block, so the scaler skips the step. Clip after it.
 
     Raises: ValueError for impossible arguments; RuntimeError where no parameter has a gradient, or one that is complex
     or sparse.

@@ -86,7 +86,7 @@ def says(*parts):
 
 def test_manifest_says_what_the_data_set_holds(tmp_path):
     manifest = read_manifest(dataset(tmp_path / "Own"))
-    assert (manifest.name, manifest.dimensions, manifest.modality) == ("Own", 3, "MR")
+    assert (manifest.folder.name, manifest.dimensions, manifest.modality) == ("Own", 3, "MR")
     assert manifest.labels == {1: "left", 2: "right"}
     assert [path.name for path in manifest.training] == ["p1_ED.nii.gz", "p2_ED.nii.gz", "p3_ED.nii.gz"]
     assert manifest.training_pairs is None

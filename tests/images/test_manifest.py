@@ -120,7 +120,7 @@ SETS = {  # training images, training pairs, test pairs; labels, masks, keypoint
 def test_learn2regs_own_manifests_are_read_as_they_are(tmp_path, name):
     make, training, pairs, tests, has, modality = SETS[name]
     manifest = read_manifest(make(tmp_path / name))
-    assert (manifest.name, manifest.dimensions, manifest.modality) == (name, 3, modality)
+    assert (manifest.folder.name, manifest.dimensions, manifest.modality) == (name, 3, modality)
     assert manifest.pairing == ("unpaired" if pairs is None else "paired")
     assert len(manifest.training) == training
     assert manifest.training_pairs is None if pairs is None else len(manifest.training_pairs) == pairs
