@@ -103,7 +103,7 @@ def jobs(study: Study, root: Path, data: str, study_file: Path, stamps: dict[str
         values = study.train | {name: value for name, value in variant.items() if name != "optimizer"}
         cell = {"train_domain": run.train_domain, "optimizer": variant["optimizer"], "seed": run.seed}
         add("10_train", run.folder, values, shape | cell)
-        methods = study.evaluate.get("methods") or ["network", *(["network+io"] if study.evaluate.get("io") else [])]
+        methods = study.evaluate.get("methods", ["network", *(["network+io"] if study.evaluate.get("io") else [])])
         add("20_evaluate", run.folder, evaluate, tests | shape | {"methods": methods}, run=run)
         if study.landscape is not None:
             add("30_loss_landscape", run.folder, study.landscape, tests, run=run)

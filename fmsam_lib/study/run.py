@@ -277,7 +277,7 @@ def progress(work: list[Job], root: Path) -> str:
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):  # none yet, or damaged
             last = json.loads((root / job.folder / "history.jsonl").read_bytes().split(b"\n")[-2])  # the last whole one
             told.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
-    return " | ".join(told)
+    return " | ".join(told[:5] + [f"{len(told) - 5} more trainings"] * (len(told) > 5))
 
 
 def times(work: list[Job], root: Path) -> str:

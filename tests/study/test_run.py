@@ -312,6 +312,7 @@ def test_flatness_is_not_measured_on_a_data_set_that_is_left_out(tmp_path, measu
             {"evaluate": {"methods": ["network", "none"]}},
             r"section evaluate, run brain-mr/adam/seed0: expected methods of networks \(others are base.*got none",
         ),
+        ({"evaluate": {"methods": []}}, r"(?s)run brain-mr/adam/seed0.*methods: expected at least 1, got"),
         ({"evaluate": {"methods": ["network+ema"]}}, r"\+ema and \+tail with train: \{averages: true\}, got network"),
         ({"landscape": {"measured_on": ["tests"]}}, "measured_on to name training or test_domains, got tests"),
         ({"train_domains": []}, "expected train_domains or leave_one_out: name what to train on"),
@@ -437,6 +438,7 @@ def test_a_damaged_history_is_left_out_of_the_progress(tmp_path, last):
     assert progress(work, tmp_path) == "0 of 5 notebooks done" == progress(work[-1:] * 5, tmp_path)
     history.write_bytes(b'{"step": 5, "total": 0.5}\n{"st')
     assert progress(work, tmp_path) == "0 of 5 notebooks done | brain-mr/adam/seed0: step 5, loss 0.500"
+    assert progress(work * 7, tmp_path).endswith("loss 0.500 | 3 more trainings")
     history.write_bytes(last + b"\n")
     assert progress(work, tmp_path) == "0 of 5 notebooks done"
 
