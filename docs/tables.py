@@ -79,10 +79,9 @@ def unseen() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "unseen.csv").query("metric == 'dice' and on == 'unseen'").set_index("anatomy")
     compute = rows[(rows.baseline == "adam-2x") & (rows.treatment == "sam")]
     steps = pd.read_csv(FIGURES / "effects.csv").query("effect == 'equal steps, 4,000'")
-    steps = steps.pivot(index="seed", columns="anatomy", values="difference").dropna()
-    steps[THESE] = steps.mean(axis=1)
-    low, high = t.interval(LEVEL, len(steps) - 1, steps.mean(), steps.sem())
-    steps = pd.DataFrame({"mean": steps.mean(), "low": low, "high": high}).reindex(compute.index)
+    steps = over_seeds(steps.pivot(index="seed", columns="anatomy", values="difference").dropna()).reindex(
+        compute.index
+    )
     table = pd.DataFrame({"anatomy, never seen": compute.index})
     for name, values in {"Adam, twice the steps": compute.mean_baseline, "SAM": compute.mean_treatment}.items():
         table[name] = values.map("{:.3f}".format).to_numpy()
@@ -90,6 +89,13 @@ def unseen() -> pd.DataFrame:
         shown = of.apply(interval, axis=1).str.replace("+nan [+nan, +nan]", "", regex=False)
         table[name.replace("95", "90")] = shown.to_numpy()
     return table.assign(verdict=compute.verdict.to_numpy())
+
+
+def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
+    """Mean and t interval of every anatomy, a column each, and of their mean; a row a seed."""
+    differences = differences.assign(**{THESE: differences.mean(axis=1)})
+    low, high = t.interval(LEVEL, len(differences) - 1, differences.mean(), differences.sem())
+    return pd.DataFrame({"mean": differences.mean(), "low": low, "high": high})
 
 
 def interval(row: pd.Series) -> str:
@@ -162,22 +168,21 @@ def pretrained() -> pd.DataFrame:
 
 def longer() -> pd.DataFrame:
     """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have every length;
-    the differences at equal compute and, for 16,000 gradients, the difference of each seed."""
+    the differences at equal compute: over seeds alone, and by the protocol's mixed model of the seeds with pairs."""
     rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen")
     rows = rows[~rows.optimizer.str.contains("+", regex=False)].assign(
         anatomy=rows.train_domain.str.removeprefix("all but "), optimizer=rows.optimizer.str.partition("-")[0]
     )
     rows = rows.groupby(["seed", "anatomy", "optimizer", "gradients"]).dice.mean().unstack([2, 3]).dropna()
     rows = rows.groupby("seed").filter(lambda seed: len(seed) == rows.index.levels[1].size)  # every anatomy
-    each = (rows["sam", 16000] - rows["adam", 16000]).unstack("seed")
+    each = {n: over_seeds((rows["sam", n] - rows["adam", n]).unstack("anatomy")) for n in (8000, 16000)}
     rows = rows.groupby("anatomy").mean()
-    rows.loc[mean := f"mean of these {len(rows)}"] = rows.mean()
-    each.loc[mean] = each.mean()
+    rows.loc[THESE] = rows.mean()
     kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]
     shown = {f"{name_of(o)}, {n:,}": rows[o, n].map("{:.3f}".format) for o, n in kinds}
-    shown |= {f"SAM - Adam, {n:,}": (rows["sam", n] - rows["adam", n]).map("{:+.3f}".format) for n in (8000, 16000)}
-    if each.shape[1] > 1:
-        shown["of seeds " + ", ".join(map(str, each))] = each.map("{:+.3f}".format).agg(", ".join, axis=1)
+    shown |= {f"SAM - Adam, {n:,} [90 %]": of.apply(interval, axis=1) for n, of in each.items()}
+    model = pd.read_csv(FIGURES / "longer.csv").query("role == 'primary'").set_index("anatomy").reindex(rows.index)
+    shown |= {"16,000, by the mixed model [90 %]": model.apply(interval, axis=1), "verdict": model.verdict}
     return pd.DataFrame(shown).rename_axis("anatomy, never seen").reset_index()
 
 

@@ -159,4 +159,5 @@ def _injected(cell: str) -> bool:
 def _assigned(cell: str) -> Iterator[str]:
     for node in ast.parse(cell).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        yield from (target.id for target in targets if isinstance(target, ast.Name))
+        names = (name for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name))
+        yield from (name.id for name in names if isinstance(name.ctx, ast.Store))

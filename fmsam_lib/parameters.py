@@ -80,7 +80,7 @@ class Look(Parameters):
 class Train(Parameters):
     """Notebook 10 and `train`: one training."""
 
-    out: Folder = Field(f"{MINE}/sam/seed0", description="folder of this run; counts from the project's folder")
+    out: Folder = Field(f"{MINE}/sam/seed0", min_length=1, description="folder of this run, seen from the project's")
     train_domain: Name = Field("brain-mr", description="domain to train on; several joined with +")
     subjects: Natural = Field(0, description="train on so many subjects of each domain; 0: on all")
     optimizer: Optimizer = Field("sam", description="adam, adam-2x, sam, asam, sam-every, looksam or random")
@@ -108,7 +108,7 @@ class Train(Parameters):
     every: Count = Field(5, description="sam-every and looksam climb in one step of so many")
     alpha: NotNegative = Field(0.7, description="looksam: how much of the last climb's direction later steps add")
     similarity: Similarity = Field("lncc", description="lncc, lncc2 (inverted contrasts) or mind (two modalities)")
-    sigma: Positive = Field(5.0, description="width of LNCC's window, in samples")
+    sigma: float = Field(5.0, ge=0.5, description="width of LNCC's window, in samples")
     lmbda: NotNegative = Field(1.5, description="weight of GradICON's penalty")
     joint: bool = Field(True, description="both directions in one batch and in BatchNorm; False: as uniGradICON")
     device: Literal["auto", "cpu", "cuda"] = Field("cpu", description="cpu or cuda; auto: a GPU where there is one")
@@ -165,7 +165,7 @@ class Evaluate(Parameters):
     """Notebook 20: one trained network, or what it is compared with, on every test domain."""
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train; empty for none and ants-syn")
-    out: Folder = Field(f"{MINE}/sam/seed0", description="folder for results.csv, costs.csv and robustness.csv")
+    out: Folder = Field(f"{MINE}/sam/seed0", min_length=1, description="folder for results.csv and the other tables")
     methods: Some[Method] = Field(
         ["network"], description="network, also +io, +ema, +tail, +bn; io (untrained), none, ants-syn"
     )
@@ -198,7 +198,7 @@ class Landscape(Parameters):
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train")
     other: Folder = Field("", description="folder of a second run from the same start, to walk to; empty: none")
-    out: Folder = Field(f"{MINE}/sam/seed0", description="folder for landscape.csv and flatness.csv")
+    out: Folder = Field(f"{MINE}/sam/seed0", min_length=1, description="folder for landscape.csv and flatness.csv")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
     data: Folder = Field("", description=DATA)
     pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
@@ -224,7 +224,7 @@ class Between(Parameters):
 
     baseline: Folder = Field(f"{MINE}/adam/seed0", description="folder of a run of 10_train")
     treatment: Folder = Field(f"{MINE}/sam/seed0", description="folder of another one: same domain, seed and loss")
-    out: Folder = Field(f"{MINE}/between/seed0", description="folder for between.csv")
+    out: Folder = Field(f"{MINE}/between/seed0", min_length=1, description="folder for between.csv")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
     data: Folder = Field("", description=DATA)
     pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
@@ -255,7 +255,7 @@ class Registering(Parameters):
     io: Natural = Field(0, description="steps of instance optimisation on this pair")
     lr: Positive = Field(2.0e-5, description="learning rate of instance optimisation")
     lmbda: NotNegative = Field(1.5, description="weight of the regulariser in it")
-    sigma: Positive = Field(5.0, description="window of the similarity, samples of the grid")
+    sigma: float = Field(5.0, ge=0.5, description="window of the similarity, samples of the grid")
     similarity: Similarity = Field("lncc", description="what instance optimisation maximises: lncc, lncc2 or mind")
     seed: Natural = Field(0, description="of instance optimisation's random points")
     keep_worse: bool = Field(False, description="keep a registration that makes the images less alike, too")
@@ -283,7 +283,7 @@ class RegisterYourOwn(Register):
     fixed: str = Field("", description="image that stays; empty: a synthetic pair is made")
     weights: str = Field("3d", description="2d, 3d, unigradicon, multigradicon, a file; empty: learns this pair")
     shape: Shape = Field([64, 64, 64], description="grid that the network works on; 175 each for unigradicon")
-    out: Folder = Field("runs/mine/registered", description="folder for the results")
+    out: Folder = Field("runs/mine/registered", min_length=1, description="folder for the results")
     threads: Count = Field(1, description=THREADS)
 
     @model_validator(mode="after")

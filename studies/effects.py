@@ -227,7 +227,7 @@ def draw(table: pd.DataFrame) -> None:
         label.set_fontweight("normal" if name else "bold")
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel("change of Dice on anatomies never seen (grey: ±0.01; one seed: good to ±0.004)", fontsize=10, x=0.35)
+    ax.set_xlabel("change of Dice on anatomies never seen (grey: ±0.01; means of one seed: good to ±0.004)", fontsize=10, x=0.35)
     ax.spines[["top", "right", "left"]].set_visible(False)
     for name, look in looks.items():
         ax.plot([], [], label=name, **look | {"linestyle": ""})
@@ -237,29 +237,28 @@ def draw(table: pd.DataFrame) -> None:
 
 
 def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
-    """Mean Dice over the anatomies against the gradients spent, of the seed that has every length."""
-    runs = networks[(networks.study == "unseen") & networks.optimizer.str.fullmatch(r"[^+]+(\+ema)?")]
-    seed = runs[runs.optimizer == "adam-4x"].seed.min()
-    runs = runs[(runs.seed == seed) & runs.test_domain.isin(ANATOMY)]
-    kinds = runs.optimizer.str.extract(r"([a-z]+)[^+]*(\+ema)?").fillna("")
-    runs = runs.assign(kind=kinds[0], averaged=kinds[1] != "", anatomy=runs.test_domain.map(ANATOMY))
-    runs = runs[~(runs.averaged & runs.seen)]
-    keys = ["kind", "seen", "averaged", "gradients"]
+    """Mean Dice over the anatomies against the gradients spent, of the seeds that have every length."""
+    runs = networks[(networks.study == "unseen") & ~networks.optimizer.str.contains("+", regex=False)]
+    runs = runs[runs.test_domain.isin(ANATOMY)]
+    whole = runs.pivot_table("dice", "seed", ["optimizer", "train_domain"], aggfunc="count").dropna()
+    runs = runs[runs.seed.isin(whole.index)]
+    runs = runs.assign(kind=runs.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY))
+    keys = ["kind", "seen", "gradients"]
     sets = runs.groupby([*keys, "anatomy", "test_domain"]).dice.mean()
     means = sets.groupby([*keys, "anatomy"]).mean().groupby(keys).mean()
     picture, (ax,) = style.panels(1, 1, 3.8, "Dice, mean of five anatomies")
-    for (kind, seen, averaged), line in means.groupby(level=[0, 1, 2]):
+    for (kind, seen), line in means.groupby(level=[0, 1]):
         look = style.LOOKS[kind] | {"linestyle": ":" if seen else "-", "markerfacecolor": "white" if seen else None}
-        look |= {"linestyle": "--", "marker": "|"} if averaged else {}
-        told = "trained on the anatomy" if seen else "never saw it, weights averaged" if averaged else "never saw it"
-        ax.plot(line.index.get_level_values(3), line, label=f"{style.name_of(kind)}, {told}", **look)
+        told = "trained on the anatomy" if seen else "never saw it"
+        ax.plot(line.index.get_level_values(2), line, label=f"{style.name_of(kind)}, {told}", **look)
     syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice
     value = syn.groupby(ANATOMY).mean().mean()
     ax.axhline(value, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
     ax.set_xscale("log", base=2)
-    ticks = sorted(set(means.index.get_level_values(3)))
+    ticks = sorted(set(means.index.get_level_values(2)))
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    ax.set_xlabel(f"gradients spent in training (seed {seed}); at as many, SAM has made half of Adam's steps")
+    told = "seed" if len(whole) == 1 else "seeds"
+    ax.set_xlabel(f"gradients spent in training ({len(whole)} {told}); at as many, SAM has made half of Adam's steps")
     style.open_up(ax)
     picture.legend(loc="outside right center", frameon=False)
     picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})

@@ -118,6 +118,8 @@ def test_data_and_a_home_are_found_wherever_a_notebook_is_started(monkeypatch):
         ({"shape": [16] * 4}, "shape: expected at most 3"),
         ({"shape": "32"}, "shape: expected a list, got '32'"),
         ({"train_domain": ""}, "train_domain: expected at least one character, got ''"),
+        ({"out": ""}, "out: expected at least one character, got ''"),
+        ({"sigma": 0.4}, "sigma: expected at least 0.5, got 0.4"),
         ({"rhoo": 1}, r"rhoo: unknown; known are out, .*did you mean rho\?"),
     ],
 )
@@ -191,6 +193,11 @@ def session(*cells):
 
 def test_injected_parameters_take_the_place_of_defaults():
     assert from_notebook(Start, session(START, "# Parameters\nsteps = 7")).steps == 7
+
+
+def test_parameters_may_be_assigned_together():
+    run = from_notebook(Start, session(START + "\nsteps, rho = 7, 0.5"))
+    assert (run.steps, run.rho) == (7, 0.5)
 
 
 def test_an_unknown_injected_parameter_is_found():
@@ -276,7 +283,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 def test_a_record_must_have_every_parameter(tmp_path):
     recorded = Train().model_dump()
     (tmp_path / "config.json").write_text(json.dumps({"parameters": recorded}))
-    assert trained_with(tmp_path) == Train()
+    assert trained_with(tmp_path) == Train(out=str(tmp_path))
     del recorded["rho"]
     (tmp_path / "config.json").write_text(json.dumps({"parameters": recorded}))
     with pytest.raises(ConfigError, match=r"expected every parameter in .*config.json, got none for rho"):

@@ -46,11 +46,11 @@ def batches_of(trained: Train, test_domains: list[str], *, pairs: int, data: str
     TRAINING has the first training pairs of its domain (each of a mixture's in turn): the same for every seed and
     optimizer, so that their networks can be compared on it.
     """
-    shape, place = tuple(trained.shape), data or trained.data or None
-    domains = {name: open_domain(name, shape=shape, data=data or None) for name in test_domains}
-    dataset = open_domain(trained.train_domain, shape=shape, data=place, subjects=trained.subjects)
+    shape, there = tuple(trained.shape), read_json(Path(trained.out) / "config.json", {})
+    how = {"seed": there.get("domain_seed", 0), "subjects": trained.subjects, "data": data or trained.data or None}
+    dataset = open_domain(trained.train_domain, shape=shape, **how)
     batches = {TRAINING: batch_with([dataset.training_pair(i) for i in range(pairs)])}
-    return batches | {name: fixed_batch(domain, pairs=pairs) for name, domain in domains.items()}
+    return batches | {n: fixed_batch(open_domain(n, shape=shape, data=data or None), pairs=pairs) for n in test_domains}
 
 
 def batch_with(pairs: list[Pair]) -> Batch:

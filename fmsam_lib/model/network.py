@@ -170,7 +170,7 @@ class GradICON(nn.Module):
         up = down if up is None else up
         if dim not in CONV:
             raise ValueError(f"expected dim 2 or 3, got {dim}")
-        if len(up) != len(down) or min(*down, *up, levels) < 1:
+        if len(up) != len(down) or not up or min(*down, *up, levels) < 1:
             got = f"got levels={levels}, down={tuple(down)}, up={tuple(up)}"
             raise ValueError(f"expected levels >= 1 and as many `up` as `down` channels, all positive; {got}")
         self.settings: dict[str, Any] = dict(dim=dim, down=list(down), up=list(up), levels=levels, last_step=last_step)
@@ -207,7 +207,6 @@ class GradICON(nn.Module):
         return phi
 
     def _half(self, unet: nn.Module, moving: Tensor, fixed: Tensor) -> Tensor:
-        # a block for each U-Net: autocast keeps its copies of the weights to the end of it, and SAM changes the weights
         with torch.autocast(moving.device.type, HALF[self.precision]):
             return unet(moving, fixed).float()
 

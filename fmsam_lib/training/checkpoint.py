@@ -40,7 +40,7 @@ def trained_with(folder: Path | str) -> Train:
     """The parameters of the training in `folder`, from its `config.json`; ConfigError where it lacks one."""
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["parameters"]
+        values = json.loads(path.read_text(encoding="utf-8"))["parameters"] | {"out": str(folder)}  # may have moved
         absent = Train.model_fields.keys() - values.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         got = "none" if isinstance(error, FileNotFoundError) else repr(error)
@@ -89,7 +89,7 @@ def alone(folder: Path) -> Iterator[None]:
 def identity(run: Train, dataset, net: GradICON) -> dict:
     """What makes two trainings the same: parameters, a hash of the first weights, the seed of the domain's pairs."""
     starts = vars(net).setdefault("starts", {})  # by folder: who trained on in one before has lost its first weights
-    if run.out not in starts or not Path(run.out, "config.json").exists():
+    if run.out not in starts or not Path(run.out, "checkpoint.pt").exists():
         values = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())
         starts[run.out] = hashlib.sha256(values).hexdigest()[:12]
     return {"parameters": run.model_dump(), "start": starts[run.out], "domain_seed": getattr(dataset, "seed", 0)}

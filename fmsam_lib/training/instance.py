@@ -40,7 +40,7 @@ def optimise(
     # the transform, so that keeping the best costs neither another run nor a copy of the weights.
     found = []
     net.register_forward_hook(lambda module, images, phi: found.append(phi))
-    best, losses, best_step = None, [], 0
+    best, losses, best_step = list[Transform](), [], 0
     bar = tqdm(range(steps + 1), desc="instance optimisation", unit="step", disable=not progress)
     for step in bar:
         found.clear()
@@ -50,15 +50,15 @@ def optimise(
             break
         losses.append(loss.item())
         if losses[-1] <= losses[best_step]:
-            best, best_step = _kept(found[0]), step
+            best, best_step = [_kept(phi) for phi in found], step
         bar.set_postfix(loss=f"{losses[-1]:.4f}", best=f"{losses[best_step]:.4f}", refresh=False)
         if step < steps:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    if best is None:
+    if not best:
         raise ValueError("expected a finite loss before instance optimisation, got NaN or infinity: damaged weights?")
-    return best[:1], losses, best_step, best[1:]
+    return best[0][:1], losses, best_step, best[-1][-1:]  # of one batch, or of two
 
 
 def _kept(phi: Transform) -> Transform:

@@ -220,7 +220,7 @@ def box_band(n: int, *, radius: int, dtype, device) -> Tensor:
 
 
 def gradicon_penalty(phi_ab: Transform, phi_ba: Transform, points: Tensor, *, delta: float = 1e-3) -> Tensor:
-    """GradICON's penalty (Tian et al. 2023, eq. 3): `mean |d(phi_ab o phi_ba - id)/dx|_F^2`; a scalar.
+    """GradICON's penalty (Tian et al. 2023, eq. 3): `mean |d(phi_ab o phi_ba - id)/dx|_F^2 / D`; a scalar.
 
     The derivative is a forward difference of `delta` along each axis, at `points` `(1, D, *P)`. They are looked up
     with their neighbours, at once: along the first axis or, of a single pair, as a batch, which the cores share.

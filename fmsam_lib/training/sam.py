@@ -141,6 +141,7 @@ class SAM:
         @torch.no_grad()
         def put_back() -> None:
             torch._foreach_copy_(moved, weights)
+            torch.clear_autocast_cache()  # the weights in half precision, which a block around both passes keeps
             if buffers:
                 torch._foreach_copy_(buffers, statistics)
             if first:
@@ -148,13 +149,13 @@ class SAM:
 
         with undoing(put_back):
             gradients = self._climb(moved, weights)
+            torch.clear_autocast_cache()
             if first:
                 _set_random_state(self.params, first)
             yield
         if math.isnan(self.step_norm):  # there was no climb
             torch._foreach_mul_([p.grad for p in moved if p.grad is not None], math.nan)
         weights.clear()  # their memory goes before LookSAM takes some
-        statistics.clear()
         self.gradient_norm_there = norm([p.grad for p in moved if p.grad is not None])
         went_wrong = self._rise is not None and not math.isfinite(self._rise)  # as the loop said inside the block
         if gradients is not None and 0 < self.gradient_norm_there < math.inf and not went_wrong:

@@ -45,10 +45,9 @@ def in_a_notebook(interactive: bool | None = None) -> bool:
     Nobody does where the environment has FMSAM_HEADLESS, as in the workflow, or where `input` would find no one, as in
     nbconvert and papermill.
     """
-    if interactive is None:
-        kernel = getattr(get_ipython(), "kernel", None)
-        return not os.environ.get("FMSAM_HEADLESS") and kernel is not None and getattr(kernel, "_allow_stdin", True)
-    return interactive
+    kernel = getattr(get_ipython(), "kernel", None)
+    someone = kernel is not None and getattr(kernel, "_allow_stdin", True)
+    return someone and not os.environ.get("FMSAM_HEADLESS") if interactive is None else interactive
 
 
 class Sliders:

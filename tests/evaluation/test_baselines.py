@@ -16,7 +16,7 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.training.losses import Batch, jittered_points, objective
 
 SETTINGS = {"validation": 0} | {
-    "out": "",
+    "out": "run",
     "train_domain": "brain-mr",
     "optimizer": "sam",
     "seed": 5,

@@ -221,7 +221,7 @@ def test_pairs_of_several_methods_are_named_once(run):
 def settings(**changes):
     values = {
         "run": "",
-        "out": "",
+        "out": "run",
         "methods": ["none"],
         "test_domains": ["brain-mr"],
         "shape": [24, 24],

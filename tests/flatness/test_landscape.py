@@ -35,12 +35,12 @@ from fmsam_lib.records import DataError, write_csv
 from fmsam_lib.training.loop import starting
 
 RUN = {"validation": 0} | {
-    "out": "", "train_domain": "brain-mr", "optimizer": "adam", "seed": 0, "shape": [24, 24], "data": "",
+    "out": "run", "train_domain": "brain-mr", "optimizer": "adam", "seed": 0, "shape": [24, 24], "data": "",
     "down": [4, 4], "levels": 2, "last_step": False, "steps": 1, "batch": 1, "lr": 1e-3, "rho": 0.0,
     "lmbda": 1.5, "sigma": 3.0, "threads": 1,
 }  # fmt: skip
 SETTINGS = {
-    "run": "", "out": "", "test_domains": ["heart-mr"], "data": "", "pairs": 2, "radius": 0.4, "line_points": 5,
+    "run": "", "out": "run", "test_domains": ["heart-mr"], "data": "", "pairs": 2, "radius": 0.4, "line_points": 5,
     "plane_points": 3, "directions": 3, "normalisation": "filter", "direction_seed": 0, "measured_on": [],
     "rhos": [0.01], "draws": 2, "ascent_steps": 1, "eigenvalues": 0, "probes": 0, "lanczos_steps": 2, "threads": 1,
 }  # fmt: skip
@@ -361,6 +361,12 @@ def test_the_training_batch_is_the_same_for_every_seed_and_optimizer():
     assert torch.equal(mixture.fixed[0], batches[0].fixed[0])
     heart = open_domain("heart-mr", shape=(24, 24))
     assert torch.equal(mixture.fixed[1], heart.training_pair(0).fixed)
+
+
+def test_the_training_batch_is_of_the_seed_that_the_domain_was_opened_with(tmp_path):
+    (tmp_path / "config.json").write_text('{"domain_seed": 3}')
+    batch = batches_of(Train(**(RUN | {"out": str(tmp_path)})), [], pairs=1)[TRAINING]
+    assert torch.equal(batch.fixed[0], open_domain("brain-mr", shape=(24, 24), seed=3).training_pair(0).fixed)
 
 
 def test_a_network_is_measured_on_its_training_images_and_every_test_domain():

@@ -44,7 +44,7 @@ def images_of(batches):
 
 
 def settings(folder, **changes) -> Between:
-    given = {"baseline": str(folder / "adam" / "seed0"), "treatment": str(folder / "sam" / "seed0"), "out": ""}
+    given = {"baseline": str(folder / "adam" / "seed0"), "treatment": str(folder / "sam" / "seed0"), "out": "run"}
     given |= {"test_domains": ["heart-mr"], "data": "", "pairs": 2, "path_points": 5, "plane_points": 3, "threads": 1}
     return Between(**(given | changes))
 

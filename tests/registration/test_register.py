@@ -420,6 +420,16 @@ def test_instance_optimisation_lowers_the_loss_and_leaves_the_network_alone():
         assert torch.equal(optimised(net, 0)[1][0].map, copy.deepcopy(net).eval()(*images).map)
 
 
+def test_directions_optimised_apart_come_back_both():
+    net = network(strength=0.01)
+    images, _ = optimised(net, 0)
+    phi, _, _, back = optimise(
+        net, *images, steps=2, lr=3e-3, lmbda=1.5, sigma=2.0, seed=3, progress=False, joint=False
+    )
+    assert len(phi) == len(back) == 1
+    assert not torch.equal(phi.map, back.map)
+
+
 def test_the_kept_transform_is_that_of_the_best_step():
     """Against an optimisation of our own that keeps every network."""
     net = network(strength=0.01)

@@ -795,6 +795,14 @@ def domain():
     return open_domain("brain-mr", shape=(16, 16))
 
 
+def test_a_network_that_moved_before_its_first_checkpoint_is_no_start(tmp_path, domain, monkeypatch):
+    net, how = GradICON(2, down=(4,)), {"out": tmp_path, "steps": 20, "validation": 0, "sigma": 3.0, "progress": False}
+    with interrupted_in_step(5, monkeypatch):
+        train(domain, net=net, **how)
+    with pytest.raises(ConfigError, match=r"start: '\w+' there, '\w+' now"):
+        train(domain, net=net, **how)
+
+
 def test_train_is_the_notebooks_training(tmp_path, domain):
     """`domain` gives name, shape and data; every other field has its default."""
     settings = Train(**{name: OPTIONS[name] for name in OPTIONS if name != "progress"}, out=str(tmp_path / "fit"),

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import itertools
 
@@ -31,6 +32,28 @@ def test_the_rise_on_a_bowl_is_the_analytic_one():
     assert after - before == pytest.approx((g @ eps + 0.5 * (c * eps**2).sum()).item(), rel=1e-12)
     assert sam.gradient_norm == pytest.approx(g.norm().item(), rel=1e-12)
     assert sam.step_norm == pytest.approx(0.1, rel=1e-12)
+
+
+def test_one_block_of_autocast_around_both_passes_climbs_as_two_do():
+    """It keeps the weights' copies in half precision to its end."""
+
+    def half(precision: bool):
+        return torch.autocast("cpu", torch.bfloat16) if precision else contextlib.nullcontext()
+
+    torch.manual_seed(0)
+    net, x, found = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(16, 4), []
+    for one in (True, False):
+        net.zero_grad()
+        sam = SAM(net.parameters(), rho=1.0)
+        with half(one):
+            with half(not one):
+                net(x).square().mean().backward()
+            with sam.perturbed(), half(not one):
+                net.zero_grad()
+                net(x).square().mean().backward()
+            with half(not one):
+                found.append([*(p.grad.clone() for p in net.parameters()), net(x).detach()])
+    assert all(map(torch.equal, *found))
 
 
 def test_the_adaptive_step_is_relative_to_the_weights():
