@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 def each_once(values: list) -> list:
     if len(set(values)) < len(values):
-        raise ValueError("expected each once")
+        raise ValueError(f"expected each once, got {max(values, key=values.count)} more often")
     return values
 
 

@@ -246,7 +246,7 @@ def registration(
         outline(axes[2], plane, plane.warped_label, WARPED_LINE)
         deformed_grid(axes[4], plane)
         jacobian_bar(figure, show(axes[5], plane, plane.jacobian, **jacobian_look()), axes[5])
-        folded = percent(100 * (plane.jacobian <= 0).mean())
+        folded = percent(100 * (~(plane.jacobian > 0)).mean())
         axes[5].set_title(f"Jacobian determinant, {folded} folded", fontsize=10)
     if pair.fixed_label is not None or pair.moving_label is not None:
         contour_legend(figure, "moving" if phi_map is None else "moving and warped")

@@ -28,7 +28,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "looksam": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (5, 1))},
     "random": {"color": "#000000", "marker": "*", "linestyle": (0, (8, 2))},
 }
-OTHER_LOOKS = [LOOKS[name] for name in ("looksam", "adam-2x", "sam-every", "random")]
+OTHERS = ("looksam", "adam-2x", "sam-every", "random", "asam")  # whose looks those have that are not in LOOKS
 AFTER = ("+io", "+ema", "+tail", "+bn")  # what was done to the trained network
 REFINED: dict[str, Any] = {"markerfacecolor": "white", "linestyle": (0, (7, 1, 1, 1, 1, 1))}
 NAMES = {
@@ -73,9 +73,9 @@ def optimizers_of(rows: pd.DataFrame) -> list[str]:
 
 def look(optimizer: str, optimizers: list[str]) -> dict[str, Any]:
     """Colour, marker and line style; `optimizers`, all in the figure, tells apart those that are not in LOOKS."""
-    base = optimizer.partition("+")[0]
-    others = sorted({name.partition("+")[0] for name in optimizers} - set(LOOKS))
-    found = LOOKS.get(base) or OTHER_LOOKS[others.index(base) % len(OTHER_LOOKS)]
+    base, names = optimizer.partition("+")[0], {name.partition("+")[0] for name in optimizers}
+    free, others = [LOOKS[n] for n in OTHERS if n not in names] or [*LOOKS.values()], sorted(names - set(LOOKS))
+    found = LOOKS.get(base) or free[others.index(base) % len(free)]
     return found if base == optimizer else found | REFINED
 
 

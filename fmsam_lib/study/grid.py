@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fmsam_lib.checking import Parameters, nearest
+from fmsam_lib.checking import Parameters, each_once, nearest
 from fmsam_lib.parameters import EQUAL_COMPUTE, Count, Distinct, Method, Name, Natural, Optimizer, Shape, Some, Train
 from fmsam_lib.plotting.cards import card
 
@@ -78,7 +78,7 @@ class Study(Parameters):
         if unknown := [one for one in turns if one not in left_out]:
             raise ValueError(f"expected in only some of leave_one_out, not {', '.join(unknown)}")
         kept = [[name for other in left_out if other != one for name in groups.get(other, [other])] for one in turns]
-        others = ["+".join([*names, *always]) for names in kept]
+        others = ["+".join(each_once([*names, *always])) for names in kept]
         if not (given or others):
             raise ValueError("expected train_domains or leave_one_out: name what to train on")
         return list(dict.fromkeys([*given, *others]))

@@ -108,7 +108,7 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
         elif told.count("Error in rule") > len(failed) or not failed:
             print("\n".join(["failed outside a notebook; the log ends:", *told.splitlines()[-30:]]), file=sys.stderr)
         if not compute([*snakemake, "what_there_is"], [], root, lock.fileno(), "report.log"):
-            print("error: there is no result to compare yet", file=sys.stderr)
+            print(f"error: no report could be made of what there is; its log: {root / 'report.log'}", file=sys.stderr)
             return 1
     else:
         before.unlink(missing_ok=True)
@@ -277,7 +277,7 @@ def progress(work: list[Job], root: Path) -> str:
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError, TypeError):  # none yet, or damaged
             last = json.loads((root / job.folder / "history.jsonl").read_bytes().split(b"\n")[-2])  # the last whole one
             told.append(f"{job.folder}: step {last['step']}, loss {last['total']:.3f}")
-    return " | ".join(told[:5] + [f"{len(told) - 5} more trainings"] * (len(told) > 5))
+    return " | ".join(told[:1] + told[1:][-4:] + [f"{len(told) - 5} more"] * (len(told) > 5))  # those begun last
 
 
 def times(work: list[Job], root: Path) -> str:

@@ -14,6 +14,11 @@ def test_unknown_optimizers_get_looks_of_their_own():
     assert looks.look("zoo+io", names)["color"] == looks.look("zoo", names)["color"]
 
 
+@pytest.mark.parametrize("names", [["adam-2x", "adam-4x", "sam-2x"], ["looksam", "random", "a", "b", "c"]])
+def test_no_unknown_optimizer_looks_like_a_known_one_beside_it(names):
+    assert len({looks.look(name, names)["color"] for name in names}) == len(names)
+
+
 def test_every_known_look_and_name_is_its_own():
     combined = [{key: str(value) for key, value in look.items()} for look in looks.LOOKS.values()]
     for key in ("color", "marker", "linestyle"):

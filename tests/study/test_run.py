@@ -306,7 +306,11 @@ def test_flatness_is_not_measured_on_a_data_set_that_is_left_out(tmp_path, measu
         ({"landscape": None, "between": {"pear": 1}}, r"(?s)section between .*pear: unknown; .*did you mean pairs"),
         ({"leave_one_out": ["brain-mr"]}, "expected two domains or more in leave_one_out, not brain-mr alone"),
         ({"leave_one_out": ["a", "b"], "only": ["b", "c"]}, "expected in only some of leave_one_out, not c"),
-        ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once"),
+        ({"leave_one_out": ["a", "b", "a"]}, "leave_one_out: expected each once, got a more often"),
+        (
+            {"groups": {"a": ["b-mr", "c"]}, "leave_one_out": ["a", "d", "e"], "always": ["c"]},
+            "train_domains: expected each once, got c more often",
+        ),
         ({"always": ["knee-mr"]}, "expected leave_one_out with always, knee-mr, which it never leaves out"),
         (
             {"evaluate": {"methods": ["network", "none"]}},
@@ -327,7 +331,7 @@ def test_flatness_is_not_measured_on_a_data_set_that_is_left_out(tmp_path, measu
         ({"between": {"pear": 1}}, r"(?s)section between.*pear: unknown; known are .*did you mean pairs"),
         ({"between": {"plane_points": 4}}, r"(?s)section between.*plane_points: expected an odd number.*, got 4"),
         ({"landscape": {"rhos": []}}, r"(?s)section landscape.*rhos: expected at least 1, got"),
-        ({"seeds": [0, 0]}, "seeds: expected each once"),
+        ({"seeds": [0, 0]}, "seeds: expected each once, got 0 more often"),
         ({"seeds": []}, "seeds: expected at least 1, got"),
     ],
 )
@@ -438,7 +442,7 @@ def test_a_damaged_history_is_left_out_of_the_progress(tmp_path, last):
     assert progress(work, tmp_path) == "0 of 5 notebooks done" == progress(work[-1:] * 5, tmp_path)
     history.write_bytes(b'{"step": 5, "total": 0.5}\n{"st')
     assert progress(work, tmp_path) == "0 of 5 notebooks done | brain-mr/adam/seed0: step 5, loss 0.500"
-    assert progress(work * 7, tmp_path).endswith("loss 0.500 | 3 more trainings")
+    assert progress(work * 7, tmp_path).endswith("loss 0.500 | 3 more")
     history.write_bytes(last + b"\n")
     assert progress(work, tmp_path) == "0 of 5 notebooks done"
 
