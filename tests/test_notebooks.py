@@ -270,7 +270,8 @@ def make_tiny_study(root):
     execute("20_evaluate", root / "none", run="", out=str(root / "none"), methods=["none"], **looks)
     for optimizer in OPTIMIZERS:
         out = root / DOMAIN / optimizer / "seed0"
-        with_solutions("10_train", out, **one, out=str(out), optimizer=optimizer, snapshots=2, **TRAIN)
+        two = one | {"solved": (2, 2)}
+        with_solutions("10_train", out, **two, out=str(out), optimizer=optimizer, snapshots=2, **TRAIN)
         methods = ["network", "network+io"] if optimizer == "sam" else ["network"]
         how = {"methods": methods, "io": 15, "fields": True} | looks
         with_solutions("20_evaluate", out, **one, run=str(out), out=str(out), **how)
@@ -283,7 +284,7 @@ def make_tiny_study(root):
     out = root / DOMAIN / "between" / "seed0"
     both = {name: str(root / DOMAIN / o / "seed0") for name, o in (("baseline", "adam"), ("treatment", "sam"))}
     small = {"pairs": 2, "path_points": 5, "plane_points": 3}
-    with_solutions("35_between_minima", out, **one, out=str(out), **small, **both, **test)
+    with_solutions("35_between_minima", out, **two, out=str(out), **small, **both, **test)
 
 
 def test_10_writes_a_run_that_learned(trained):
@@ -304,6 +305,7 @@ def test_10_counts_what_sam_costs(trained):
         assert f"{optimizer}: {said} steps" in printed(notebook)
         assert "sam-every: 1.20 gradients a step" in printed(notebook)
         assert "gradients evaluated" not in printed(notebook)  # before the exercise asks
+        assert ("a plane would rise by" in printed(notebook)) == (optimizer == "sam")
     notebook = nbformat.read(trained / DOMAIN / "adam-2x/seed0/10_train.ipynb", 4)
     assert "adam-2x: 1.00 gradients a step, 80 in 80 steps" in printed(notebook)
 
@@ -484,6 +486,9 @@ def test_35_begins_and_ends_at_the_networks(trained):
 
 def test_35_by_hand_finds_the_middle_of_the_path(trained):
     text = printed(nbformat.read(trained / DOMAIN / "between/seed0/35_between_minima.ipynb", 4))
+    barriers = re.findall(r"by hand (\S+), at alpha = \S+; in the figure (\S+)$", text, re.M)
+    assert [max(0.0, float(by_hand)) for by_hand, _ in barriers] == pytest.approx([float(b) for _, b in barriers])
+    assert len(barriers) == 3
     halfway = re.findall(r"^(\S+), halfway: by hand (\S+), on the path (\S+)$", text, re.M)
     assert [domain for domain, *_ in halfway] == ["training", DOMAIN, "heart-mr"]
     for _, by_hand, on_the_path in halfway:
