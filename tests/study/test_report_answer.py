@@ -94,6 +94,28 @@ def test_averages_distances_and_domains_that_were_seen_are_secondary(both):
     assert f" %, or {share} % of the gap of 0.050 to networks trained on them; the paper" in done.sentence
 
 
+def test_on_domains_seen_only_trainings_of_both_are_compared(both):
+    """Here the treatment is the baseline itself, but for a training that it lacks."""
+    results, pairs = both
+    trains = sorted(set(results.train_domain))
+    others = dict(zip(trains, np.roll(trains, 1), strict=True))
+    seen = results.assign(train_domain=results.train_domain.map(others), value=results.value - 0.1)
+    alike = pd.concat([results, seen]).query("optimizer == 'adam-2x'")
+    sam = alike[alike.train_domain != trains[0]].assign(optimizer="sam")
+    table = answered(pd.concat([alike, sam]), pairs).answers
+    seen = table[(table.on == "seen") & (table.metric == "dice")]
+    assert len(seen)
+    assert seen["mean"].abs().max() < 1e-9
+
+
+def test_the_gradients_are_drawn_where_no_network_saw_an_anatomy(both):
+    results, pairs = both
+    study = ANATOMIES.model_copy(update={"train_domains": sorted(set(results.train_domain))})
+    history = pd.DataFrame({"optimizer": ["adam", "adam-2x", "sam"], "seed": 10, "gradient_evaluations": [1, 2, 2]})
+    done = run("gradients", results=results, pairs=pairs, study=study, history=history)
+    assert "trained on it" not in "".join(text.get_text() for text in done.figures["gradients"].axes[0].texts)
+
+
 def test_dice_stands_over_the_gradients_that_were_spent(both):
     results, pairs = both
     trains = sorted(set(results.train_domain))
@@ -266,6 +288,8 @@ def test_many_training_domains_have_a_short_name_that_is_spelled_out_once():
     names = ["all but heart", "all but knee", "3 domains", "3 domains (2)", "a", "a+b"]
     assert [study.short(train) for train in trains] == names
     assert done.briefly("a+b+c/sam/seed0: gone; h1+h2+b") == "3 domains/sam/seed0: gone; all but knee"
+    two = run("none", study=STUDY.model_copy(update={"leave_one_out": ["a", "b"], "train_domains": ["a", "b"]}))
+    assert two.briefly("trained on all but a, tested on a") == "trained on all but a, tested on a"
     assert f"Trained on {', '.join(names)}; tested on" in done.about
     spelled = "Heart: h1, h2. Knee: k. Trained on always: b. 3 domains: a, b, c. 3 domains (2): a, b, d."
     assert done.about.endswith(spelled)

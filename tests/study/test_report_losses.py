@@ -173,6 +173,14 @@ def test_the_first_seed_and_the_first_plane_are_shown():
     assert panel(figure, "Adam").collections[0].levels.max() == pytest.approx(5)
 
 
+def test_planes_are_of_a_seed_that_all_optimizers_have():
+    first = toy_landscape(("brain-mr",)).assign(seed=3)
+    second = first[first.kind == "plane"].assign(seed=4, value=lambda rows: rows.value + 100)
+    figure = loss_planes(pd.concat([second, first[first.optimizer != "adam"]]))
+    assert panel(figure, "Adam").collections[0].levels.max() > 50
+    assert panel(figure, "SAM").collections[0].levels.max() > 50
+
+
 def test_a_missing_plane_or_line_is_named():
     landscape = toy_landscape()
     landscape = landscape[(landscape.optimizer != "sam") | (landscape.test_domain != "heart-mr")]

@@ -89,6 +89,8 @@ def test_robustness_is_compared_at_every_step():
     assert table["mean"].tolist() == pytest.approx([0.0, 0.1])
     assert table.seeds.tolist() == [2, 2]
     assert run("robustness_differences", robustness=rows.head(0)).tables["robustness_differences"].empty
+    apart = rows[(rows.optimizer == "adam") == (rows.seed == 0)]
+    assert run("robustness_differences", robustness=apart, against=against).tables["robustness_differences"].empty
 
 
 def test_methods_have_means_intervals_seconds_and_units():
@@ -165,7 +167,9 @@ def test_the_tables_of_all_runs_are_written_together(settings, tmp_path):
 def config(optimizer="sam", train_domain="d", **parameters):
     made = {"commit": "abc", "cpu": "one", "cores": 2, "packages": {"torch": "2"}, "time": "now"}
     return {
-        "parameters": {"train_domain": train_domain, "optimizer": optimizer, "seed": 0, "threads": 1} | parameters,
+        "parameters": {"train_domain": train_domain, "optimizer": optimizer, "seed": 0, "threads": 1}
+        | {"climb": "batch", "late": 0.0}
+        | parameters,
         "provenance": made,
     }
 
@@ -204,6 +208,7 @@ def test_radii_have_a_line_for_seen_and_for_unseen_domains():
     ]
     configs = {f"all-but-c/sam-{rho}/seed0": config(train_domain="a+b", rho=rho, lr=1e-3) for rho in (0.1, 0.2)}
     results = pd.DataFrame(rows)[COLUMNS]
+    configs["all-but-c/late/seed0"] = config(train_domain="a+b", rho=0.1, lr=1e-3, late=0.75)  # has no place among them
     table = run("radii", results=results, history=pd.DataFrame(history), configs=configs).radii
     assert table.optimizer.tolist() == ["sam"] * 4
     assert table.rho.tolist() == [0.1, 0.1, 0.2, 0.2]
