@@ -274,7 +274,7 @@ def make_tiny_study(root):
         with_solutions("10_train", out, **two, out=str(out), optimizer=optimizer, snapshots=2, **TRAIN)
         methods = ["network", "network+io"] if optimizer == "sam" else ["network"]
         how = {"methods": methods, "io": 15, "fields": True} | looks
-        with_solutions("20_evaluate", out, **one, run=str(out), out=str(out), **how)
+        with_solutions("20_evaluate", out, **two, run=str(out), out=str(out), **how)
         if optimizer == "adam-2x":
             continue
         (out / f".plane-{DOMAIN}.json").write_text(STALE)  # as an interrupted run of other weights leaves it
@@ -318,6 +318,8 @@ def test_20_names_the_worst_pair(trained):
         values = of_pairs[domain]
         said = f"mean Dice {values.mean():.3f}, worst {values.min():.3f} ({values.idxmin()})"
         assert f"adam on {domain}: {said}" in text
+        low, high = re.search(rf"adam on {domain}: \S+ \[(\S+), (\S+)\] over 3 pairs", text).groups()
+        assert values.min() - 5e-4 <= float(low) <= values.mean() <= float(high) + 5e-4
 
 
 def test_20_writes_all_metrics_of_every_domain(trained):
@@ -343,7 +345,7 @@ def test_20_optimises_a_trained_network_further(trained):
 def test_20_shows_dice_without_registration_to_who_runs_it_by_hand(trained, monkeypatch):
     monkeypatch.setattr("fmsam_lib.widgets.sliders.in_a_notebook", lambda: True)
     none, sam = (pd.read_csv(trained / of / "results.csv") for of in ("none", f"{DOMAIN}/sam/seed0"))
-    there = {"results": sam, "settings": Evaluate(test_domains=[DOMAIN, "heart-mr"], shape=SHAPE, pairs=3)}
+    there = {"pd": pd, "results": sam, "settings": Evaluate(test_domains=[DOMAIN, "heart-mr"], shape=SHAPE, pairs=3)}
     cells = nbformat.read(NOTEBOOKS / "20_evaluate.ipynb", 4).cells
     exec(next(cell.source for cell in cells if cell.id == "20-07-c"), there)
     shown = there["dice"].groupby(["optimizer", "test_domain", "label"]).value.mean()
