@@ -160,6 +160,13 @@ def test_the_picture_shows_both_contrasts_of_every_anatomy_over_the_band(done):
     assert labels == ["SAM minus Adam at equal compute", "SAM minus Adam at equal steps"]
 
 
+def test_landmarks_have_an_answer_and_no_verdict(both):
+    results, pairs = both
+    done = answered(results.assign(metric="tre", unit="mm"), pairs, metric="tre")
+    assert ": the rule judges Dice alone. A new anatomy: " in done.sentence
+    assert not re.search(r": [.:]|\]: ?\.", done.sentence)
+
+
 def test_one_seed_decides_nothing():
     results, pairs = simulated(np.random.default_rng(0), seeds=1, effect=0.05)
     done = answered(results, pairs)
