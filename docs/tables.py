@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import t
 
-from fmsam_lib.evaluation.anatomies import LEVEL, THESE
+from fmsam_lib.evaluation.anatomies import LEVEL, NEW, THESE
 from fmsam_lib.evaluation.corruptions import CORRUPTIONS
 from fmsam_lib.plotting.style import NAMES, measure_name, name_of
 
@@ -181,9 +181,10 @@ def longer() -> pd.DataFrame:
     kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]
     shown = {f"{name_of(o)}, {n:,}": rows[o, n].map("{:.3f}".format) for o, n in kinds}
     shown |= {f"SAM - Adam, {n:,} [90 %]": of.apply(interval, axis=1) for n, of in each.items()}
-    model = pd.read_csv(FIGURES / "longer.csv").query("role == 'primary'").set_index("anatomy").reindex(rows.index)
+    model = pd.read_csv(FIGURES / "longer.csv").query("role == 'primary'").set_index("anatomy")
     shown |= {"16,000, by the mixed model [90 %]": model.apply(interval, axis=1), "verdict": model.verdict}
-    return pd.DataFrame(shown).rename_axis("anatomy, never seen").reset_index()
+    table = pd.DataFrame(shown).reindex([*rows.index, NEW]).fillna("")
+    return table.rename_axis("anatomy, never seen").reset_index()
 
 
 def radii() -> pd.DataFrame:

@@ -270,6 +270,7 @@ def test_command(command, where, capsys):
         assert all((PROJECT / path).exists() for path in given if not path.startswith("-"))
     else:
         known = ("conda env create -f environment.yml", "conda activate fmsam", ". .venv/bin/activate")
+        known += ("nvidia-cuda-mps-control -d",)
         assert command in known, "how is this to be tested?"
 
 

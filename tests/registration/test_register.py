@@ -939,7 +939,7 @@ def test_the_official_weights_are_asked_for_by_name(tmp_path, pair, monkeypatch)
         (["--modality", "us"], "argument --modality: invalid choice: 'us'"),
         (["--moving-modality", "us"], "argument --moving-modality: invalid choice: 'us'"),
         (["--shape", "-3"], "error: --shape: expected at least 16, got -3"),
-        (["--sigma", "0", "--lmbda", "-1"], "\n--sigma: expected above 0, got 0.0"),
+        (["--sigma", "0", "--lmbda", "-1"], "\n--sigma: expected at least 0.5, got 0.0"),
     ],
 )
 def test_wrong_arguments_exit_with_2(tmp_path, pair, capsys, options, message):
