@@ -181,6 +181,13 @@ def test_planes_are_of_a_seed_that_all_optimizers_have():
     assert panel(figure, "SAM").collections[0].levels.max() > 50
 
 
+def test_planes_of_two_seeds_that_as_many_have_are_of_one():
+    rows = toy_landscape(("brain-mr",))
+    third = rows[rows.optimizer == "sam"].assign(optimizer="adam-2x")
+    first, second = rows.assign(seed=3), pd.concat([rows[rows.optimizer == "adam"], third]).assign(seed=4)
+    assert not panel(loss_planes(pd.concat([first, second])), "Adam, twice the steps").collections
+
+
 def test_a_missing_plane_or_line_is_named():
     landscape = toy_landscape()
     landscape = landscape[(landscape.optimizer != "sam") | (landscape.test_domain != "heart-mr")]
