@@ -244,7 +244,7 @@ def test_05_shows_how_far_the_climb_may_go(tmp_path):
     share = next(line for line in text.splitlines() if line.startswith("last, of |eps|^2"))
     assert share.split()[2:4] == ["|eps|^2", "1"]  # at initialisation
     exact, measured = map(float, re.search(r"rho\* (\S+) \(exact\), (\S+) \(measured\)", text).groups())
-    factors = map(float, re.search(r"the radius to judge, 0\.02: (\S+) and (\S+) times these", text).groups())
+    factors = map(float, re.search(r"the radius in question, 0\.02: (\S+) and (\S+) times these", text).groups())
     assert list(factors) == pytest.approx([0.02 / exact, 0.02 / measured], rel=0.1)
     radii = {
         rho: (float(a), float(b)) for rho, a, b in re.findall(r"rho = (\S+):.*\n +loss (\S+) at w, (\S+) at", text)
@@ -435,6 +435,8 @@ def test_30_by_hand_finds_what_the_library_finds(trained, tmp_path):
     by_hand, theirs = map(float, re.search(r"trace: (\S+);[^\n]*\nthe library's: (\S+) ", solved).groups())
     assert by_hand == pytest.approx(theirs, rel=0.5)  # both are estimates of a few probes
     assert sum(map(int, re.findall(r"(-?\d+)%", solved))) == pytest.approx(100, abs=3)
+    by_eigenvalue, rise = map(float, re.search(r"rho 0.001: by the eigenvalue (\S+), measured (\S+)", solved).groups())
+    assert 0.3 < rise / by_eigenvalue < 1.5  # early in training the loss is no parabola; of the network "2d": 0.99
 
 
 def test_30_leaves_nothing_of_an_interrupted_run(trained):
@@ -541,7 +543,11 @@ landscape: {{}}
 @pytest.fixture(scope="module")
 def compared(trained):
     (trained / "tiny.yaml").write_text(STUDY)
-    return with_solutions("40_compare", trained, (1, 1), 1, study=str(trained / "tiny.yaml"), folder=str(trained))[0]
+    (trained / "figures").mkdir(exist_ok=True)
+    for name in ("radii.png", "radii.pdf", "radii.txt", "mine.png"):  # of an earlier report, and of whoever reads it
+        (trained / "figures" / name).touch()
+    how = {"study": str(trained / "tiny.yaml"), "folder": str(trained)}
+    return with_solutions("40_compare", trained, (2, 2), 1, **how)[0]
 
 
 def marked(notebook):
@@ -557,6 +563,12 @@ def test_30_goes_without_the_hessian(trained, tmp_path):
     notebook = execute("30_loss_landscape", tmp_path, run=run, out=str(tmp_path), **off, **small)
     assert "trace" not in set(pd.read_csv(tmp_path / "flatness.csv").measure)
     assert pictures(notebook) == 5  # the walker's two, lines, planes, rises
+
+
+def test_30_says_which_domains_flatness_can_be_measured_on(trained, tmp_path):
+    run = str(trained / DOMAIN / "sam" / "seed0")
+    with pytest.raises(papermill.PapermillExecutionError, match=r"measured_on: expected training or .*, got lungs"):
+        execute("30_loss_landscape", tmp_path, run=run, out=str(tmp_path), test_domains=[DOMAIN], measured_on=["lungs"])
 
 
 def test_40_compares_and_names_what_is_missing(trained, compared):
@@ -576,6 +588,11 @@ def test_40_compares_and_names_what_is_missing(trained, compared):
     assert f"**[{len(problems)} problems](#missing): {problems[0]}** · [1 note](#missing): one seed only" in shown
 
 
+def test_40_s_second_exercise_shows_what_pairing_buys(compared):
+    paired, strangers = map(float, re.findall(r"interval (\S+) wide", printed(compared)))
+    assert strangers > paired
+
+
 def test_40_begins_with_the_answer(trained, compared):
     lines = pd.read_csv(trained / "answer.csv").query("role == 'primary'")
     assert lines[["anatomy", "baseline", "treatment"]].values.tolist() == [
@@ -590,6 +607,8 @@ def test_40_begins_with_the_answer(trained, compared):
     assert "One seed decides nothing" in first
     shown = (trained / "figures/answer.png").read_bytes()
     assert shown == (trained / "figures/paired_difference.png").read_bytes()
+    assert not [*(trained / "figures").glob("radii.*")]
+    assert (trained / "figures/mine.png").exists()
 
 
 def test_40_compares_at_equal_steps_and_at_equal_compute(trained, compared):
@@ -665,7 +684,9 @@ def test_40_by_hand_copies_no_single_seed(capsys, seeds):
 
 def test_50_makes_and_registers_a_pair_without_files(tmp_path):
     how = {"weights": "", "shape": [24, 24, 24], "io": 25, "lr": 0.005, "sigma": 3.0}
-    notebook, solved = with_solutions("50_register_your_own", tmp_path, (1, 1), 1, out=str(tmp_path), **how)
+    notebook, solved = with_solutions("50_register_your_own", tmp_path, (2, 2), 1, out=str(tmp_path), **how)
+    overlay, rigid = map(float, re.findall(r"^from \w+, mean Dice (\S+):", solved, re.M))
+    assert rigid > overlay + 0.1
     theirs, mine = map(float, re.search(r"SimpleITK (\S+), the library (\S+)", solved).groups())
     assert mine == pytest.approx(theirs, abs=1e-4)
     assert pictures(notebook) >= 4  # before, loss, overview, explorer
