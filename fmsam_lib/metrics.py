@@ -186,7 +186,7 @@ def landmark_error(pair: Pair, phi_map: Tensor | None) -> float:
     assert pair.moving_landmarks is not None
     points = pair.fixed_landmarks.T.view(1, -1, *[1] * (pair.fixed.dim() - 2), len(pair.fixed_landmarks))
     inside = points.clamp(0, 1)
-    mapped = points if phi_map is None else sample(phi_map, inside) + (points - inside)
+    mapped = points if phi_map is None else sample(phi_map, inside.to(phi_map)) + (points - inside)
     return _mean_length(mapped - pair.moving_landmarks.T.view_as(points), pair)
 
 
@@ -262,7 +262,7 @@ def percent(value: float) -> str:
 
 def sdlogj(determinant: Tensor) -> float:
     """Standard deviation of the logarithm of the Jacobian determinant (clipped at 1e-9)."""
-    return float(np.std(np.log(determinant.double().clamp(min=1e-9).numpy())))
+    return float(np.std(np.log(determinant.double().clamp(min=1e-9).numpy(force=True))))
 
 
 def learn2reg_field(phi_map: Tensor) -> np.ndarray:

@@ -200,7 +200,7 @@ def test_percentages_are_written_without_powers_of_ten(value, written):
 
 def test_sdlogj_of_two_volumes():
     determinant = torch.tensor([[math.e, 1 / math.e]], dtype=torch.float64)
-    assert sdlogj(determinant) == pytest.approx(1.0)
+    assert sdlogj(determinant.requires_grad_()) == pytest.approx(1.0)  # also of a map on its way through a loss
 
 
 @pytest.mark.parametrize("shape", [(16, 12), (16, 9, 11)])
@@ -373,6 +373,8 @@ def test_landmark_error_is_in_mm():
     assert find(measure(pair, None), "tre") == [pytest.approx(2.0, rel=1e-4)]
     shifted = identity_map(SHAPE) + torch.tensor([0.0, 1 / 19, 0.0]).view(1, 3, 1, 1, 1)
     assert landmark_error(pair, shifted) == pytest.approx(0.0, abs=1e-4)
+    exact = toy_pair(fixed_landmarks=points.double(), moving_landmarks=off.double())  # as numpy gives them
+    assert landmark_error(exact, shifted) == pytest.approx(0.0, abs=1e-4)
     none = torch.zeros(0, 3)
     assert not find(measure(toy_pair(fixed_landmarks=none, moving_landmarks=none), None), "tre")
 

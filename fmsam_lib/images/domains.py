@@ -182,17 +182,17 @@ class FileDomain:
 
     def _sample(self, image: Path, *, keep: bool = True) -> tuple[Sample, Tensor | None, Tensor | None]:
         """An image, its landmarks `(L, D)` in unit coordinates and its mask `(1, *S)`, None where it has none."""
-        if image not in self.samples:
-            label, mask, keypoints = (self.manifest.beside[kind][image] for kind in BESIDE)
-            options: dict[str, Any] = {"modality": self.manifest.modality_of[image], "shape": self.shape}
-            sample = load(image, label, labels=self.labels, **options)
-            inside = load(image, mask, **options).label if mask else None
-            points = landmarks(keypoints, sample) if keypoints and len(self.shape) == self.manifest.dimensions else None
-            read = sample, points, None if inside is None or not inside.any() else inside != 0
-            if not keep:
-                return read
+        if image in self.samples:
+            return self.samples[image]
+        label, mask, keypoints = (self.manifest.beside[kind][image] for kind in BESIDE)
+        options: dict[str, Any] = {"modality": self.manifest.modality_of[image], "shape": self.shape}
+        sample = load(image, label, labels=self.labels, **options)
+        inside = load(image, mask, **options).label if mask else None
+        points = landmarks(keypoints, sample) if keypoints and len(self.shape) == self.manifest.dimensions else None
+        read = sample, points, None if inside is None or not inside.any() else inside != 0
+        if keep:
             self.samples[image] = read
-        return self.samples[image]
+        return read
 
     def _pair(self, fixed_path: Path, moving_path: Path, *, keep: bool = True) -> Pair:
         fixed, fixed_points, fixed_mask = self._sample(fixed_path, keep=keep)

@@ -16,6 +16,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import SimpleITK as sitk  # noqa: N813, as everywhere
+from nibabel.analyze import AnalyzeImage
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
@@ -143,8 +144,8 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
     if kind == "NiftiImageIO":
         _check_nifti(path, where, image, content)
-    elif kind == "PNGImageIO":
-        image.SetMetaData("qform_code", "0")  # says of its place as little as a NIfTI file of code 0
+    elif kind == "PNGImageIO" or (kind == "NrrdImageIO" and not image.HasMetaDataKey("NRRD_space")):
+        image.SetMetaData("sform_code", "0")  # says of its place as little as a NIfTI file of code 0
     return image
 
 
@@ -213,8 +214,15 @@ def _from_nibabel(image: Any, where: str) -> sitk.Image:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.nii"
         try:
-            if not isinstance(image, nibabel.Nifti1Image) or isinstance(image, nibabel.Nifti2Image):
-                image = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine, dtype=image.get_data_dtype())
+            given, values, kind = image, np.asanyarray(image.dataobj), image.get_data_dtype()
+            if held := values.dtype.kind == "f" and not nibabel.is_proxy(image.dataobj):
+                kind = np.result_type(kind, values)  # an array in memory: its own numbers, whatever its header says
+            placed = not isinstance(image, AnalyzeImage) or isinstance(image, nibabel.Nifti1Pair)  # Analyze is not
+            if held or type(image) is not nibabel.Nifti1Image:
+                image = nibabel.Nifti1Image(values, image.affine if placed else None, dtype=kind)
+            if image is not given and isinstance(given, AnalyzeImage):  # NIfTI too: its place as its header has it
+                for name in filter(re.compile("pixdim|xyzt|[qs]form_c|quatern|qoffset|srow").match, image.header):
+                    image.header[name] = given.header.get(name, 0)
             files, taken = image.file_map, image.to_bytes()  # nibabel would call the image by the file it writes
             image.file_map = files
             path.write_bytes(taken)
@@ -235,12 +243,13 @@ def _read_series(folder: Path) -> sitk.Image:
     if left_out := [path.name for path in others if path.read_bytes()[128:132] == b"DICM"]:
         todo = "Copy it again, or move it elsewhere if it belongs to something else."
         raise data_error(folder, "readable slices of one series", f"{left_out[0]} besides", todo)
-    reader, positions = sitk.ImageFileReader(), []
+    reader, positions, kinds = sitk.ImageFileReader(), [], set[int]()
     try:
         for name in names:
             reader.SetFileName(name)
             reader.ReadImageInformation()
             positions.append(reader.GetOrigin())
+            kinds.add(reader.GetPixelID())  # with its own slope and intercept each
         moves = np.diff(np.array(positions), axis=0)
         steps, normal = np.linalg.norm(moves, axis=1), np.array(reader.GetDirection())[2::3]
         if len(steps) and (not steps.all() or np.ptp(steps) > 0.01 * steps.mean()):
@@ -250,6 +259,6 @@ def _read_series(folder: Path) -> sitk.Image:
         if len(steps) and np.abs(moves @ normal).sum() < 0.9999 * steps.sum():  # ITK would stack them upright
             todo = "dcm2niix corrects the tilt."
             raise data_error(folder, "slices stacked at right angles", "a tilted gantry", todo)
-        return sitk.ReadImage(names)
+        return sitk.ReadImage(names, sitk.sitkFloat64 if len(kinds) > 1 else sitk.sitkUnknown)
     except RuntimeError as error:
         raise data_error(folder, "a readable DICOM series", _said(error), DAMAGED) from error

@@ -61,13 +61,10 @@ def _check_hounsfield(where: Source, image: np.ndarray) -> None:
         around = ((dense > high - 150) & (dense < high + 200)).mean() * (dark > -50)
     # Air that scatters around -2024; all of one value, it is a scanner's padding.
     air = abs(below[1] - (low - 1024)) < 300 and 0 < below[2] - below[0] < 300
+    in_bytes = image.min() >= 0 and image.max() <= 255 and (image.max() >= 200 or (image <= 5).mean() > 0.02)
     if air or (image > low + 100).mean() < 0.01:
         remedy = "They look like HU - 1024: add 1024"
-    elif (
-        bright - dark < 10
-        or (image.min() >= 0 and image.max() <= 255 and (image.max() >= 200 or (image <= 5).mean() > 0.02))
-        or bright > 5000
-    ):
+    elif bright - dark < 10 or in_bytes or bright > 5000:
         remedy = "They look scaled: bring them back to HU"
     elif dark > low / 2 and ((body >= high).mean() > 0.15 or around > 0.6):
         remedy = "They look like HU + 1024: subtract 1024"

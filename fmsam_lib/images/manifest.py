@@ -89,9 +89,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     called = [content[key] for key in ("name", "pairing")]
     demand(all(isinstance(word, str) for word in called) and called[0] != "", "text as name and pairing", called)
     # Learn2Reg says by modality what we say once.
-    sizes, spoken = (
-        said if isinstance(said := content[key], dict) else {"0": said} for key in ("dimensions", "modality")
-    )
+    sizes, spoken = (v if isinstance(v := content[k], dict) else {"0": v} for k in ("dimensions", "modality"))
     dimensions = {sum(n > 1 for n in s) if isinstance(s, list) else int(str(s).rstrip("dD")) for s in sizes.values()}
     demand(dimensions in ({2}, {3}), "dimensions 2 or 3", ", ".join(map(str, sorted(dimensions))))
     read_as = {int(number): _read_as(name) for number, name in spoken.items()}

@@ -220,11 +220,8 @@ def _our_key(key: str, prefixes: list[str]) -> str:
 def to_icon(net: GradICON) -> dict[str, Tensor]:
     """`from_icon`'s inverse: a state dict for icon-registration's `regis_net`."""
     prefixes = icon_prefixes(net.levels, net.settings["last_step"])
-    state = {}
-    for key, value in net.state_dict().items():
-        _, step, part, rest = key.split(".", 3)
-        state[f"{prefixes[int(step)]}{THEIR_NAMES[part]}.{rest}"] = value
-    return state
+    named = [(*key.split(".", 3)[1:], value) for key, value in net.state_dict().items()]
+    return {f"{prefixes[int(step)]}{THEIR_NAMES[part]}.{rest}": value for step, part, rest, value in named}
 
 
 def icon_prefixes(levels: int, last_step: bool) -> list[str]:

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return apply.main(argv[1:]) if argv[:1] == ["apply"] else _main(argv)
         except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
+            print("interrupted: nothing was written of what was at work", file=sys.stderr)
             return 130
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)

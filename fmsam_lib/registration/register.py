@@ -72,7 +72,7 @@ def register(
 
     here, there = (_read(source, dim, name) for source, name in ((fixed, "fixed image"), (moving, "moving image")))
     where = (name_of(fixed, "fixed image"), name_of(moving, "moving image"))
-    notes = doubts(where, (here, there))  # before the headers are lost in joining
+    notes, sided = doubts(where, (here, there)), oriented(here)  # before the headers are lost in joining
     if here.GetDimension() != there.GetDimension():  # ITK reads a file (X, Y) as 2-D, one (X, Y, 1) as 3-D
         here, there = (sitk.JoinSeries([i]) if i.GetDimension() == 2 else i for i in (here, there))
     for note in notes:
@@ -108,7 +108,7 @@ def register(
         moving_label=marks_on_grid.get("labels"),
         labels={n: str(n) for n in sorted(structures[0])},
         spacing=grid.GetSpacing()[:dim],
-        affine=torch.from_numpy(affine(grid)) if oriented(here) else None,
+        affine=torch.from_numpy(affine(grid)) if sided else None,
         fixed_mask=masks.get("fixed_mask"),
         moving_mask=masks.get("moving_mask"),
     )

@@ -135,14 +135,13 @@ def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
     From the start, with a warning, where the checkpoint cannot be read: that is kept beside, and is of no more use.
     Raises ConfigError for a folder of a training with other parameters.
     """
-    path, same = folder / "checkpoint.pt", {"start": now["start"]}  # older ones do not say where they started
-    there = same | read_json(folder / "config.json", {})
+    path, there = folder / "checkpoint.pt", read_json(folder / "config.json", {})
     if now.keys() <= there.keys():  # else it is damaged: the checkpoint says whose it is
         refuse_another(there, now, folder)
     if not path.exists():
         return State()
     try:
-        saved = same | whole(path)
+        saved = whole(path)
         there = {name: saved[name] for name in now}
     except DAMAGED as error:
         if getattr(error, "errno", None) in (errno.EACCES, errno.EIO, errno.ENOMEM, errno.EPERM, errno.ESTALE):

@@ -135,7 +135,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
     if run.first_stage and not net.settings["last_step"]:
         raise ConfigError("expected a network with a last step, which first_stage leaves out, got one without")
     net.to(device).train()
-    net.shape, net.save_memory, net.precision = tuple(run.shape), run.save_memory, run.precision
+    net.save_memory, net.precision = run.save_memory, run.precision
     if run.save_memory:
         give_back_memory()
     if run.processes > 1:
@@ -145,6 +145,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
     averages = Averages(net, run.updates) if run.averages else None
     parts = {"net": net, "optimizer": optimizer, "sam": sam, "averages": averages}
     state = checkpoint.resume(folder, now, parts)
+    net.shape, net.about = tuple(run.shape), {}  # what other weights saw, and answered, is past
     validation = [dataset.validation_pair(i) for i in range(min(run.validation, dataset.validation_count))]
     if first:
         checkpoint.record(folder, run, now, net, state)
@@ -203,7 +204,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
         if averages is not None:
             ended = [batch for step in range(run.updates)[-STATISTICS:] for batch in make_batches(dataset, run, step)]
             for name, averaged in averages.networks([(batch.moving, batch.fixed) for batch in ended]).items():
-                averaged.about = about | {"golden": golden(averaged)}
+                averaged.shape, averaged.about = net.shape, about | {"golden": golden(averaged)}
                 averaged.save(folder / f"weights_{name}.pt")
         net.about = about | {"golden": golden(net)}
         net.save(folder / "weights.pt")  # last: it says that the training is done

@@ -96,10 +96,8 @@ class SAM:
         self.adaptive, self.net, self.every, self.alpha, self.random_seed = adaptive, net, every, alpha, random_seed
         self.steps = 0  # done, with a climb or without
         self.vertical: list[Tensor | None] | None = None  # LookSAM's g_v, beside self.params
-        self.gradient_norm = math.nan  # |g| of the last climb, at w
-        self.gradient_norm_there = math.nan  # |g| at w + eps
-        self.step_norm = math.nan  # |eps|
-        self.step_ratio = math.nan  # |eps| / |w|, of the parameters with a gradient
+        # Of the last climb: |g| at w, |g| at w + eps, |eps|, and |eps| / |w| of the parameters with a gradient.
+        self.gradient_norm = self.gradient_norm_there = self.step_norm = self.step_ratio = math.nan
         self._rise: float | Tensor | None = None  # None: not set since the last climb
         self._random: list[Tensor] | None = None
 

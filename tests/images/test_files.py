@@ -21,7 +21,7 @@ from fmsam_lib.images import files
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.files import ids, name_of, parts, read_labels, read_values, stem
-from fmsam_lib.images.grid import affine
+from fmsam_lib.images.grid import affine, oriented
 from fmsam_lib.images.manifest import read_manifest, subject_of
 from fmsam_lib.records import DataError
 
@@ -323,11 +323,44 @@ def test_files_older_than_nifti(tmp_path, kind):
     nibabel.save(kind(image().astype(np.float32), np.diag([1.0, 2, 3, 1])), tmp_path / "a.hdr")
     for name in ("a.hdr", "a.img"):
         same_image(read_values(tmp_path / name, 3), sitk.ReadImage(str(tmp_path / name)))
+    assert not oriented(read_values(tmp_path / "a.hdr", 3))
+    assert not oriented(read_values(kind(image().astype(np.float32), np.diag([1.0, 2, 3, 1])), 3))
     data = tmp_path / "a.img"
     data.write_bytes(data.read_bytes()[:-1])
     for name in ("a.hdr", "a.img"):
         with pytest.raises(DataError, match=says(name, "a readable image", "copy it again")):
             read_values(tmp_path / name, 3)
+
+
+def test_nifti_2_means_by_its_header_what_nifti_1_means():
+    read = []
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        made = kind(image().astype(np.float32), np.diag([1000.0, 2000, 3000, 1]))
+        made.header.set_xyzt_units("micron")
+        read.append(read_values(made, 3))
+        made.set_sform(None, 0)
+        made.set_qform(None, 0)
+        assert not oriented(read_values(made, 3))
+    same_image(*read)
+    assert read[1].GetSpacing() == (1.0, 2.0, 3.0)
+
+
+def test_floats_in_memory_are_read_as_they_are():
+    """Whatever number type the header asks to store them in, as after `get_fdata`."""
+    header, marks = nibabel.Nifti1Header(), np.zeros((8, 9, 10))
+    header.set_data_dtype(np.uint8)
+    marks[0], marks[1] = 7, 41
+    assert ids(read_labels(nibabel.Nifti1Image(marks, np.eye(4), header), 3)) == [0, 7, 41]
+
+
+def test_nrrd_without_a_space_says_nothing_of_the_patient(tmp_path):
+    lines = ["type: float", "dimension: 3", "sizes: 4 5 6", "spacings: 1 1 2", "endian: little", "encoding: raw"]
+    values = np.random.default_rng(0).random((6, 5, 4), np.float32).tobytes()
+    for name, more in (("a.nrrd", []), ("b.nrrd", ["space: left-posterior-superior"])):
+        space = [line.replace("spacings: 1 1 2", "space directions: (1,0,0) (0,1,0) (0,0,2)") for line in lines]
+        text = "\n".join(["NRRD0004", *more, *(space if more else lines)])
+        (tmp_path / name).write_bytes(f"{text}\n\n".encode() + values)
+        assert oriented(read_values(tmp_path / name, 3)) == bool(more)
 
 
 def test_gzip_in_several_pieces_and_with_zeros_behind(tmp_path):
@@ -542,6 +575,19 @@ def test_a_folder_of_dicom_is_the_volume_that_was_written(tmp_path):
     expected.SetDirection((TURNED * np.linalg.det(TURNED)).ravel())
     same_image(read, expected, atol=1e-3)
     assert read_values(folder / "1_001.dcm", 2).GetSize() == (8, 7, 1)  # a slice alone
+
+
+def test_every_slice_of_a_dicom_series_has_its_own_slope(tmp_path):
+    """As PET has them: a slice of whole numbers does not truncate the others."""
+    tag = b"\x28\x00\x53\x10DS\x02\x00"
+    for number, file in enumerate(sorted(series(tmp_path / "pet", hounsfield()).iterdir())):
+        content = file.read_bytes()
+        tag = tag if tag in content else tag.replace(b"DS\x02\x00", b"\x02\x00\x00\x00")
+        assert tag + b"1 " in content
+        file.write_bytes(content.replace(tag + b"1 ", tag + (b"1 ", b".5", b".3")[number % 3]))
+    slices = [sitk.ReadImage(str(file), sitk.sitkFloat64) for file in sorted((tmp_path / "pet").iterdir())[::-1]]
+    expected = np.concatenate([sitk.GetArrayFromImage(image) for image in slices])
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(read_values(tmp_path / "pet", 3)), expected)
 
 
 def test_a_folder_that_is_not_one_whole_series_is_refused(tmp_path):

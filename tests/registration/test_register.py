@@ -774,7 +774,7 @@ def test_an_interruption_leaves_nothing(tmp_path, pair, capsys, monkeypatch):
     monkeypatch.setattr(result, "write", interrupt)
     assert run(pair, tmp_path / "out") == 130
     assert len(saved) == 2
-    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert "interrupted: nothing was written of what was at work" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -920,6 +920,16 @@ def test_the_command_prints_doubts_as_notes(tmp_path, pair, capsys):
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 2
     assert all("states no orientation" in note for note in notes)
+
+
+def test_no_sides_of_the_patient_are_invented_for_a_picture(tmp_path):
+    """Nor where it is joined to a volume, for the other image is a slice of one."""
+    values = np.random.default_rng(0).random((24, 28))
+    sitk.WriteImage(sitk.GetImageFromArray((255 * values).astype(np.uint8)), str(tmp_path / "a.png"))
+    with_codes(tmp_path / "b.nii", values[..., None].astype(np.float32), None, 0, None, 0)
+    with pytest.warns(UserWarning, match="states no orientation"):
+        found = register(tmp_path / "a.png", tmp_path / "b.nii", network(2), shape=(24, 28), progress=False)
+    assert found.pair.affine is None
 
 
 def test_the_official_weights_are_asked_for_by_name(tmp_path, pair, monkeypatch):
