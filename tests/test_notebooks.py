@@ -156,9 +156,9 @@ def test_03_gets_better_level_by_level_and_the_penalty_keeps_it_from_folding(tmp
 def test_60_shows_a_registration_that_looks_right_and_is_wrong(tmp_path):
     notebook, solved = with_solutions("60_when_not_to_trust_it", tmp_path, pairs=6)
     text = printed(notebook)
-    errors = re.search(r"^inverse error +(.*)$", text, re.M)[1]
-    good, far, negative, _, lesion = map(float, errors.split())
-    assert good < lesion < far < negative
+    errors = " ".join(re.findall(r"^inverse error +([\d. ]+)", text, re.M))  # the table may be broken in two
+    good, far, negative, _, lesion, limit = map(float, errors.split())
+    assert good < lesion < limit < far < negative
     table = next(
         o.data["text/html"] for c in notebook.cells for o in c.get("outputs", []) if "look at it" in str(o.get("data"))
     )
@@ -192,10 +192,8 @@ def test_01_shows_a_domain_in_2d_and_3d(tmp_path, shape):
     assert float(re.search(r"CT by hand: at most (\S+) apart", solved)[1]) < 1e-6
     starts = {name: float(dice) for name, dice in re.findall(r"^(\S+): Dice (\S+)$", solved, re.M)}
     assert (min(starts, key=starts.get), max(starts, key=starts.get)) == ("brain-mr", "lung-ct")
-    half, with_maximum = map(
-        float, re.search(r"voxels are below (\S+), with the maximum below (\S+)", printed(notebook)).groups()
-    )
-    assert with_maximum < half / 5
+    tenth, by_maximum = map(float, re.findall(r"the brightest tenth of the scan begins at (\S+)", printed(notebook)))
+    assert by_maximum < tenth / 5
     assert "abdomen-ct: CT, inter-subject" in printed(notebook)
     assert len(re.findall(r"^\w[\w ]*? +2 +0\.\d+", printed(notebook), re.M)) >= 4  # structures in both pairs
     assert pictures(notebook) >= 4
@@ -684,7 +682,7 @@ def test_40_by_hand_copies_no_single_seed(capsys, seeds):
 
 def test_50_makes_and_registers_a_pair_without_files(tmp_path):
     how = {"weights": "", "shape": [24, 24, 24], "io": 25, "lr": 0.005, "sigma": 3.0}
-    notebook, solved = with_solutions("50_register_your_own", tmp_path, (2, 2), 1, out=str(tmp_path), **how)
+    notebook, solved = with_solutions("50_register_your_own", tmp_path, (3, 3), 1, out=str(tmp_path), **how)
     overlay, rigid = map(float, re.findall(r"^from \w+, mean Dice (\S+):", solved, re.M))
     assert rigid > overlay + 0.1
     theirs, mine = map(float, re.search(r"SimpleITK (\S+), the library (\S+)", solved).groups())
@@ -693,6 +691,9 @@ def test_50_makes_and_registers_a_pair_without_files(tmp_path):
     test_pair = open_domain("brain-mr", shape=(48, 56, 48)).test_pair(1)
     made = nibabel.load(tmp_path / "input/fixed.nii.gz").get_fdata() / 1000
     np.testing.assert_allclose(made, test_pair.fixed[0], atol=1e-5)  # no pair that the network "3d" learned
+    stored = nibabel.load(tmp_path / "input/moving.nii.gz")
+    assert nibabel.aff2axcodes(stored.affine) != nibabel.aff2axcodes(test_pair.affine)
+    np.testing.assert_allclose(nibabel.as_closest_canonical(stored).affine, test_pair.affine, atol=1e-4)  # in its place
     dice = json.loads((tmp_path / "summary.json").read_text())["dice"].values()
     assert sum(d["after"] - d["before"] for d in dice) / len(dice) > 0.1
     fixed, warped, field = (
