@@ -6,16 +6,20 @@
 Of every run figures/networks.csv keeps, a row a network (averages of its weights, too) and test set: the mean Dice,
 that of the worst 5 % of pairs, and other measures. An effect is a difference between networks of the same training and
 seed, on the sets that neither saw, averaged over trainings and sets. Writes figures/effects.csv, a row an effect,
-anatomy and seed; its figure and table; figures/spent.png; figures/table_arms.csv. Where a study corrupted images,
-figures/corrupted.csv keeps the mean Dice of every network, set and kind, and figures/table_corrupted.csv compares them.
+anatomy and seed; its figure and table; figures/spent.png; figures/unseen_matrix.png; figures/table_arms.csv. Where a
+study corrupted images, figures/corrupted.csv keeps the mean Dice of every network, set and kind, and
+figures/table_corrupted.csv compares them.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import scipy.stats
+from matplotlib import colors
+from matplotlib.patches import Rectangle
 
 from fmsam_lib.evaluation.anatomies import BAND, LEVEL
 from fmsam_lib.evaluation.evaluate import read_results
@@ -265,6 +269,40 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})
 
 
+def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
+    """Mean Dice over the seeds of every training on every set, at equal compute; a frame: it was trained on the set."""
+    kinds = {"adam-2x": "Adam, 8,000", "sam": "SAM, 8,000", "adam-4x": "Adam, 16,000", "sam-2x": "SAM, 16,000"}
+    left_out, sets = [f"all but {anatomy}" for anatomy in UNSEEN.leave_one_out], UNSEEN.test_domains
+    runs = networks[(networks.study == "unseen") & networks.optimizer.isin(kinds)]
+    cells = runs.groupby(["optimizer", "train_domain", "test_domain"])[["dice", "seen"]].mean()
+    before = helps[helps.training == "none"].groupby("test_domain").dice.mean().loc[sets].to_numpy()[None]
+    blocks = {"before registration": (before, [""], np.zeros((1, len(sets))))}
+    for kind, name in kinds.items():
+        mine = cells.loc[kind].unstack()
+        values, framed = (mine[column].loc[left_out, sets].to_numpy(float) for column in ("dice", "seen"))
+        blocks[f"{name} gradients"] = values, left_out, framed
+    picture = slices.Picture(figsize=(8, slices.MOST_HIGH), layout="constrained")
+    heights = [len(values) for values, *_ in blocks.values()]
+    panels = picture.subplots(len(blocks), 1, height_ratios=heights, sharex=True)
+    norm = colors.Normalize(before.min(), max(values.max() for values, *_ in blocks.values()))
+    for ax, (name, (values, rows, framed)) in zip(panels, blocks.items(), strict=True):
+        image = ax.imshow(values, cmap="cividis", norm=norm, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            color = "white" if norm(value) < 0.5 else "black"
+            ax.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=9, color=color)
+            if framed[row, column]:
+                place = (column - 0.46, row - 0.42)
+                ax.add_patch(Rectangle(place, 0.92, 0.84, fill=False, edgecolor="black", linewidth=1.5))
+        ax.set_title(name, fontsize=10)
+        ax.set_yticks(range(len(rows)), rows, fontsize=9)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    panels[-1].set_xticks(range(len(sets)), sets, rotation=20, ha="right", rotation_mode="anchor", fontsize=9)
+    panels[-1].set_xlabel(f"tested on (mean of {runs.seed.nunique()} seeds; framed: trained on this set)")
+    picture.colorbar(image, ax=panels, label="Dice", aspect=40, pad=0.02)
+    picture.savefig(FIGURES / "unseen_matrix.png", dpi=slices.DPI, metadata={"Software": None})
+
+
 def arms(networks: pd.DataFrame) -> pd.DataFrame:
     """Every training of chest and knee left out, seed 10, on these two: are the arms alike in their transforms?"""
     rows = networks[networks.study.isin(["unseen", "forms", "settings"]) & (networks.seed == 10) & ~networks.seen]
@@ -304,6 +342,7 @@ def main() -> None:
         write_csv(by_kind(pd.read_csv(SPOILT).query("study == 'shifts'")), FIGURES / "table_corrupted.csv")
     draw(complete(table))
     spent(networks, helps)
+    matrix(networks, helps)
 
 
 if __name__ == "__main__":
