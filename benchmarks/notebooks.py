@@ -1,0 +1,53 @@
+"""How long the teaching notebooks take that need no data and no run: from a fresh kernel to the last cell.
+
+    python benchmarks/notebooks.py
+
+Writes benchmarks/notebooks.csv. `busy` says how many other processes were running (the machine's load before it began).
+"""
+
+import os
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+import papermill
+from recording import record
+
+from fmsam_lib.records import PROJECT
+
+FEW_MINUTES = "<= 180"  # the first five; the others are for information
+REACH = dict.fromkeys(
+    ["00_start_here", "01_look_at_the_data", "02_registration_by_hand", "03_the_network"], FEW_MINUTES
+)
+REACH |= {"04_sam_explained": FEW_MINUTES, "05_how_far_to_climb": "", "50_register_your_own": ""}
+REACH |= {"60_when_not_to_trust_it": ""}
+
+
+def run(name: str, folder: str):
+    """The notebook, executed with its own parameters; what it writes goes into `folder`."""
+    more = {"out": str(Path(folder) / name)} if name == "50_register_your_own" else {}
+    path = PROJECT / "notebooks" / f"{name}.ipynb"
+    return papermill.execute_notebook(path, Path(folder) / path.name, more, cwd=path.parent, progress_bar=False)
+
+
+def until(notebook, cell=None) -> float:
+    """Seconds from the kernel's start to the end of a cell, of the whole notebook without one."""
+    began = datetime.fromisoformat(notebook.metadata.papermill.start_time)
+    ended = notebook.metadata.papermill if cell is None else cell.metadata.papermill
+    return (datetime.fromisoformat(ended.end_time) - began).total_seconds()
+
+
+def main() -> None:
+    busy, rows = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "", []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, reach in REACH.items():
+            notebook = run(name, folder)
+            if name == "00_start_here":
+                first = next(cell for cell in notebook.cells if "pretrained(" in cell.source)
+                rows.append((f"{name}: to the first registration", until(notebook, first), "<= 30", "s"))
+            rows.append((name, until(notebook), reach, "s"))
+    record(rows, __file__, threads=1, busy=busy)
+
+
+if __name__ == "__main__":
+    main()
