@@ -94,11 +94,10 @@ def _sets(rows: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     if not rows.difference.any():  # two methods that find the same
         return pd.Series(0.0, names), pd.DataFrame(0.0, names, names)
     scaled = rows.assign(difference=rows.difference / scale)  # variances near 1 converge
-    effects = dict(EFFECTS)
-    if rows.groupby("anatomy").test_domain.nunique().max() == 1:
-        effects.pop("on_set", None)  # the same as the seed's
-    if (rows.fixed == rows.moving).all():
-        effects.pop("moving", None)
+    same = {"on_set"} if rows.groupby("anatomy").test_domain.nunique().max() == 1 else set()  # as the seed's
+    if len(rows[["fixed", "moving"]].drop_duplicates()) == rows.fixed.nunique() == rows.moving.nunique():
+        same.add("moving")  # as the fixed patient's, who tells it: of one image, or in a ring of pairs
+    effects = {name: formula for name, formula in EFFECTS.items() if name not in same}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a variance of 0 is at the edge of what there can be
         model = mixedlm("difference ~ 0 + C(test_domain)", scaled, groups="anatomy", re_formula="0", vc_formula=effects)

@@ -63,8 +63,9 @@ def ants():
 
 
 def untrained(run: Train) -> GradICON:
-    """The network of the training `run` before it: random weights of seed 0, the identity; in eval mode."""
-    return starting(run.model_copy(update={"weights": "", "seed": 0})).eval()
+    """A network of the form of the training `run`: random weights of seed 0, the identity; in eval mode."""
+    form = starting(run).settings if run.weights else {}
+    return starting(run.model_copy(update={**form, "weights": "", "seed": 0})).eval()
 
 
 def instance_optimised(net: GradICON, pair: Pair, run: Train, *, steps: int, lr: float) -> Maps:

@@ -197,7 +197,8 @@ def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[st
 def _gathered(net: GradICON, dataset, pairs: int) -> GradICON:
     """The network with BatchNorm's statistics of the test images, which needs no labels: a first step of adaptation."""
     there = [(pair.moving, pair.fixed) for pair in readable(dataset, range(min(pairs, dataset.test_count)), [])]
-    parts = (zip(*there[i : i + 8], strict=True) for i in range(0, len(there), 8))
+    number = -(-len(there) // 8)  # of batches, which count alike, so none is much smaller
+    parts = (zip(*there[k::number], strict=True) for k in range(number))
     gather_statistics(net, ((torch.stack(moving), torch.stack(fixed)) for moving, fixed in parts))
     return net
 

@@ -46,8 +46,7 @@ def robustness(
                 about = {"test_domain": dataset.name, "pair": pair.name, "corruption": kind, "severity": severity}
                 rows += [about | row for row in found if not math.isnan(row["value"])]
         if not_finite:
-            at = ", ".join(not_finite)
-            problems.append(f"{dataset.name}, {pair.name}: the network's map is not finite ({at}); left out")
+            problems.append(f"{dataset.name}, {pair.name}: a map is not finite ({', '.join(not_finite)}); left out")
     return pd.DataFrame(rows, columns=COLUMNS), problems
 
 

@@ -116,10 +116,9 @@ def mean_interval(rows: pd.DataFrame) -> Interval:
     if rows.empty:
         return Interval(np.nan, np.nan, np.nan, 0, 0)
     means = _replicates(rows)
-    units = len(rows[["test_domain", "drawn"]].drop_duplicates())
-    low, high = np.percentile(means, [2.5, 97.5]) if units > 1 and len(means) else (np.nan, np.nan)
-    mean = rows.groupby(CELL).value.mean().mean()
-    return Interval(float(mean), float(low), float(high), rows.seed.nunique(), units)
+    units, several = len(rows[["test_domain", "drawn"]].drop_duplicates()), rows.groupby(CELL).drawn.nunique().max() > 1
+    low, high = np.percentile(means, [2.5, 97.5]) if several and len(means) else (np.nan, np.nan)
+    return Interval(float(rows.groupby(CELL).value.mean().mean()), float(low), float(high), rows.seed.nunique(), units)
 
 
 def _complete(rows: pd.DataFrame) -> pd.DataFrame:

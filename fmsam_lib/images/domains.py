@@ -163,7 +163,7 @@ class FileDomain:
         return self._pair(*self.validation_pairs[index])
 
     def test_pair(self, index: int) -> Pair:
-        if index >= self.test_count:
+        if not 0 <= index < self.test_count:
             found, todo = f"{self.test_count} under registration_val", "Add some; without any, it is for training only."
             raise data_error(self.manifest.folder, f"test pair {index}, counted from 0", found, todo)
         return self._pair(*self.manifest.test_pairs[index], keep=False)

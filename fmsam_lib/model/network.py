@@ -167,11 +167,12 @@ class GradICON(nn.Module):
 
     def __init__(self, dim: int = 3, *, down: Channels, up: Channels | None = None, levels: int = 3, last_step=True):
         super().__init__()
-        up = down if up is None else up
+        down = tuple(map(int, down))  # a file would not hold numpy's
+        up = down if up is None else tuple(map(int, up))
         if dim not in CONV:
             raise ValueError(f"expected dim 2 or 3, got {dim}")
         if len(up) != len(down) or not up or min(*down, *up, levels) < 1:
-            got = f"got levels={levels}, down={tuple(down)}, up={tuple(up)}"
+            got = f"got levels={levels}, down={down}, up={up}"
             raise ValueError(f"expected levels >= 1 and as many `up` as `down` channels, all positive; {got}")
         self.settings: dict[str, Any] = dict(dim=dim, down=list(down), up=list(up), levels=levels, last_step=last_step)
         self.dim, self.levels = dim, levels
@@ -180,15 +181,13 @@ class GradICON(nn.Module):
         self.save_memory, self.precision, self.first_stage = False, "float32", False
         self.recorded: Callable[..., Tensor] | None = None
         self.scales = [*reversed(range(levels)), *([0] if last_step else [])]  # halvings before each step
-        self.steps = nn.ModuleList(UNet(dim, tuple(down), tuple(up)) for _ in self.scales)
+        self.steps = nn.ModuleList(UNet(dim, down, up) for _ in self.scales)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Transform:
         """moving, fixed: `(N, 1, *S)` in [0, 1], the same shape, 16 samples or more along each axis."""
         fits = fixed.dim() == self.dim + 2 and fixed.shape[1] == 1 and min(fixed.shape[2:]) >= 16
         if not fits or moving.shape != fixed.shape:
-            expected = (
-                f"moving and fixed images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least 16 samples"
-            )
+            expected = f"both images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least 16 samples"
             got = f"got {tuple(moving.shape)} and {tuple(fixed.shape)}: resample or pad smaller ones"
             raise ValueError(f"expected {expected} a side, {got}")
         pyramid = [(moving, fixed)]
@@ -215,10 +214,12 @@ class GradICON(nn.Module):
 
         half: the parameters in half precision, for a file of half the size; BatchNorm's statistics stay as they are.
         """
-        weights, parameters = self.state_dict(), dict(self.named_parameters())
-        weights = {name: value.half() if half and name in parameters else value for name, value in weights.items()}
-        saved = {"settings": self.settings, "weights": weights, "shape": self.shape and list(self.shape)}
-        saved |= {"about": self.about} if self.about else {}
+        kept, parameters = self.state_dict(), dict(self.named_parameters())
+        weights = {name: value.half() if half and name in parameters else value for name, value in kept.items()}
+        rounded = any(bool((value != kept[name]).any()) for name, value in weights.items())  # then it maps elsewhere
+        saved = {"settings": self.settings, "weights": weights, "shape": self.shape and [*map(int, self.shape)]}
+        about = {k: value for k, value in self.about.items() if not rounded or k != "golden"}
+        saved |= {"about": about} if about else {}
         with written_whole(path, synced=True) as partial, open(partial, "wb") as file:
             torch.save(saved, file)  # given a path, it would write that path's name into the file
 

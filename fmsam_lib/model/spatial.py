@@ -70,7 +70,7 @@ def warp_label(label: Tensor, phi_map: Tensor) -> Tensor:
 
     Keeps dtype and numbers exactly: those that `phi_map`'s dtype cannot hold are looked up by their rank among all.
     """
-    low, high = (int(n) for n in label.aminmax())
+    low, high = (int(n) for n in label.long().aminmax())
     if max(-low, high) <= 2 / torch.finfo(phi_map.dtype).eps:
         return sample(label.to(phi_map.dtype), phi_map, mode="nearest", padding="zeros").round().to(label.dtype)
     numbers, ranks = torch.cat([label.new_zeros(1), label.flatten()]).unique(return_inverse=True)

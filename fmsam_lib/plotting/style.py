@@ -75,7 +75,8 @@ def look(optimizer: str, optimizers: list[str]) -> dict[str, Any]:
     """Colour, marker and line style; `optimizers`, all in the figure, tells apart those that are not in LOOKS."""
     base, names = optimizer.partition("+")[0], {name.partition("+")[0] for name in optimizers}
     free, others = [LOOKS[n] for n in OTHERS if n not in names] or [*LOOKS.values()], sorted(names - set(LOOKS))
-    found = LOOKS.get(base) or free[others.index(base) % len(free)]
+    turn, place = divmod(others.index(base), len(free)) if base in others else (0, 0)
+    found = LOOKS.get(base) or free[place] | {"marker": free[(place + turn) % len(free)]["marker"]}
     return found if base == optimizer else found | REFINED
 
 

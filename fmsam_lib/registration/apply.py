@@ -29,12 +29,11 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
     """
     try:
         summary = read_json(Path(folder) / SUMMARY, {})
-        if not (Path(folder) / f"{'inverse_' * inverse}transform.h5").exists():
+        if not (file := Path(folder) / f"{'inverse_' * inverse}transform.h5").exists():
             raise ValueError("no such file")
-        transform = sitk.ReadTransform(str(Path(folder) / f"{'inverse_' * inverse}transform.h5"))
+        transform = sitk.ReadTransform(str(file))
         files = [Path(folder) / f"{name}.nii.gz" for name in ("warped", "inverse_displacement")]
-        known = inverse or files[1].exists()
-        places = [sitk.ReadImage(str(file)) for file in files[: 1 + known]]
+        places = [sitk.ReadImage(str(file)) for file in files[: 1 + (inverse or files[1].exists())]]
         sizes = [summary["size"][role] for role in ("fixed", "moving")]
         modality = summary["modality"]["fixed" if inverse else "moving"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -70,7 +69,7 @@ def _in_space(points: np.ndarray, space: str, through_image: Callable) -> np.nda
     """Points `(L, D)` from a space to LPS or back."""
     if space == "voxels":
         return np.array([through_image(point) for point in points.tolist()])
-    return points * (-1, -1, 1)[: points.shape[1]] if space == "ras" else points
+    return points * {"lps": (1, 1, 1), "ras": (-1, -1, 1)}[space][: points.shape[1]]
 
 
 def apply(

@@ -90,8 +90,8 @@ class Study(Parameters):
             if not re.fullmatch(r"\w[\w.-]*", name) or name.lower() in TAKEN:  # some disks have no capitals
                 taken = f"that is no optimizer's or method's, none of {', '.join(TAKEN)}"
                 raise ValueError(f"{name!r}: expected a name of letters, digits, '.', '_' and '-' {taken}")
-            if "optimizer" not in variant:
-                raise ValueError(f"{name}: expected an optimizer")
+            if not isinstance(variant.get("optimizer"), str):
+                raise ValueError(f"{name}: expected an optimizer, one")
         return variants
 
     @field_validator("optimizers")
@@ -216,7 +216,9 @@ def compared(study: Study) -> tuple[str, str]:
 
 
 def twins(study: Study) -> list[tuple[Run, Run]]:
-    """Runs of baseline and treatment with the same training domain and seed, so the same start."""
-    names = compared(study)
-    cells = itertools.product(study.train_domains, study.seeds)
-    return [(study.run(d, names[0], s), study.run(d, names[1], s)) for d, s in cells if names[0] != names[1]]
+    """Runs of baseline and treatment with the same training domain and seed: one start, one loss, two solutions."""
+    names, same = compared(study), ("similarity", "sigma", "lmbda", "weights", "down", "up", "levels", "last_step")
+    of = [study.train | study.variants.get(name, {}) for name in names]
+    fit = names[0] != names[1] and of[1].get("rho") != 0 and all(of[0].get(name) == of[1].get(name) for name in same)
+    cells = itertools.product(study.train_domains, study.seeds) if fit else ()
+    return [(study.run(d, names[0], s), study.run(d, names[1], s)) for d, s in cells]

@@ -260,13 +260,12 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
 
 def ahead(make: Callable[[int], list[Batch]], steps: range, threads: int = 1) -> Generator[list[Batch], None, None]:
     """`make(step)` of every step, the next ones already at work in threads of their own."""
-    count = AHEAD * threads
     with ThreadPoolExecutor(threads, "batches") as pool:
-        pending = deque(pool.submit(make, step) for step in steps[:count])
+        pending = deque(pool.submit(make, step) for step in steps[: AHEAD * threads])
         for step in steps:
             batch = pending.popleft().result()
-            if step + count in steps:
-                pending.append(pool.submit(make, step + count))
+            if step + AHEAD * threads in steps:
+                pending.append(pool.submit(make, step + AHEAD * threads))
             yield batch
 
 

@@ -73,6 +73,14 @@ def test_of_a_new_anatomy_nobody_is_surer_than_of_these():
     assert [*table.loc[NEW, ["low", "high", "p"]]] == [*table.loc[THESE, ["low", "high", "p"]]]
 
 
+def test_patients_who_are_fixed_once_and_moving_once_have_an_answer():
+    """In a ring of pairs the fixed patient tells the moving one: two such effects had no fit, in a study of ten."""
+    design = {anatomy: dict.fromkeys([*sets][:1], (20, 20)) for anatomy, sets in DESIGN.items()}
+    for seed in (3, 8, 12):
+        table = answer(*simulated(np.random.default_rng(seed), design=design), GROUPS, BOTH).set_index("anatomy")
+        assert np.isfinite(table.loc[THESE, ["low", "high"]].astype(float)).all()
+
+
 def test_networks_that_saw_the_anatomy_do_not_count():
     results, pairs = simulated(np.random.default_rng(0))
     expected = answer(results, pairs, GROUPS, BOTH)

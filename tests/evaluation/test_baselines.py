@@ -49,14 +49,17 @@ def easy():
     return open_domain("brain-mr", shape=(32, 32)).test_pair(0)
 
 
-def test_the_untrained_network_is_the_identity_whatever_the_training_was():
+def test_the_untrained_network_is_the_identity_whatever_the_training_was(tmp_path):
     net = baselines.untrained(RUN)
     assert not net.training
     pair = open_domain("brain-mr", shape=(32, 32)).test_pair(0)
     with torch.no_grad():
         found = net(pair.moving[None], pair.fixed[None]).map
     torch.testing.assert_close(found, identity_map((32, 32)), rtol=0, atol=1e-6)
-    other = baselines.untrained(Train(**SETTINGS | {"seed": 6, "weights": "of/another/run.pt"}))
+    GradICON(2, down=(4, 8), levels=2, last_step=True).save(tmp_path / "a.pt")  # of a run that was fine-tuned
+    other = baselines.untrained(Train(**SETTINGS | {"seed": 6, "weights": str(tmp_path / "a.pt")}))
+    assert other.settings == GradICON(2, down=(4, 8), levels=2, last_step=True).settings
+    other = baselines.untrained(Train(**SETTINGS | {"seed": 6}))
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 

@@ -458,11 +458,11 @@ def test_maps_that_are_not_finite_are_a_problem_and_the_others_go_on():
     image = grey(0.2, (24, 24))
     pair = dataclasses.replace(image, name="grey", moving_label=None)
     rows, problems = robustness(net(NanInTheDark), Some(pair), ["slices"], pairs=1, progress=False)
-    assert problems == ["some, grey: the network's map is not finite (slices 0.75); left out"]
+    assert problems == ["some, grey: a map is not finite (slices 0.75); left out"]
     assert rows.severity.tolist() == [0.0, 0.125, 0.25, 0.5]
     dark = dataclasses.replace(pair, moving=pair.moving / 4)
     rows, problems = robustness(net(NanInTheDark), Some(dark), ["inversion"], pairs=1, progress=False)
-    assert problems == ["some, grey: the network's map is not finite (clean); left out"]
+    assert problems == ["some, grey: a map is not finite (clean); left out"]
     assert rows.severity.tolist() == [0.25, 0.5, 0.75, 1.0]
 
 

@@ -300,6 +300,16 @@ def test_averaged_weights_and_statistics_of_the_test_images_are_methods(run):
     assert set(results.seed) == {3}
 
 
+def test_statistics_of_the_test_images_come_from_batches_of_nearly_one_size(monkeypatch):
+    """Batches count alike, so of 9 pairs in 8 and 1 the last pair would count as much as the others together."""
+    sizes = []
+    monkeypatch.setattr(
+        evaluating, "gather_statistics", lambda net, pairs: sizes.extend(len(moving) for moving, _ in pairs)
+    )
+    evaluating._gathered(net(), open_domain("brain-mr", shape=(16, 16)), 9)
+    assert sorted(sizes) == [4, 5]
+
+
 def test_instance_optimisation_costs_more_than_the_network_alone(run):
     given = settings(run=run, methods=["network", "network+io"], io=20)
     seconds = evaluate_all(given, progress=False)[0]["costs"].query("metric == 'seconds'").set_index("optimizer").value

@@ -38,6 +38,10 @@ def test_one_seeds_interval_is_scipys_bootstrap_over_pairs():
 def test_what_every_seed_finds_hard_is_one_pair_not_several():
     """Seeds that agree add no information about pairs, so the interval stays that of one seed."""
     values = np.random.default_rng(0).normal(size=(1, 12))
+    alone = mean_interval(
+        pd.concat([rows(values[:1, :1], test_domain=name) for name in "ab"])
+    )  # a pair a domain, one seed
+    assert np.isnan([alone.low, alone.high]).all()
     one, five = mean_interval(rows(values)), mean_interval(rows(np.repeat(values, 5, 0)))
     assert five.high - five.low == pytest.approx(one.high - one.low, rel=0.1)
 

@@ -64,6 +64,8 @@ def test_a_pair_knows_the_subjects_that_the_manifest_names(tmp_path):
     assert [domain.test_pair(i).subjects for i in range(2)] == [("Ann", "Bob"), ("Bob", "Ann")]
     assert domain.training_pair(0).subjects[0] in ("p1", "p2", "p3")
     assert open_domain("brain-mr", shape=(16, 16)).test_pair(0).subjects == ()
+    with pytest.raises(DataError, match="test pair -1, counted from 0"):
+        domain.test_pair(-1)
 
 
 def test_a_data_set_is_called_as_its_folder_whatever_its_manifest_says(tmp_path):

@@ -87,6 +87,14 @@ def test_labels_keep_their_numbers_and_dtype():
     assert set(warped.unique().tolist()) <= {0, *label.unique().tolist()}
 
 
+def test_labels_of_sixteen_bits_without_a_sign_go_where_others_go():
+    label = torch.randint(0, 60_000, (1, 1, 9, 8), generator=torch.Generator().manual_seed(0))
+    phi_map = smooth_map((9, 8)).float()
+    moved = warp_label(label.to(torch.uint16), phi_map)
+    assert moved.dtype == torch.uint16
+    assert torch.equal(moved.long(), warp_label(label, phi_map))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_labels_of_any_integer_go_where_small_ones_go(shape):
     """float32 holds no odd number above 2^24, float64 none above 2^53."""

@@ -137,8 +137,11 @@ def test_shipped_networks_have_names_and_are_those_that_were_shipped(tmp_path, m
     for p in net.parameters():
         p.data += 0.1 * torch.randn(p.shape)
     net.shape = (32, 32)
+    net.about = {"golden": weights.golden(net)}
     net.save(tmp_path / "2d.pt", half=True)
+    assert weights.check(str(tmp_path / "2d.pt"))["fine"] is None  # rounded, it answers otherwise, and is not wrong
     net.save(tmp_path / "whole.pt")
+    assert weights.check(str(tmp_path / "whole.pt"))["fine"]
     assert (tmp_path / "2d.pt").stat().st_size < 0.75 * (tmp_path / "whole.pt").stat().st_size
     (tmp_path / "whole.pt").unlink()
     (tmp_path / "2d.sha256").write_text(weights.sha256(tmp_path / "2d.pt") + "\n")

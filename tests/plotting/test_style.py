@@ -19,6 +19,14 @@ def test_no_unknown_optimizer_looks_like_a_known_one_beside_it(names):
     assert len({looks.look(name, names)["color"] for name in names}) == len(names)
 
 
+def test_a_sweep_of_many_optimizers_is_told_apart():
+    names = [
+        f"{base}-lr={lr}{rho}" for lr in (0.001, 0.004) for base, rho in (("adam", ""), ("adam-2x", ""), ("sam", ""))
+    ]
+    names += [f"sam-lr={lr}-rho={rho}" for lr in (0.001, 0.004) for rho in (0.01, 0.03)]
+    assert len({(looks.look(name, names)["color"], looks.look(name, names)["marker"]) for name in names}) == len(names)
+
+
 def test_every_known_look_and_name_is_its_own():
     combined = [{key: str(value) for key, value in look.items()} for look in looks.LOOKS.values()]
     for key in ("color", "marker", "linestyle"):

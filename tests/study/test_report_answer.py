@@ -94,6 +94,25 @@ def test_averages_distances_and_domains_that_were_seen_are_secondary(both):
     assert f" %, or {share} % of the gap of 0.050 to networks trained on them; the paper" in done.sentence
 
 
+def test_the_gap_is_that_of_the_anatomies_that_were_left_out(both):
+    """Of a study that leaves out some only, the others are easier here, and no part of the gap."""
+    results, pairs = both
+    results = results[results.optimizer != "adam"]
+    trains = sorted(set(results.train_domain))
+    others = dict(zip(trains, np.roll(trains, 1), strict=True))
+    out = results.test_domain.isin([*DESIGN["heart"], *DESIGN["knee"]])
+    seen = results.assign(train_domain=results.train_domain.map(others), value=results.value + 0.05 + 0.3 * ~out)
+    done = answered(pd.concat([results[out], seen]), pairs)
+    assert " % of the gap of 0.050 to networks trained on them" in done.sentence
+    history = pd.DataFrame({"optimizer": ["adam-2x", "sam"], "seed": 10, "gradient_evaluations": [2, 2]})
+    study = ANATOMIES.model_copy(update={"train_domains": trains})
+    drawn = run("gradients", results=pd.concat([results[out], seen]), pairs=pairs, study=study, history=history)
+    means = seen[out & (seen.optimizer == "adam-2x")].groupby(["test_domain"]).value.mean()
+    expected = (means[[*DESIGN["heart"]]].mean() + means[[*DESIGN["knee"]]].mean()) / 2
+    (line,) = (text.xy[1] for text in drawn.figures["gradients"].axes[0].texts if "trained on it" in text.get_text())
+    assert line == pytest.approx(expected)
+
+
 def test_on_domains_seen_only_trainings_of_both_are_compared(both):
     """Here the treatment is the baseline itself, but for a training that it lacks."""
     results, pairs = both

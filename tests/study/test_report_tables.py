@@ -209,7 +209,12 @@ def test_radii_have_a_line_for_seen_and_for_unseen_domains():
     configs = {f"all-but-c/sam-{rho}/seed0": config(train_domain="a+b", rho=rho, lr=1e-3) for rho in (0.1, 0.2)}
     results = pd.DataFrame(rows)[COLUMNS]
     configs["all-but-c/late/seed0"] = config(train_domain="a+b", rho=0.1, lr=1e-3, late=0.75)  # has no place among them
+    configs["all-but-c/sam-0.2/seed0"]["parameters"]["lmbda"] = (
+        3.0  # has a place, but not in one picture with the other
+    )
     table = run("radii", results=results, history=pd.DataFrame(history), configs=configs).radii
+    assert table.groupby("rho").rest.unique().map(len).tolist() == [1, 1]
+    assert table.rest.nunique() == 2
     assert table.optimizer.tolist() == ["sam"] * 4
     assert table.rho.tolist() == [0.1, 0.1, 0.2, 0.2]
     assert table.domains.tolist() == ["seen", "unseen"] * 2

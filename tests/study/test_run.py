@@ -142,6 +142,8 @@ def test_twins_begin_alike_and_differ_in_the_optimizer(tmp_path):
     found = [(a.folder, b.folder) for a, b in twins(study)]
     assert found == [(f"{d}/adam/seed{s}", f"{d}/sam/seed{s}") for d in "ab" for s in (0, 1)]
     assert twins(study_of(tmp_path, optimizers=["adam"])) == []
+    for optimizer in ({"optimizer": "sam", "rho": 0.0}, {"optimizer": "sam", "lmbda": 3.0}):  # the same, another loss
+        assert twins(study_of(tmp_path, variants={"other": optimizer}, optimizers=["adam", "other"])) == []
 
 
 def test_every_notebook_gets_what_it_needs(tmp_path):
@@ -271,6 +273,7 @@ def test_flatness_is_not_measured_on_a_data_set_that_is_left_out(tmp_path, measu
         ({"train": {"first_stage": 5}}, r"(?s)section train.*expected first_stage to be below steps, and last_step"),
         ({"optimizers": ["samm"]}, r"optimizers: expected some of adam, .*samm is unknown \(did you mean sam\?\)"),
         ({"variants": {"sam-1": {"rho": 1.0}}}, "variants: sam-1: expected an optimizer"),
+        ({"variants": {"both": {"optimizer": ["adam", "sam"]}}}, "variants: both: expected an optimizer, one"),
         (
             VARIED | {"variants": {"v": {"optimizer": "sam", "roh": 1.0}}},
             r"(?s)run brain-mr/v/seed0.*did you mean rho\?",

@@ -130,6 +130,14 @@ def test_mind_agrees_with_loops(shape, pairs, dtype):
     assert mind_loss(a, b, mask=mask).item() == pytest.approx(inside, rel=1e-4)
 
 
+def test_lncc_is_the_same_inside_a_users_autocast():
+    """A bright image with small contrast: in bfloat16 nothing would be left of its variance."""
+    a, b = 0.9 + 0.05 * torch.rand(2, 1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = lncc(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lncc(a, b), expected)
+
+
 def test_mind_takes_other_radii_and_dilations():
     a = images(11, 14)[0][:1]
     for radius, dilation in ((1, 1), (1, 3), (3, 1)):
