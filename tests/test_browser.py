@@ -552,7 +552,7 @@ def test_a_dragged_point_shows_the_loss_of_its_weights(lab, page, two_runs):
     given = {"run": str(folder / "adam/seed0"), "other": str(folder / "sam/seed0"), "out": str(folder / "out")}
     opened_in_lab(lab, page, "30_loss_landscape", given | {"plane_points": 9})
     page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
-    for _ in range(7):  # down to the walker: the measures below it take minutes
+    for _ in range(8):  # down to the walker: the measures below it take minutes
         page.keyboard.press("Shift+Enter")
     surface = page.locator(".fmsam-canvas .surface")
     bottom_until(page, surface)
