@@ -2,7 +2,7 @@
 
     python benchmarks/notebooks.py
 
-Writes benchmarks/notebooks.csv. `busy` says how many other processes were running (the machine's load before it began).
+Writes benchmarks/notebooks.csv; `busy` is the machine's load before it began, where the system tells it.
 """
 
 import os
@@ -15,12 +15,16 @@ from recording import record
 
 from fmsam_lib.records import PROJECT
 
-FEW_MINUTES = "<= 180"  # the first five; the others are for information
-REACH = dict.fromkeys(
-    ["00_start_here", "01_look_at_the_data", "02_registration_by_hand", "03_the_network"], FEW_MINUTES
-)
-REACH |= {"04_sam_explained": FEW_MINUTES, "05_how_far_to_climb": "", "50_register_your_own": ""}
-REACH |= {"60_when_not_to_trust_it": ""}
+REACH = {
+    "00_start_here": "<= 180",
+    "01_look_at_the_data": "<= 180",
+    "02_registration_by_hand": "<= 180",
+    "03_the_network": "<= 180",
+    "04_sam_explained": "<= 180",
+    "05_how_far_to_climb": "",
+    "50_register_your_own": "",
+    "60_when_not_to_trust_it": "",
+}
 
 
 def run(name: str, folder: str):
@@ -30,11 +34,10 @@ def run(name: str, folder: str):
     return papermill.execute_notebook(path, Path(folder) / path.name, more, cwd=path.parent, progress_bar=False)
 
 
-def until(notebook, cell=None) -> float:
-    """Seconds from the kernel's start to the end of a cell, of the whole notebook without one."""
-    began = datetime.fromisoformat(notebook.metadata.papermill.start_time)
-    ended = notebook.metadata.papermill if cell is None else cell.metadata.papermill
-    return (datetime.fromisoformat(ended.end_time) - began).total_seconds()
+def seconds(notebook, cell=None) -> float:
+    """From the start to the end of a cell, of the whole notebook without one."""
+    began, ended = notebook.metadata.papermill.start_time, (cell or notebook).metadata.papermill.end_time
+    return (datetime.fromisoformat(ended) - datetime.fromisoformat(began)).total_seconds()
 
 
 def main() -> None:
@@ -44,8 +47,8 @@ def main() -> None:
             notebook = run(name, folder)
             if name == "00_start_here":
                 first = next(cell for cell in notebook.cells if "pretrained(" in cell.source)
-                rows.append((f"{name}: to the first registration", until(notebook, first), "<= 30", "s"))
-            rows.append((name, until(notebook), reach, "s"))
+                rows.append((f"{name}: to the first registration", seconds(notebook, first), "<= 30", "s"))
+            rows.append((name, seconds(notebook), reach, "s"))
     record(rows, __file__, threads=1, busy=busy)
 
 

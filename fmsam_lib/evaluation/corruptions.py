@@ -140,6 +140,5 @@ def _spoilt(image: Tensor, kind: str, severity: float, random: np.random.RandomS
 
 
 def _check_kinds(kinds: Sequence[str]) -> None:
-    for kind in (kind for kind in kinds if kind not in CORRUPTIONS):
-        known = f"expected corruptions of {', '.join(CORRUPTIONS)}"
-        raise ValueError(f"{known}; got {kind!r}{nearest(kind, CORRUPTIONS)}")
+    if odd := [kind for kind in kinds if kind not in CORRUPTIONS]:
+        raise ValueError(f"expected some of {', '.join(CORRUPTIONS)}; got {odd[0]!r}{nearest(odd[0], CORRUPTIONS)}")

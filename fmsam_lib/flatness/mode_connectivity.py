@@ -27,6 +27,8 @@ from fmsam_lib.training.checkpoint import identity, trained_with
 from fmsam_lib.training.loop import starting
 from fmsam_lib.training.losses import Batch
 
+ALIKE = ["train_domain", "seed", "shape", "weights", "down", "up", "levels", "last_step"]  # trainings of one start,
+ALIKE += ["similarity", "sigma", "lmbda"]  # and of one loss
 COLUMNS = ["train_domain", "test_domain", "baseline", "treatment", "seed"]
 COLUMNS += ["kind", "statistics", "optimizer", "step", "alpha", "beta", "term", "value"]
 BEYOND = 0.25  # how far past both solutions the path goes on, of the distance between them
@@ -162,9 +164,8 @@ def from_one_start(baseline: str, treatment: str) -> tuple[list[str], list[Train
     """
     folders = [Path(baseline), Path(treatment)]
     runs = [trained_with(folder) for folder in folders]
-    alike = ["train_domain", "seed", "shape", "weights", "down", "up", "levels", "last_step", *runs[0].loss()]
-    both = ((name, *(getattr(run, name) for run in runs)) for name in alike)
-    differing = [f"{name}: {a!r} and {b!r}" for name, a, b in both if a != b]
+    one, other = (run.model_dump() for run in runs)
+    differing = [f"{name}: {one[name]!r} and {other[name]!r}" for name in ALIKE if one[name] != other[name]]
     now = identity(runs[0], None, start := starting(runs[0]).eval())["start"]  # `weights` may be another file by now
     there = [read_json(folder / "config.json", {}).get("start", now) for folder in folders]
     differing += [f"first weights (hash): {began} there, {now} now" for began in there if began != now]
@@ -182,10 +183,9 @@ def between(settings: Between) -> pd.DataFrame:
     Raises ConfigError as `from_one_start`; ValueError as `Solutions`; RuntimeError should a network have changed.
     """
     names, runs, nets = from_one_start(settings.baseline, settings.treatment)
-    folders = [Path(settings.baseline), Path(settings.treatment)]
     with unchanged(*nets):
         solutions = Solutions(*nets)
-        tracks = trajectories(solutions, zip(names, folders, (run.updates for run in runs), strict=True))
+        tracks = trajectories(solutions, [(n, Path(run.out), run.updates) for n, run in zip(names, runs, strict=True)])
         axes = extent(tracks, settings.plane_points)
         batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
         parts = [tracks.assign(test_domain="")]

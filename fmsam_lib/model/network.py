@@ -216,9 +216,9 @@ class GradICON(nn.Module):
         """
         kept, parameters = self.state_dict(), dict(self.named_parameters())
         weights = {name: value.half() if half and name in parameters else value for name, value in kept.items()}
-        rounded = any(bool((value != kept[name]).any()) for name, value in weights.items())  # then it maps elsewhere
+        rounded = half and any(bool((value != kept[name]).any()) for name, value in weights.items())
         saved = {"settings": self.settings, "weights": weights, "shape": self.shape and [*map(int, self.shape)]}
-        about = {k: value for k, value in self.about.items() if not rounded or k != "golden"}
+        about = {k: value for k, value in self.about.items() if not rounded or k != "golden"}  # it maps elsewhere
         saved |= {"about": about} if about else {}
         with written_whole(path, synced=True) as partial, open(partial, "wb") as file:
             torch.save(saved, file)  # given a path, it would write that path's name into the file

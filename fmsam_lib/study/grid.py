@@ -10,6 +10,7 @@ import pandas as pd
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fmsam_lib.checking import Parameters, each_once, nearest
+from fmsam_lib.flatness.mode_connectivity import ALIKE
 from fmsam_lib.parameters import EQUAL_COMPUTE, Count, Distinct, Method, Name, Natural, Optimizer, Shape, Some, Train
 from fmsam_lib.plotting.cards import card
 
@@ -217,8 +218,8 @@ def compared(study: Study) -> tuple[str, str]:
 
 def twins(study: Study) -> list[tuple[Run, Run]]:
     """Runs of baseline and treatment with the same training domain and seed: one start, one loss, two solutions."""
-    names, same = compared(study), ("similarity", "sigma", "lmbda", "weights", "down", "up", "levels", "last_step")
+    names = compared(study)
     of = [study.train | study.variants.get(name, {}) for name in names]
-    fit = names[0] != names[1] and of[1].get("rho") != 0 and all(of[0].get(name) == of[1].get(name) for name in same)
+    fit = names[0] != names[1] and of[1].get("rho") != 0 and all(of[0].get(name) == of[1].get(name) for name in ALIKE)
     cells = itertools.product(study.train_domains, study.seeds) if fit else ()
     return [(study.run(d, names[0], s), study.run(d, names[1], s)) for d, s in cells]
