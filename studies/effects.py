@@ -6,9 +6,9 @@
 Of every run figures/networks.csv keeps, a row a network (averages of its weights, too) and test set: the mean Dice,
 that of the worst 5 % of pairs, and other measures. An effect is a difference between networks of the same training and
 seed, on the sets that neither saw, averaged over trainings and sets. Writes figures/effects.csv, a row an effect,
-anatomy and seed; its figure and table; figures/spent.png; figures/unseen_matrix.png; figures/table_arms.csv. Where a
-study corrupted images, figures/corrupted.csv keeps the mean Dice of every network, set and kind, and
-figures/table_corrupted.csv compares them.
+anatomy and seed; its figure and tables; figures/unseen_answer.png, spent.png and unseen_matrix.png;
+figures/table_arms.csv. Where a study corrupted images, figures/corrupted.csv keeps the mean Dice of every network, set
+and kind, and figures/table_corrupted.csv compares them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import scipy.stats
 from matplotlib import colors
 from matplotlib.patches import Rectangle
 
-from fmsam_lib.evaluation.anatomies import BAND, LEVEL
+from fmsam_lib.evaluation.anatomies import BAND, LEVEL, NEW, THESE
 from fmsam_lib.evaluation.evaluate import read_results
 from fmsam_lib.evaluation.statistics import per_pair
 from fmsam_lib.plotting import slices, style
@@ -48,10 +48,14 @@ MORE = {
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
     (BY_SAM, "as tuned (rho 0.001)"): TUNED,
-    (BY_SAM, "Dice of the worst 5 % of pairs"): (*TUNED, "worst"),
+    (BY_SAM, "worst 5 % of pairs"): (*TUNED, "worst"),
     (BY_SAM, "twice the gradients"): (("unseen", "adam-4x"), ("unseen", "sam-2x")),
+    (BY_SAM, "worst 5 %, twice the gradients"): (("unseen", "adam-4x"), ("unseen", "sam-2x"), "worst"),
     (BY_SAM, "equal steps, 4,000"): (("unseen", "adam"), ("unseen", "sam")),
+    (BY_SAM, "worst 5 %, equal steps, 4,000"): (("unseen", "adam"), ("unseen", "sam"), "worst"),
     (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
+    (BY_SAM, "rho 0.01, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.01")),
+    (BY_SAM, "climb by layer, equal steps, 4,000"): (("unseen", "adam"), ("forms", "layer-0.0014")),
     (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
     (BY_SAM, "averaged weights (last quarter) of both"): (("unseen", "adam-2x+tail"), ("unseen", "sam+tail")),
     (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
@@ -186,6 +190,11 @@ def complete(table: pd.DataFrame) -> pd.DataFrame:
     return table[number == number.groupby([table.kind, table.effect]).transform("max")]
 
 
+def ends(seeds: pd.Series) -> tuple[float, float]:
+    """The t interval of the mean over seeds."""
+    return scipy.stats.t.interval(LEVEL, len(seeds) - 1, seeds.mean(), seeds.sem())
+
+
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """An effect a row: the mean over anatomies, with a t interval over seeds where there are three or more."""
     lines = []
@@ -193,9 +202,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
         seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
         told = f"{each.mean():+z.3f}"
         if len(seeds) > 2:
-            told += " [{:+z.3f}, {:+z.3f}]".format(
-                *scipy.stats.t.interval(LEVEL, len(seeds) - 1, seeds.mean(), seeds.sem())
-            )
+            told += " [{:+z.3f}, {:+z.3f}]".format(*ends(seeds))
         line = {
             "difference": "SAM - Adam" if kind == BY_SAM else "with it - without",
             "of": effect,
@@ -210,7 +217,10 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> None:
-    """An effect a row, below the heading of its kind: anatomies as points, their mean as a bar, its value beside it."""
+    """An effect a row, below the heading of its kind: anatomies as points, their mean as a bar, its value beside it.
+
+    Points of one seed are hollow; three or more seeds have an interval.
+    """
     rows = [(kind, name) for kind, mine in table.groupby("kind", sort=False) for name in ("", *mine.effect.unique())]
     picture = slices.Picture(figsize=(8, min(0.24 * len(rows) + 1.4, slices.MOST_HIGH)), layout="constrained")
     ax, looks = picture.subplots(), dict(zip(sorted(UNSEEN.groups), [*style.LOOKS.values()][3:], strict=False))
@@ -218,20 +228,21 @@ def draw(table: pd.DataFrame) -> None:
     ax.axvline(0, color="black", linewidth=1)
     for y, (kind, name) in enumerate(rows):
         mine = table[(table.kind == kind) & (table.effect == name)]
-        each = mine.groupby("anatomy").difference.mean()
+        each, seeds = mine.groupby("anatomy").difference.mean(), mine.groupby("seed").difference.mean()
+        fill = {"markerfacecolor": "white"} if len(seeds) == 1 else {}
         for anatomy, difference in each.items():
-            ax.plot(difference, y, markersize=4.5, **looks[anatomy] | {"linestyle": ""})
+            ax.plot(difference, y, markersize=4.5, **looks[anatomy] | fill | {"linestyle": ""})
         if name:
             ax.plot(each.mean(), y, marker="|", markersize=13, markeredgewidth=3, color="black")
-            seeds = "1 seed" if mine.seed.nunique() == 1 else f"{mine.seed.nunique()} seeds"
-            told = f"{each.mean():+z.3f}, {seeds}".replace("-", "−")
+            ax.plot(ends(seeds) if len(seeds) > 2 else [], [y, y][: 2 * (len(seeds) > 2)], color="black", linewidth=1)
+            told = f"{each.mean():+z.3f}, {len(seeds)} seed{'s' * (len(seeds) > 1)}".replace("-", "−")
             ax.annotate(told, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [name or kind for kind, name in rows], fontsize=9)
     for label, (_, name) in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_fontweight("normal" if name else "bold")
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    told = "change of Dice on anatomies never seen (grey: ±0.01; means of one seed: good to ±0.004)"
+    told = "change of Dice on anatomies never seen (grey: ±0.01; line: 90 % over seeds; hollow: one seed)"
     ax.set_xlabel(told, fontsize=10, x=0.35)
     ax.spines[["top", "right", "left"]].set_visible(False)
     for name, look in looks.items():
@@ -239,6 +250,38 @@ def draw(table: pd.DataFrame) -> None:
     ax.plot([], [], marker="|", markersize=12, markeredgewidth=3, color="black", linestyle="", label="mean")
     picture.legend(loc="outside upper center", ncols=6, frameon=False)
     picture.savefig(FIGURES / "effects.png", dpi=slices.DPI, metadata={"Software": None})
+
+
+def answer(table: pd.DataFrame) -> None:
+    """SAM minus Adam on every anatomy when it was left out, and on all: after both lengths, and at equal steps."""
+    parts = {}
+    for name, file in (("equal compute, 8,000 gradients", "unseen"), ("equal compute, 16,000 gradients", "longer")):
+        parts[name] = pd.read_csv(FIGURES / f"{file}.csv").query("role == 'primary'").set_index("anatomy")
+    steps = table[table.effect == "equal steps, 4,000"].pivot(index="seed", columns="anatomy", values="difference")
+    steps[THESE] = steps.mean(axis=1)
+    bounds = steps.apply(ends).set_axis(["low", "high"]).T
+    parts["equal steps: SAM costs twice as much"] = bounds.assign(mean=steps.mean())
+    names = [*UNSEEN.leave_one_out, THESE, NEW]
+    picture = slices.Picture(figsize=(7, 5.2), layout="constrained")
+    ax = picture.subplots()
+    ax.axvspan(-BAND, BAND, color="#e6e6e6", zorder=0)
+    ax.axvline(0, color="black", linewidth=1)
+    for i, (label, part) in enumerate(parts.items()):
+        look = [*style.LOOKS.values()][3 + i] | {"linestyle": "-"}
+        for y, row in ((names.index(name) + 0.26 * (i - 1), row) for name, row in part.iterrows()):
+            ax.plot([row.low, row.high], [y, y], linewidth=2.5, color=look["color"])
+            ax.plot(row["mean"], y, **look, label=label if y < 0.5 else None)
+            told = f"{row['mean']:+z.3f} [{row.low:+z.3f}, {row.high:+z.3f}]".replace("-", "−")
+            at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9, "color": look["color"]}
+            ax.annotate(told, (1.02, y), **at)
+    ax.axhline(len(UNSEEN.leave_one_out) - 0.5, color="gray", linewidth=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xticks([-0.02, -0.01, 0, 0.01])
+    ax.set_xlabel("SAM minus Adam, Dice on the anatomy left out (90 % intervals; grey: ±0.01)")
+    style.open_up(ax)
+    picture.legend(loc="outside upper center", frameon=False)
+    picture.savefig(FIGURES / "unseen_answer.png", dpi=slices.DPI, metadata={"Software": None})
 
 
 def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
@@ -270,36 +313,38 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
 
 
 def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
-    """Mean Dice over the seeds of every training on every set, at equal compute; a frame: it was trained on the set."""
-    kinds = {"adam-2x": "Adam, 8,000", "sam": "SAM, 8,000", "adam-4x": "Adam, 16,000", "sam-2x": "SAM, 16,000"}
+    """Mean Dice of Adam and SAM's difference, of every training on every set; a frame: it was trained on the set."""
     left_out, sets = [f"all but {anatomy}" for anatomy in UNSEEN.leave_one_out], UNSEEN.test_domains
-    runs = networks[(networks.study == "unseen") & networks.optimizer.isin(kinds)]
+    runs = networks[(networks.study == "unseen") & networks.optimizer.isin(["adam-2x", "sam", "adam-4x", "sam-2x"])]
     cells = runs.groupby(["optimizer", "train_domain", "test_domain"])[["dice", "seen"]].mean()
+    dice = {name: cells.dice[name].unstack().loc[left_out, sets].to_numpy() for name in runs.optimizer.unique()}
+    framed = cells.seen["sam"].unstack().loc[left_out, sets].to_numpy(bool)
     before = helps[helps.training == "none"].groupby("test_domain").dice.mean().loc[sets].to_numpy()[None]
-    blocks = {"before registration": (before, [""], np.zeros((1, len(sets))))}
-    for kind, name in kinds.items():
-        mine = cells.loc[kind].unstack()
-        values, framed = (mine[column].loc[left_out, sets].to_numpy(float) for column in ("dice", "seen"))
-        blocks[f"{name} gradients"] = values, left_out, framed
+    of_dice = {"cmap": "cividis", "norm": colors.Normalize(before.min(), dice["adam-4x"].max())}
+    of_gains = {"cmap": "PuOr", "norm": colors.Normalize(-0.03, 0.03)}
+    blocks = [("Dice before registration", before, [""], of_dice)]
+    for number, adam, sam in (("8,000", "adam-2x", "sam"), ("16,000", "adam-4x", "sam-2x")):
+        blocks.append((f"Dice of Adam, {number} gradients", dice[adam], left_out, of_dice))
+        blocks.append((f"SAM minus Adam, {number} gradients", dice[sam] - dice[adam], left_out, of_gains))
     picture = slices.Picture(figsize=(8, slices.MOST_HIGH), layout="constrained")
-    heights = [len(values) for values, *_ in blocks.values()]
-    panels = picture.subplots(len(blocks), 1, height_ratios=heights, sharex=True)
-    norm = colors.Normalize(before.min(), max(values.max() for values, *_ in blocks.values()))
-    for ax, (name, (values, rows, framed)) in zip(panels, blocks.items(), strict=True):
-        image = ax.imshow(values, cmap="cividis", norm=norm, aspect="auto")
+    panels = picture.subplots(len(blocks), 1, height_ratios=[len(rows) for _, _, rows, _ in blocks], sharex=True)
+    for ax, (title, values, rows, look) in zip(panels, blocks, strict=True):
+        ax.imshow(values, aspect="auto", **look)
         for (row, column), value in np.ndenumerate(values):
-            color = "white" if norm(value) < 0.5 else "black"
-            ax.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=9, color=color)
-            if framed[row, column]:
+            dark = look["norm"](value) < 0.5 if look is of_dice else abs(look["norm"](value) - 0.5) > 0.35
+            told = f"{value:.3f}" if look is of_dice else f"{value:+z.3f}".replace("-", "−")
+            ax.text(column, row, told, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+            if len(rows) > 1 and framed[row, column]:
                 place = (column - 0.46, row - 0.42)
                 ax.add_patch(Rectangle(place, 0.92, 0.84, fill=False, edgecolor="black", linewidth=1.5))
-        ax.set_title(name, fontsize=10)
+        ax.set_title(title, fontsize=10)
         ax.set_yticks(range(len(rows)), rows, fontsize=9)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     panels[-1].set_xticks(range(len(sets)), sets, rotation=20, ha="right", rotation_mode="anchor", fontsize=9)
     panels[-1].set_xlabel(f"tested on (mean of {runs.seed.nunique()} seeds; framed: trained on this set)")
-    picture.colorbar(image, ax=panels, label="Dice", aspect=40, pad=0.02)
+    for ax, label in ((panels[1], "Dice"), (panels[-1], "difference of Dice")):
+        picture.colorbar(ax.images[0], ax=ax, label=label, aspect=10, pad=0.02)
     picture.savefig(FIGURES / "unseen_matrix.png", dpi=slices.DPI, metadata={"Software": None})
 
 
@@ -336,11 +381,14 @@ def main() -> None:
     helps = pd.read_csv(FIGURES / "helps.csv")
     table = effects(networks, helps)
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
-    write_csv(shown(table), FIGURES / "table_effects.csv")
+    lines = shown(table)
+    write_csv(lines[lines.seeds > 2], FIGURES / "table_effects.csv")
+    write_csv(lines[lines.seeds < 3], FIGURES / "table_effects_one_seed.csv")
     write_csv(arms(networks), FIGURES / "table_arms.csv")
     if SPOILT.exists():
         write_csv(by_kind(pd.read_csv(SPOILT).query("study == 'shifts'")), FIGURES / "table_corrupted.csv")
-    draw(complete(table))
+    draw(complete(table[~table.effect.str.contains("worst")]))
+    answer(table)
     spent(networks, helps)
     matrix(networks, helps)
 
