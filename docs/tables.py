@@ -91,6 +91,18 @@ def unseen() -> pd.DataFrame:
     return table.assign(verdict=compute.verdict.to_numpy())
 
 
+def volumes() -> pd.DataFrame:
+    """In 3-D: every anatomy when it was left out, and SAM's difference where it was trained on."""
+    rows = pd.read_csv(FIGURES / "volumes.csv").query("metric == 'dice'")
+    unseen, seen = (rows[rows.on == on].set_index("anatomy") for on in ("unseen", "seen"))
+    shown = unseen[["before", "ants-syn", "mean_baseline", "mean_treatment"]].map("{:.3f}".format).replace("nan", "")
+    shown.columns = ["before", "ANTs SyN", "Adam, twice the steps", "SAM"]
+    shown["SAM - Adam [90 %]"] = unseen.apply(interval, axis=1)
+    shown["verdict"] = unseen.verdict
+    shown["where trained on it [90 %]"] = seen.apply(interval, axis=1).reindex(shown.index).fillna("")
+    return shown.rename_axis("anatomy, never seen").reset_index()
+
+
 def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
     """Mean and t interval of every anatomy, a column each, and of their mean; a row a seed."""
     differences = differences.assign(**{THESE: differences.mean(axis=1)})
@@ -196,7 +208,7 @@ def radii() -> pd.DataFrame:
 
 MADE = {
     f"table_{make.__name__}": make
-    for make in (unseen, longer, radii, pretrained, heldout, radius, tuning, robustness, flatness, correlation)
+    for make in (unseen, longer, volumes, radii, pretrained, heldout, radius, tuning, robustness, flatness, correlation)
 }
 
 

@@ -160,14 +160,8 @@ def surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple
     other = distance_transform_edt(~surface_a, sampling=spacing)[surface_b]
     directed = [(one, weight_a[surface_a].astype(np.float64)), (other, weight_b[surface_b].astype(np.float64))]
     means = [float(np.average(distance, weights=weight)) for distance, weight in directed]
-    return max(_percentile(*both, 0.95) for both in directed), sum(means) / 2
-
-
-def _percentile(values: np.ndarray, weights: np.ndarray, share: float) -> float:
-    """The smallest value that, with all below it, has this share of the weight."""
-    order = np.argsort(values)
-    reached = np.cumsum(weights[order]) / weights.sum()
-    return float(values[order][np.searchsorted(reached[:-1], share)])
+    robust = [float(np.quantile(d, 0.95, weights=w, method="inverted_cdf")) for d, w in directed]
+    return max(robust), sum(means) / 2
 
 
 def _mean_length(displacement: Tensor, pair: Pair) -> float:

@@ -166,9 +166,7 @@ class Evaluate(Parameters):
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train; empty for none and ants-syn")
     out: Folder = Field(f"{MINE}/sam/seed0", min_length=1, description="folder for results.csv and the other tables")
-    methods: Some[Method] = Field(
-        ["network"], description="network, also +io, +ema, +tail, +bn; io (untrained), none, ants-syn"
-    )
+    methods: Some[Method] = Field(["network"], description="network, also +io, +ema, +tail, +bn; io, none, ants-syn")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="synthetic domains or data sets")
     shape: Shape = Field([64, 64], description="samples along each axis")
     data: Folder = Field("", description=DATA)
@@ -248,9 +246,7 @@ class Registering(Parameters):
 
     modality: Modality = Field("mr", description="mr or ct: of both images")
     moving_modality: Literal["", "mr", "ct"] = Field("", description="of the moving image, if it is another")
-    start: Name = Field(
-        "overlay", description="overlay, headers, rigid, affine or a transform's file: before the network"
-    )
+    start: Name = Field("overlay", description="overlay, headers, rigid, affine or a transform's file")
     shape: Annotated[list[Side], Field(max_length=3)] = Field([], description="grid; empty: the network's own")
     io: Natural = Field(0, description="steps of instance optimisation on this pair")
     lr: Positive = Field(2.0e-5, description="learning rate of instance optimisation")
@@ -271,7 +267,7 @@ class Register(Registering):
     fixed_mask: str = Field("", description="where the fixed image counts, for instance optimisation and the measures")
     moving_mask: str = Field("", description="where the moving image counts")
     weights: str = Field(
-        "unigradicon", description="2d, 3d, unigradicon, multigradicon (downloaded once) or a file of weights"
+        "unigradicon", description="2d, 3d, unigradicon, multigradicon (downloaded) or a file of weights"
     )
     out: str = Field("", description="folder for the results")
     threads: Natural = Field(0, description="processor threads; 0: as many as the machine has")

@@ -320,7 +320,8 @@ def test_every_picture_shows_the_slice_asked_for(shown, strength):
     drag(page, "strength", strength)
     drawn = pictures(page)
     for row, plane in enumerate(at):
-        cut = slices.cut(pair, phi, axis=slices.PLANES.index(plane), index=at[plane], strength=strength)
+        part = torch.lerp(identity_map(SHAPE), phi, strength)
+        cut = slices.cut(pair, part, axis=slices.PLANES.index(plane), index=at[plane])
         for picture, expected in zip(drawn[3 * row :], (cut.fixed, cut.moving, cut.warped), strict=False):
             assert close(picture, grey(expected))
     assert f"{at['axial']}" in page.locator("figcaption").first.inner_text()
@@ -329,7 +330,7 @@ def test_every_picture_shows_the_slice_asked_for(shown, strength):
 def test_every_view_shows_what_it_says(shown):
     pair, phi = solid(), waves(SHAPE)
     page = shown(pair, {"warped": phi}, plane="axial", strength=0.75)
-    cut = slices.cut(pair, phi, strength=0.75)
+    cut = slices.cut(pair, torch.lerp(identity_map(SHAPE), phi, 0.75))
     orange = colormaps["PuOr_r"]
     jacobian = np.pad(cut.jacobian, [(0, 1), (0, 1)], mode="edge")  # a cell's colour at the sample where it starts
     look = slices.jacobian_look()

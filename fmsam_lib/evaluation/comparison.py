@@ -19,15 +19,11 @@ COLUMNS = [*CELL, "metric", "unit", "baseline", "treatment", "equal", "seeds", "
 COLUMNS += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
 COLUMNS += ["worst_baseline", "worst_treatment"]
 # What both spend alike, by their names without swept values; those of variants, and with a swept `late`, do not tell.
-EQUAL: dict[tuple[str, ...], str] = {
-    ("adam", name): "steps" for name in ("sam", "asam", "sam-every", "looksam", "random")
-}
+EQUAL: dict[tuple, str] = {("adam", name): "steps" for name in ("sam", "asam", "sam-every", "looksam", "random")}
 EQUAL |= {(EQUAL_COMPUTE, name): "compute" for name in ("sam", "asam")}
 
 
-def comparison(
-    results: pd.DataFrame, against: list[tuple[str, str]], *, metrics: tuple[str, ...] = ("dice",)
-) -> pd.DataFrame:
+def comparison(results: pd.DataFrame, against: list[tuple[str, str]], *, metrics=("dice",)) -> pd.DataFrame:
     """Every statistic of `difference`, a line per metric, (baseline, treatment) of `against`, train and test domain.
 
     The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several, and

@@ -43,8 +43,10 @@ Method = Callable[[Pair], baselines.Maps]
 def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress: bool = False) -> pd.DataFrame:
     """Metrics of a network or another method (None: no registration) on the domain's first test pairs: tidy rows.
 
+    Another method takes a `Pair` and returns its map and the swapped pair's, or None: `(1, D, *S)` each, as `phi.map`.
     Columns test_domain, pair, label, metric, value, unit; `fmsam_lib.metrics` defines the metrics. A pair that could
-    not be measured is a warning that says why. Raises DataError where that were all of them.
+    not be measured is a warning that says why, and so is a domain without the labels that it names. Raises DataError
+    where no pair could be measured; ConfigError for what is no network, method or domain.
 
     >>> table = evaluate(None, open_domain("brain-mr", shape=(32, 32)), pairs=2)
     >>> table[table.metric == "dice"].groupby("pair").value.mean().round(2).tolist()
@@ -52,10 +54,14 @@ def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress
     """
     if not (net is None or callable(net)):
         raise ConfigError(f"expected a network, another method or None, got {net!r}: fm.load(file) reads a network")
+    if not hasattr(domain, "test_pair"):
+        raise ConfigError(f"expected a domain, got {domain!r}: fm.open_domain(name, shape=(64, 64)) opens one")
     net = copy.deepcopy(net).eval() if isinstance(net, GradICON) else net  # the caller's own stays in the mode it is in
     found = measured(net, domain, pairs=pairs, progress=progress)
     if found.results.empty and found.problems:
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(found.problems))
+    if len(found.pairs) and getattr(domain, "labels", {}) and "dice" not in found.results.metric.to_numpy():
+        found.problems.append(f"{domain.name}: expected the labels it names, got none, so no Dice: add their files")
     for problem in found.problems:
         warnings.warn(problem, stacklevel=2)
     return found.results
@@ -70,9 +76,7 @@ class Measured(NamedTuple):
     problems: list[str]
 
 
-def measured(
-    method: GradICON | Method | None, domain, *, pairs: int, progress: bool, fields: Path | str | None = None
-) -> Measured:
+def measured(method: GradICON | Method | None, domain, *, pairs: int, progress: bool, fields=None) -> Measured:
     """Metrics of a method on the domain's first test pairs, the seconds of one registration, and who is on the pairs.
 
     A pair whose files cannot be read, or for which the method finds no map or one that is not finite, is named among
@@ -87,6 +91,8 @@ def measured(
         about = {"test_domain": domain.name, "pair": pair.name}
         try:
             phi_map, inverse, seconds = (None, None, 0.0) if method is None else register(method, pair)
+        except ConfigError:
+            raise
         except ValueError as error:
             problems.append(f"{domain.name}, {pair.name}: left out, {error}")
             continue
@@ -114,8 +120,11 @@ def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tenso
             seconds = time.perf_counter() - start
             inverse = method(fixed, moving).map.cpu() if back else None
     else:
-        phi_map, inverse = method(pair)
+        found = method(pair)
         seconds = time.perf_counter() - start
+        phi_map, inverse = found if isinstance(found, tuple | list) and len(found) == 2 else (None, None)
+        if not (isinstance(phi_map, Tensor) and (inverse is None or isinstance(inverse, Tensor))):
+            raise ConfigError(f"expected a method to return tensors (map, inverse or None), got {found!r:.60}")
     if not all(found is None or found.isfinite().all() for found in (phi_map, inverse)):
         raise ValueError("the map found is not finite")
     return phi_map, inverse, seconds

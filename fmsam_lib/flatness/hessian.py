@@ -104,16 +104,17 @@ def hessian(space: WeightSpace, term: int) -> Product:
 def largest_eigenvalues(product: Product, n: int, count: int, *, seed: int = 0) -> list[float]:
     """The `count` largest eigenvalues of a symmetric matrix of n rows, falling, by ARPACK.
 
-    NaN, with a warning, for those that don't converge.
+    NaN, with a warning, for those that don't converge; NaN for all where a product is not finite.
     """
     start = np.random.default_rng(seed).standard_normal(n)
-    first = product(start)
-    if not (np.isfinite(first).all() and first.any()):  # a matrix of zeros, or NaN
-        return [float(first.sum())] * count
     how = {"v0": start, "rng": np.random.default_rng(seed), "maxiter": RESTARTS, "tol": TOLERANCE}
-    matrix = LinearOperator((n, n), matvec=lambda v: product(v.ravel()), dtype=float)
+    matrix = LinearOperator((n, n), matvec=lambda v: np.asarray_chkfinite(product(v.ravel())), dtype=float)
     try:
+        if not matrix.matvec(start).any():  # a matrix of zeros, which ARPACK does not take
+            return [0.0] * count
         found = eigsh(matrix, count, which="LA", return_eigenvectors=False, **how)
+    except ValueError:  # of asarray_chkfinite
+        return [math.nan] * count
     except ArpackNoConvergence as problem:
         found = problem.eigenvalues
         said = f"{count - len(found)} of the {count} largest eigenvalues did not converge in {RESTARTS} restarts"

@@ -65,7 +65,8 @@ def loss_of(batch: Batch, **settings: Any) -> LossOf:
 
     @torch.no_grad()
     def evaluate(net: GradICON) -> np.ndarray:
-        return np.array([term.item() for term in objective(net, batch, **settings)])
+        there = batch.to(next(net.parameters()).device)
+        return np.array([term.item() for term in objective(net, there, **settings)])
 
     return evaluate
 
@@ -81,7 +82,7 @@ def random_direction(net: nn.Module, *, seed: int, normalisation: Normalisation 
     transposed = {id(m.weight) for m in net.modules() if isinstance(m, nn.ConvTranspose2d | nn.ConvTranspose3d)}
     direction = []
     for p in net.parameters():
-        d = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        d = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)  # the same on every device
         if p.dim() <= 1:
             d = torch.zeros_like(p)
         elif normalisation != "none":

@@ -112,9 +112,7 @@ def mean_interval(samples: Sequence[float] | np.ndarray) -> tuple[float, float, 
     [2.0, -10.71, 14.71]
     """
     mean, n = float(np.mean(samples)), len(samples)
-    if n < 2:
-        return mean, math.nan, math.nan
-    half = float(stdtrit(n - 1, 0.975) * np.std(samples, ddof=1) / n**0.5)
+    half = float(stdtrit(n - 1, 0.975) * np.std(samples, ddof=1) / n**0.5) if n > 1 else math.nan
     return mean, mean - half, mean + half
 
 

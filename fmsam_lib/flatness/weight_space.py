@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.network import BuffersKept, GradICON
 from fmsam_lib.training.losses import Batch, objective
 
 TERMS = ("total", "similarity", "regulariser")
@@ -40,9 +40,7 @@ class WeightSpace:
     True
     """
 
-    def __init__(
-        self, net: nn.Module, terms: TermsOf = lambda net: (), dtype: torch.dtype | None = None, *, training=False
-    ):
+    def __init__(self, net: nn.Module, terms: TermsOf = lambda net: (), dtype=None, *, training=False):
         self.net = copy.deepcopy(net).train(training).requires_grad_(True)
         self.net.to(dtype=dtype)
         if isinstance(self.net, GradICON):
@@ -58,14 +56,12 @@ class WeightSpace:
 
         So do its buffers: BatchNorm's statistics that were moved or replaced inside are put back.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.net.buffers()]
         vector_to_parameters(torch.add(self.w if origin is None else origin, eps, alpha=distance), self.params)
         try:
-            yield self.net
+            with BuffersKept(self.net):
+                yield self.net
         finally:
             vector_to_parameters(self.w, self.params)
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
     def values(self, eps: Tensor | float = 0.0) -> np.ndarray:
         """All TERMS at `w + eps`, `(3,)`; NaN where they are not finite."""
@@ -93,7 +89,7 @@ def vector(of: nn.Module | Iterable[Tensor]) -> Tensor:
 
 def terms_on(batch: Batch, dtype: torch.dtype, **settings: Any) -> TermsOf:
     """The function from a network to its TERMS on `batch`, computed in `dtype`; settings: those of `objective`."""
-    there = Batch._make(None if tensor is None else tensor.to(dtype) for tensor in batch)
+    there = batch.to(dtype)
     return lambda net: objective(net, there, **settings)
 
 

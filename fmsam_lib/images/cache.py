@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
     cache: the folder, else the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or
     time) and damaged cache entries are decoded anew; a folder that cannot be written means no cache.
     """
-    options: dict[str, Any] = {"modality": modality, "shape": tuple(shape), "labels": labels and sorted(labels)}
+    options: dict = {"modality": modality, "shape": tuple(shape), "labels": labels and sorted(labels)}
     paths = [Path(os.path.abspath(path)) for path in (image_path, label_path) if path is not None]
     files = [str(part) for path in paths for part in parts(path)]
     if not all(map(os.path.isfile, files)):

@@ -5,9 +5,9 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, su
     if len(shape) not in (2, 3) or not all(isinstance(side, int) and side >= least for side in shape):
         raise ConfigError(f"expected a shape of 2 or 3 sides, whole and from {least} on, got {shape}: give (64, 64)")
     if "+" in name:
-        how: dict[str, Any] = {"shape": shape, "data": data, "seed": seed, "subjects": subjects}
+        how: dict = {"shape": shape, "data": data, "seed": seed, "subjects": subjects}
         return Mixture(name, [open_domain(part, **how) for part in name.split("+")])
     if name in synthetic.DOMAINS:
         return SyntheticDomain(name, shape, seed, subjects)
@@ -66,7 +66,7 @@ def opens_again(domain) -> bool:
         return [(type(part), part.name, part.shape, part.data, part.seed, part.subjects) for part in parts]
 
     try:
-        how: dict[str, Any] = {"shape": domain.shape, "data": domain.data or None, "subjects": domain.subjects}
+        how: dict = {"shape": domain.shape, "data": domain.data or None, "subjects": domain.subjects}
         return about(open_domain(domain.name, **how)) == about(domain)
     except (AttributeError, DataError):
         return False
@@ -82,10 +82,7 @@ def readable(dataset, numbers: Iterable[int], problems: list[str]) -> Iterator[P
 
 
 def readable_test_pairs(dataset, count: int) -> list[Pair]:
-    """The first `count` test pairs whose files can be read (evaluation names the others).
-
-    Raises DataError, with every reason, when there is none.
-    """
+    """The first `count` test pairs that can be read (evaluation names the others); DataError, with why, for none."""
     problems: list[str] = []
     pairs = [*itertools.islice(readable(dataset, range(dataset.test_count), problems), count)]
     if not pairs:
@@ -129,7 +126,7 @@ class SyntheticDomain:
 
 
 class FileDomain:
-    """Pairs of a manifest's files; those to train and validate on are read once and then kept in memory."""
+    """Pairs of a manifest's files; those to train and validate on are kept in memory, without labels that are wrong."""
 
     def __init__(self, manifest: Manifest, shape: tuple[int, ...], seed: int, subjects: int = 0):
         if len(shape) > manifest.dimensions:
@@ -140,8 +137,8 @@ class FileDomain:
         self.unit = "mm" if manifest.spacing_known else "voxel"
         self.training, listed, self.validation_pairs = held_out(manifest)
         if subjects:
-            everyone = [manifest.subject[i] for i in (*self.training, *itertools.chain(*(listed or [])))]
-            kept = list(dict.fromkeys(everyone))[:subjects]
+            everyone = (manifest.subject[i] for i in (*self.training, *itertools.chain(*(listed or []))))
+            kept = [*dict.fromkeys(everyone)][:subjects]
             self.training = [i for i in self.training if manifest.subject[i] in kept]
             listed = listed and [pair for pair in listed if all(manifest.subject[i] in kept for i in pair)]
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
@@ -155,9 +152,8 @@ class FileDomain:
             expected = "two training images or more (a pair is of two different ones), or training pairs"
             todo = "Add some, take more subjects, or use this data set for testing only."
             raise data_error(self.manifest.folder, expected, f"{len(images)} images, {len(pairs or [])} pairs", todo)
-        if pairs is not None:
-            return self._pair(*pairs[rng.integers(len(pairs))])
-        return self._pair(*(images[i] for i in rng.choice(len(images), 2, replace=False)))
+        chosen = pairs[rng.integers(len(pairs))] if pairs else (images[i] for i in rng.choice(len(images), 2, False))
+        return self._pair(*chosen)
 
     def validation_pair(self, index: int) -> Pair:
         return self._pair(*self.validation_pairs[index])
@@ -169,24 +165,30 @@ class FileDomain:
         return self._pair(*self.manifest.test_pairs[index], keep=False)
 
     def check(self, *, training: bool = True, test: bool = True) -> list[str]:
-        """Read every file that training and/or test need: the messages of all problems, [] if there are none."""
+        """Read all files that training and/or test need: every problem's message; for training alone labels warn."""
         pairs = [*(self.manifest.training_pairs or []) * training, *self.manifest.test_pairs * test]
         problems = []
         images = sorted({*self.manifest.training * training, *itertools.chain(*pairs)})
         for files in [*zip(images, strict=True), *pairs]:
             try:
-                self._pair(*files) if len(files) == 2 else self._sample(files[0])
+                self._pair(*files, keep=not test) if len(files) == 2 else self._sample(files[0], keep=not test)
             except DataError as error:
                 problems.append(str(error))
         return [*dict.fromkeys(problems)]
 
     def _sample(self, image: Path, *, keep: bool = True) -> tuple[Sample, Tensor | None, Tensor | None]:
         """An image, its landmarks `(L, D)` in unit coordinates and its mask `(1, *S)`, None where it has none."""
-        if image in self.samples:
+        if keep and image in self.samples:
             return self.samples[image]
         label, mask, keypoints = (self.manifest.beside[kind][image] for kind in BESIDE)
-        options: dict[str, Any] = {"modality": self.manifest.modality_of[image], "shape": self.shape}
-        sample = load(image, label, labels=self.labels, **options)
+        options: dict = {"modality": self.manifest.modality_of[image], "shape": self.shape}
+        try:
+            sample = load(image, label, labels=self.labels, **options)
+        except DataError as error:
+            if not (keep and label):
+                raise
+            sample = load(image, **options)  # which raises where it was not the label
+            warnings.warn(f"{error} Until then {label.name} is left out of training and validation", stacklevel=2)
         inside = load(image, mask, **options).label if mask else None
         points = landmarks(keypoints, sample) if keypoints and len(self.shape) == self.manifest.dimensions else None
         read = sample, points, None if inside is None or not inside.any() else inside != 0

@@ -77,10 +77,11 @@ def read_labels(source: Source, dim: int, allowed: Collection[int] | None = None
         image = sitk.Cast(sitk.Round(sitk.Cast(image, sitk.sitkFloat64)), sitk.sitkInt64)  # float32 ends at 2^30
     there = set(ids(image)) - {0}
     expected = "labels" if allowed is None else f"labels {sorted(allowed)}"
+    without = "" if allowed is None else ': write "label": null in its image\'s entry'  # of a manifest
     if not there:
-        raise data_error(where, expected, "only background", "Leave it out.")
+        raise data_error(where, expected, "only background", f"Leave it out{without}.")
     if allowed is not None and (more := sorted(there.difference(allowed))):
-        raise data_error(where, expected, f"also {more[:10]}", "Name them in the manifest or remove them.")
+        raise data_error(where, expected, f"also {more[:10]}", f"Name them in the manifest, or leave it out{without}.")
     return image
 
 

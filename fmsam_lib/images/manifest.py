@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from fmsam_lib.checking import nearest
 from fmsam_lib.images.files import stem
 from fmsam_lib.records import PROJECT, DataError, data_error
 
@@ -16,6 +17,9 @@ MANIFEST_KEYS = ("name", "dimensions", "modality", "pairing", "training", "regis
 LEARN2REG = {"tensorImageSize": "dimensions", "tensorImageShape": "dimensions", "pairings": "pairing"}  # as ours
 ENTRIES = ("training", "test")  # lists of images
 BESIDE = ("label", "mask", "keypoints")  # what an entry may name beside its image
+OURS = {*MANIFEST_KEYS, *ENTRIES, "labels", "training_paired_images", "spacing_known"}
+THEIRS = {"registration_test", "registration_direction", "reference", *LEARN2REG}  # they look like ours
+PAIRINGS = ("inter-subject", "intra-subject", "unpaired", "paired")  # the last two are Learn2Reg's
 READ_AS = {  # what modalities are called, in capitals, letters and digits only
     "CT": "(CB|FB|LD|HR|CE)?CT",
     "MR": "(?=.)(C?MRI?)?((T[12]|PD)(W|WEIGHTED|C|CE|GD|STAR|FLAIR)?|FLAIR|DWI|ADC|BSSFP|LGE)?(MRI?)?",
@@ -25,7 +29,7 @@ NUMBERED = re.compile(r"(?<=\d)(_slice\d+|_ED|_ES)?_(000\d)$")  # Learn2Reg's mo
 
 def data_folder(folder: Path | str | None = None) -> Path:
     """The folder of data sets: the one given, else the environment's FMSAM_DATA, else the project's `data`."""
-    return Path(folder or os.environ.get("FMSAM_DATA") or PROJECT / "data")
+    return Path(folder or os.environ.get("FMSAM_DATA") or PROJECT / "data").expanduser()
 
 
 class Manifest(NamedTuple):
@@ -35,7 +39,7 @@ class Manifest(NamedTuple):
     training_pairs: (fixed, moving) images, None for all ordered pairs of distinct training images.
     test_pairs: (fixed, moving) images. beside: by "label", "mask" and "keypoints", every image's file or None.
     modality: "CT" or "MR", or both with a plus; modality_of: each image's own. subject: whose image it is.
-    spacing_known: `"spacing_known": false` in the manifest says that its millimetres mean nothing.
+    spacing_known: `"spacing_known": false` in the manifest says that its millimetres mean nothing, as those of a PNG.
     """
 
     folder: Path  # the domain is called as it
@@ -59,18 +63,18 @@ def read_manifest(folder: Path | str) -> Manifest:
     `training` or `test`; else the files are those of the same name under `labels…`, `masks…` and `keypoints…` (.csv)
     beside `images…`, if there, and the subject follows from the file's name (see `subject_of`), as does the modality
     where there are several. Subjects of test images that stand under `training` too are taken out of training, with a
-    warning: Learn2Reg lists its validation cases there.
+    warning: Learn2Reg lists its validation cases there. A key that looks like a misspelt one is a warning, too.
     Raises DataError: no such folder or manifest, broken JSON, missing keys, missing files, duplicates,
     pairs of an image with itself, an unknown modality, a subject in both training and test by other images.
     """
     folder = Path(folder)
     path = folder / f"{folder.resolve().name}_dataset.json"
     if not path.is_file():
-        found = "no such file" if folder.is_dir() else "no such folder"
-        todo = "Put the data set there or set FMSAM_DATA to its parent."
-        raise data_error(path, "a data set's manifest", found, todo)
+        found, other = "no such file" if folder.is_dir() else "no such folder", [*folder.glob("*_dataset.json")][:1]
+        todo = "Rename it." if other else "Put the data set there or set FMSAM_DATA to its parent."
+        raise data_error(path, "a data set's manifest", other[0].name if other else found, todo)
     try:
-        return _checked(path, json.loads(path.read_text(encoding="utf-8")))
+        return _checked(path, json.loads(path.read_text(encoding="utf-8-sig")))
     except DataError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -86,8 +90,11 @@ def _checked(path: Path, content: dict) -> Manifest:
     folder, content = path.parent, {LEARN2REG.get(key, key): value for key, value in content.items()} | content
     missing = [key for key in MANIFEST_KEYS if key not in content]
     demand(not missing, f"the keys {', '.join(MANIFEST_KEYS)}", f"no {', '.join(missing)}", "Add what is missing.")
-    called = [content[key] for key in ("name", "pairing")]
-    demand(all(isinstance(word, str) for word in called) and called[0] != "", "text as name and pairing", called)
+    for key in content.keys() - OURS - THEIRS:
+        if (told := nearest(key, OURS)) and not key.startswith("num"):  # Learn2Reg counts its lists
+            warnings.warn(f"{path}: the unknown key {key!r} says nothing{told}", stacklevel=3)
+    demand(isinstance(content["name"], str) and content["name"] != "", "text as name", repr(content["name"]))
+    demand(content["pairing"] in PAIRINGS, f"a pairing of {', '.join(PAIRINGS)}", repr(content["pairing"]))
     # Learn2Reg says by modality what we say once.
     sizes, spoken = (v if isinstance(v := content[k], dict) else {"0": v} for k in ("dimensions", "modality"))
     dimensions = {sum(n > 1 for n in s) if isinstance(s, list) else int(str(s).rstrip("dD")) for s in sizes.values()}
@@ -100,7 +107,8 @@ def _checked(path: Path, content: dict) -> Manifest:
     structures = [(int(number), name) for names in nested for number, name in names.items() if int(number) != 0]
     labels = dict(structures)
     fine = all(labels[n] == name and isinstance(name, str) and -(2**63) <= n < 2**63 for n, name in structures)
-    demand(fine, "labels of at most 64 bits with one name each", structures)
+    fine = fine and len({*labels.values()}) == len(labels) and all(map(str.strip, labels.values()))
+    demand(fine, "labels of at most 64 bits with one name each, of its own", structures)
 
     def image_pairs(key: str) -> list[tuple[Path, Path]]:
         return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content.get(key) or []]
@@ -117,7 +125,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     demand(not twice, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
     trained_on, tested_on = {*training, *itertools.chain(*(training_pairs or []))}, {*itertools.chain(*test_pairs)}
     images = sorted(trained_on | tested_on)
-    subjects = {image: str(entries.get(image, {}).get("subject", subject_of(image))) for image in images}
+    subjects = {i: str(entries.get(i, {}).get("subject", subject_of(i, len(read_as) > 1))) for i in images}
     again = {subjects[image] for image in trained_on & tested_on}
     left = [image for image in training if subjects[image] not in again]
     left_pairs = training_pairs and [p for p in training_pairs if not again & {subjects[image] for image in p}]
@@ -148,7 +156,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     absent = [str(file) for file in files if file and not file.is_file()]
     gone = f"{len(absent)} missing: {', '.join(absent[:3])}"
     demand(not absent, "every listed file on disk", gone, "Copy the files there or correct the manifest.")
-    spacing_known = content.get("spacing_known", True)
+    spacing_known = content.get("spacing_known", not any(image.suffix.lower() == ".png" for image in images))
     demand(isinstance(spacing_known, bool), "spacing_known true or false", repr(spacing_known))
     return Manifest(
         folder=folder, dimensions=dimensions.pop(), pairing=content["pairing"], labels=labels,
@@ -168,12 +176,15 @@ def _read_as(name: str) -> str:
     return next((modality for modality, pattern in READ_AS.items() if re.fullmatch(pattern, word)), "")
 
 
-def subject_of(image: Path | str) -> str:
-    """Whose image it is: the file's name without slice, phase and Learn2Reg's modality number at its end.
+def subject_of(image: Path | str, numbered: bool = False) -> str:
+    """Whose image it is: BIDS' `sub-XX` at the start of its name, else that without visit, slice, phase and Learn2Reg's
+    modality number: one behind four digits, slice or phase, or, `numbered` being all images, behind any digit.
 
-    The modality number goes only if a number remains to tell subjects apart.
-
-    >>> [subject_of(f"{name}.nii.gz") for name in ("SC-HF-I-01_slice02_ED", "OASIS_0001_0000", "case_0001")]
-    ['SC-HF-I-01', 'OASIS_0001', 'case_0001']
+    >>> names = ("sub-01_ses-2_T1w", "pat01_visit1", "SC-HF-I-01_slice02_ED", "OASIS_0001_0000", "T1_0001")
+    >>> [subject_of(f"{name}.nii.gz") for name in names]
+    ['sub-01', 'pat01', 'SC-HF-I-01', 'OASIS_0001', 'T1_0001']
     """
-    return re.sub(r"(_slice\d+|_ED|_ES)+$", "", NUMBERED.sub(r"\1", stem(image)))
+    name = stem(image)
+    if numbered or re.search(r"(_\d{4}|_slice\d+|_ED|_ES)_000\d$", name):
+        name = NUMBERED.sub(r"\1", name)
+    return re.sub(r"^(sub-[^_]+).*|(_slice\d+|_ED|_ES)*(_(ses-|visit[-_]?\d).*)?$", r"\1", name)

@@ -242,21 +242,27 @@ def computed_twice(compute: Callable[..., Tensor], unet: nn.Module, *images: Ten
 
 
 class BuffersKept:
-    """Puts a module's buffers back: a forward pass in training mode moves BatchNorm's running statistics.
+    """Puts a module's buffers back, changed or replaced: a forward pass in training moves BatchNorm's statistics.
 
     As they are now, by `put_back()`; or around a block, which can be entered again, as going backward twice does.
     """
 
     def __init__(self, module: nn.Module):
-        self.buffers = list(module.buffers())
+        self.module = module
         self.__enter__()
 
     def __enter__(self) -> None:
-        self.saved = [buffer.clone() for buffer in self.buffers]
+        self.names = [(part._buffers, dict(part._buffers)) for part in self.module.modules()]
+        own = (b for b in self.module.buffers() if b.layout != torch.strided or 0 not in b.squeeze().stride())
+        self.saved = [(buffer, buffer.detach().clone()) for buffer in own]  # not expanded ones: nobody writes to them
 
+    @torch.no_grad()
     def put_back(self, *_) -> None:
-        with torch.no_grad():
-            for buffer, value in zip(self.buffers, self.saved, strict=True):
-                buffer.copy_(value)
+        for there, before in self.names:
+            for name, buffer in before.items():
+                there[name] = buffer
+        if self.saved:
+            buffers, values = zip(*self.saved, strict=True)
+            torch._foreach_copy_(buffers, values)
 
     __exit__ = put_back

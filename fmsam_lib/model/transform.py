@@ -64,17 +64,17 @@ class Transform:
 
     def __getitem__(self, batch: slice) -> "Transform":
         """The transforms of some of the batch's pairs."""
-        return self._with(lambda u: u[batch])
+        return self.with_fields(lambda u: u[batch])
 
     def expand(self, n: int) -> "Transform":
         """One pair's transform, seen as those of a batch of `n`."""
-        return self._with(lambda u: u.expand(n, *u.shape[1:]))
+        return self.with_fields(lambda u: u.expand(n, *u.shape[1:]))
 
     def __len__(self) -> int:
         """How many pairs there are in the batch."""
         return len(self.fields[0])
 
-    def _with(self, change) -> "Transform":
+    def with_fields(self, change) -> "Transform":
         changed = Transform(self.shape)
         changed.fields = tuple(map(change, self.fields))
         return changed

@@ -75,7 +75,13 @@ def load(weights: Path | str) -> GradICON:
         else:
             net = from_icon(saved)
     except DAMAGED as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0] or type(error).__name__
+        known, reason = [*OFFICIAL, *shipped()], str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            reason = f"No such file, and none of the names {', '.join(known)}{nearest(str(weights).lower(), known)}"
+        elif isinstance(error, KeyError) and isinstance(error.args[0], str):
+            reason = f"no {error}"
+        elif isinstance(error, LookupError | pickle.UnpicklingError):  # torch's own words advise to read it unsafely
+            reason = "something other than tensors and numbers"
         told = f"expected weights saved by fmsam or by icon-registration in {path}, got: {reason}"
         raise ValueError(f"{told}; check the path, copy the file again or train anew") from error
     return net.eval()

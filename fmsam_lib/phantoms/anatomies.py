@@ -62,9 +62,7 @@ def _both(*parts: Part) -> list[Part]:
 def _rim(parts: list[Part], name: str, value: float, width: float, **changes) -> list[Part]:
     """A layer around the union of `parts`: the same ones, larger, to be painted before them."""
     changes |= {"name": name, "value": value, "texture": 0.0}
-    return [
-        part._replace(radii=(a + width, b + width, c + width), **changes) for part in parts for a, b, c in [part.radii]
-    ]
+    return [p._replace(radii=(a + width, b + width, c + width), **changes) for p in parts for a, b, c in [p.radii]]
 
 
 # fmt: off

@@ -41,9 +41,7 @@ def paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tenso
     edge = 2 / (max(grid) - 1)  # a sample's width: boundaries are as soft as partial volume makes them
     numbers = {name: number for number, name in d.labels.items()}
     # Painting a part only where it can be: the range of q[axis] in each slice across each axis.
-    ranges = [
-        (f.amin(others).numpy(), f.amax(others).numpy()) for f, others in zip(q, ((1, 2), (0, 2), (0, 1)), strict=True)
-    ]
+    ranges = [(f.amin(o).numpy(), f.amax(o).numpy()) for f, o in zip(q, ((1, 2), (0, 2), (0, 1)), strict=True)]
     for part, brightness, box in zip(d.parts, look.brightness, _boxes(d.parts, ranges, edge), strict=False):
         if box is None:
             continue

@@ -81,8 +81,7 @@ def regularity(phi_map: Tensor) -> dict[str, str]:
 
 
 def _two(cut: slices.Cut, **pictures: np.ndarray) -> tuple[Figure, list[AxesImage]]:
-    tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
-    figure = slices.Picture(figsize=(5.2, min(2.5 * tall, 5) + 0.3), layout="constrained")
+    figure = slices.Picture(figsize=(5.2, min(2.5 * cut.tall, 5) + 0.3), layout="constrained")
     axes = figure.subplots(1, 2)
     for ax, title in zip(axes, pictures, strict=True):
         ax.set_title(title, fontsize=9)

@@ -83,6 +83,11 @@ class Cut:
     step: tuple[float, float]
     ends: str
 
+    @property
+    def tall(self) -> float:
+        """Height over width of the picture, whose outermost samples count whole."""
+        return (self.size[1] + self.step[1]) / (self.size[0] + self.step[0])
+
 
 def check_map(pair: Pair, phi_map: Tensor) -> Tensor:
     """`phi_map` on the CPU; ValueError unless it is `(1, D, *S)` on the pair's grid."""
@@ -93,13 +98,10 @@ def check_map(pair: Pair, phi_map: Tensor) -> Tensor:
     return phi_map.detach().to("cpu", torch.float32)
 
 
-def cut(
-    pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index: int | None = None, strength=1.0
-) -> Cut:
+def cut(pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index: int | None = None) -> Cut:
     """The plane across `axis` (the last one unless given) at `index` (the middle); a 2-D pair is its own plane.
 
-    phi_map: `(1, D, *S)` in unit coordinates, the identity unless given. strength: how much of it is applied,
-    `id + strength (phi - id)`. Only the plane is warped, so this is quick enough for a slider.
+    phi_map: `(1, D, *S)` in unit coordinates, the identity unless given. Only the plane is warped.
     """
     shape = tuple(pair.fixed.shape[1:])
     dim = len(shape)
@@ -112,8 +114,7 @@ def cut(
     at = depth // 2 if index is None else index
     if not 0 <= at < depth:
         raise ValueError(f"expected an index from 0 to {depth - 1} along axis {axis}, got {index}")
-    identity = identity_map(shape)
-    phi_map = identity if phi_map is None else check_map(pair, phi_map)
+    phi_map = identity_map(shape) if phi_map is None else check_map(pair, phi_map)
 
     def slab(volume: Tensor, width: int = 1) -> Tensor:  # (..., *S), `width` samples thick
         return volume if dim == 2 else volume.narrow(axis - 3, min(at, depth - width), width)
@@ -121,8 +122,7 @@ def cut(
     def picture(volume: Tensor) -> np.ndarray:  # of a slab: up is superior or anterior
         return (volume if dim == 2 else volume.squeeze(axis - 3)).transpose(-1, -2).numpy()
 
-    points = torch.lerp(slab(identity), slab(phi_map), strength)
-    thick = torch.lerp(slab(identity, 2), slab(phi_map, 2), strength)
+    points, thick = slab(phi_map), slab(phi_map, 2)
     # jacobian_determinant takes the slab for the whole grid, so its unit along `axis` is too short
     jacobian = jacobian_determinant(thick)[0] * (1 if dim == 2 else depth - 1)
     across = x, y = tuple(a for a in range(dim) if dim == 2 or a != axis)
@@ -194,9 +194,9 @@ def grid_levels(plane: Cut) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(part, np.arange(-size, 2 * size, apart)) for part, size in zip(plane.phi, plane.size, strict=True)]
 
 
-def checkerboard(first: np.ndarray, second: np.ndarray, squares: int = 8) -> np.ndarray:
-    """Both pictures in squares, `squares` of them along the longer side."""
-    side = max(1, math.ceil(max(first.shape) / squares))
+def checkerboard(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Both pictures in squares, eight of them along the longer side."""
+    side = max(1, math.ceil(max(first.shape) / 8))
     rows, columns = np.indices(first.shape) // side
     return np.where((rows + columns) % 2 == 0, first, second)
 
@@ -219,17 +219,14 @@ def contour_legend(figure: Figure, other: str) -> None:
     figure.legend(handles=handles, frameon=False, ncols=2, fontsize=9, loc="outside lower center")
 
 
-def registration(
-    pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index: int | None = None
-) -> Figure:
+def registration(pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index=None) -> Figure:
     """Fixed and moving image; with `phi_map` `(1, D, *S)` also what it does: warped, checkerboard, grid, Jacobian.
 
     3-D: the plane across `axis` (0 sagittal, 1 coronal, 2 axial: the default) at `index` (the middle).
     """
     plane = cut(pair, phi_map, axis=axis, index=index)
     columns, rows = (2, 1) if phi_map is None else (3, 2)
-    tall = (plane.size[1] + plane.step[1]) / (plane.size[0] + plane.step[0])
-    high = rows * ((WIDTH - 0.5) / columns * min(tall, 1.4) + 0.3) + 0.5
+    high = rows * ((WIDTH - 0.5) / columns * min(plane.tall, 1.4) + 0.3) + 0.5
     figure = Picture(figsize=(WIDTH, min(high, MOST_HIGH)), layout="constrained")
     figure.suptitle(plane.name, fontsize=11, parse_math=False)
     axes = figure.subplots(rows, columns, squeeze=False).flat
@@ -260,18 +257,17 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
     said: a line under the name. A plane less than a quarter as high as it is wide is stretched to that.
     """
     planes = [cut(pair, phi_map, axis=axis) for axis in ((None,) if pair.fixed.dim() == 3 else (2, 1, 0))]
-    tall = [(p.size[1] + p.step[1]) / (p.size[0] + p.step[0]) for p in planes]
-    rows = [max(t, 0.25) for t in tall]
+    rows = [max(p.tall, 0.25) for p in planes]
     high = min(WIDTH / 5 * sum(rows) + 0.15 * len(rows) + 0.7, MOST_HIGH)
     figure = Picture(figsize=(WIDTH, high), layout="constrained")
     figure.suptitle("\n".join([pair.title, *textwrap.wrap(said, 120)]), fontsize=11, parse_math=False)
     axes = figure.subplots(len(planes), 5, squeeze=False, gridspec_kw={"height_ratios": rows})
     for ax, title in zip(axes[0], ("fixed", "moving", "warped", "overlay before", "overlay after"), strict=True):
         ax.set_title(title, fontsize=10)
-    for line, p, stretch in zip(axes, planes, np.divide(rows, tall), strict=True):
+    for line, p, row in zip(axes, planes, rows, strict=True):
         overlays = [np.stack([other, p.fixed, other], -1).clip(0, 1) for other in (p.moving, p.warped)]
         for ax, picture in zip(line, (p.fixed, p.moving, p.warped, *overlays), strict=True):
-            show(ax, p, picture, aspect=stretch)
+            show(ax, p, picture, aspect=row / p.tall)
         labels = (p.fixed_label, p.moving_label, p.fixed_label, p.warped_label)
         for ax, label, look in zip(line[[0, 1, 2, 2]], labels, (FIXED_LINE, WARPED_LINE) * 2, strict=True):
             outline(ax, p, label, look | {"linewidths": 0.9})

@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk  # noqa: N813
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.files import read_labels, read_values, stem
 from fmsam_lib.images.grid import check_same_grid, nearest
 from fmsam_lib.records import data_error, read_json, write_csv
 from fmsam_lib.registration.folder import RESULT, SUMMARY
 from fmsam_lib.registration.result import linearly, write
 
-AXES = ["x", "y", "z"]
+AXES, SPACES = ["x", "y", "z"], ("lps", "ras", "voxels")
 
 
 def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform, sitk.Image, sitk.Image | None, str]:
@@ -38,21 +39,23 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
         modality = summary["modality"]["fixed" if inverse else "moving"]
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         expected = f"a folder of fmsam-register with its {'inverse ' * inverse}transform"
-        raise data_error(folder, expected, error, "Register the pair anew.") from error
+        pairs = sorted(path.parent.name for path in Path(folder).glob(f"*/{SUMMARY}"))
+        several = f"{len(pairs)} in folders of their own", f"Give one of them: {', '.join(pairs[:9])}."
+        raise data_error(folder, expected, *(several if pairs else (error, "Register the pair anew."))) from error
     # a displacement of one slice has it twice
     fixed, moving = [*(image[tuple(map(slice, size))] for image, size in zip(places, sizes, strict=False)), None][:2]
     return transform, *((moving, fixed) if inverse else (fixed, moving)), modality
 
 
-def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
-    """Points `(L, D)` in LPS mm of a CSV: columns x, y, z in `space` lps, ras or voxels of `image`; no header will do.
+def read_points(path: str | Path, space: str | None, image: sitk.Image) -> np.ndarray:
+    """Points `(L, D)` in LPS mm of a CSV: columns x, y, z in `space` lps, ras or voxels of `image`; None: lps.
 
-    Raises DataError.
+    Without a header only in a `space`: Learn2Reg's keypoints are voxels. Raises DataError.
     """
     dim = image.GetDimension()
     try:
         table = pd.read_csv(path, encoding="utf-8-sig").rename(columns=lambda name: name.strip().lower())
-        if not set(AXES[:dim]) <= set(table.columns):  # Learn2Reg's keypoints have no header
+        if headless := not set(AXES[:dim]) <= set(table.columns):
             table = pd.read_csv(path, header=None, names=AXES, encoding="utf-8-sig")  # of a plane a third number, too
         if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of the lines
             raise ValueError("lines of more cells than the first line has: decimal commas?")
@@ -62,14 +65,17 @@ def read_points(path: str | Path, space: str, image: sitk.Image) -> np.ndarray:
     except (OSError, ValueError, KeyError) as error:
         expected, todo = f"a CSV of points, columns {', '.join(AXES[:dim])}", "Write a header x,y,z and a line a point."
         raise data_error(path, expected, error, todo) from error
+    if headless and not space:
+        todo = "Say what the numbers are: --space voxels (Learn2Reg's keypoints), lps or ras."
+        raise data_error(path, f"a header {','.join(AXES[:dim])}, or a space", "neither", todo)
     return _in_space(points, space, image.TransformContinuousIndexToPhysicalPoint)
 
 
-def _in_space(points: np.ndarray, space: str, through_image: Callable) -> np.ndarray:
+def _in_space(points: np.ndarray, space: str | None, through_image: Callable) -> np.ndarray:
     """Points `(L, D)` from a space to LPS or back."""
     if space == "voxels":
         return np.array([through_image(point) for point in points.tolist()])
-    return points * {"lps": (1, 1, 1), "ras": (-1, -1, 1)}[space][: points.shape[1]]
+    return points * ((-1, -1, 1) if space == "ras" else (1, 1, 1))[: points.shape[1]]
 
 
 def apply(
@@ -80,14 +86,17 @@ def apply(
     labels: Sequence[str] = (),
     points: str | None = None,
     paired_points: str | None = None,
-    space: str = "lps",
+    space: str | None = None,
     inverse: bool = False,
 ) -> dict[str, float]:
     """Write `<name>.nii.gz` of each image and label image, and `<name>.csv` of the points, into `out`.
 
     paired_points: the same places in the other image, line by line: then the mean distances by the headers alone and
-    after, in mm, are returned as `tre_before` and `tre`. space: of the points, see `read_points`. Raises DataError.
+    after, in mm, are returned as `tre_before` and `tre`. space: of the points, see `read_points`.
+    Raises DataError; ConfigError for another space.
     """
+    if space not in (None, *SPACES):
+        raise ConfigError(f"expected space to be one of {', '.join(SPACES)}, got {space!r}")
     transform, target, source, modality = saved(folder, inverse=inverse)
     dim, out, made, theirs = target.GetDimension(), Path(out), {}, f"the images of {folder}"
     if paired_points and not points:
@@ -144,9 +153,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, help="folder for what is moved")
     parser.add_argument("--images", nargs="+", default=[], help="images to be moved, linearly")
     parser.add_argument("--labels", nargs="+", default=[], help="label images to be moved, nearest neighbour")
-    parser.add_argument("--points", help="CSV of points: columns x, y, z, or as Learn2Reg's keypoints")
+    parser.add_argument("--points", help="CSV of points: columns x, y, z, or, with --space, without a header")
     parser.add_argument("--paired-points", help="the same places in the other image, line by line, for the TRE")
-    parser.add_argument("--space", choices=["lps", "ras", "voxels"], default="lps", help="of the points (default: lps)")
+    parser.add_argument("--space", choices=SPACES, help="of the points (default: lps, of a file with a header)")
     parser.add_argument("--inverse", action="store_true", help="from the fixed image to the moving one")
     options = vars(parser.parse_args(argv))
     if not (options["images"] or options["labels"] or options["points"]):

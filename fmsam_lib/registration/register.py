@@ -86,7 +86,7 @@ def register(
     for role, file in files.items():
         if role not in ("fixed", "moving") and file is not None:
             image, name, way = (here, where[0], None) if role.startswith("fixed") else (there, where[1], start)
-            marks[role] = check_same_grid(file, read_labels(file, 2), name, image)
+            marks[role] = check_same_grid(name_of(file, role), read_labels(file, 2, what=role), name, image)
             marks_on_grid[role] = labels_on_grid(marks[role], grid, way)
             if role.endswith("mask") and not marks_on_grid[role].any():
                 found, todo = "none of it there", "Is it too small, or elsewhere? Choose another mask or --start."
@@ -173,7 +173,6 @@ def short(path: str) -> str:
 def _read(source: Source, dim: int, what: str) -> sitk.Image:
     image = read_values(source, dim, what)
     if dim == 2 and min((*image.GetSize(), 1)[:3]) > 1:
-        todo = "Use a network for volumes, or save one slice."
-        found = f"a volume of shape {image.GetSize()}"
+        found, todo = f"a volume of shape {image.GetSize()}", "Use a network for volumes, or save one slice."
         raise data_error(name_of(source, what), "a single slice, for this 2-D network", found, todo)
     return image

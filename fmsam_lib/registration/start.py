@@ -44,11 +44,13 @@ def starting(
                 raise data_error(names[1], expected, "that it loses or mirrors it", todo)
             matrix = _mm_to_lps(moving) @ laid @ np.linalg.inv(_mm_to_lps(fixed))
         return sitk.AffineTransform(matrix[:dim, :dim].ravel(), matrix[:dim, 3])
+    expected = "overlay, headers, rigid, affine or a file with a transform"
+    if not Path(start).is_file():  # HDF5 would print pages about it
+        raise data_error(start, expected, "no such file", "Check --start.")
     try:
         transform = sitk.ReadTransform(start)
     except RuntimeError as error:
-        expected = "overlay, headers, rigid, affine or a file with a transform"
-        found = "no transform that SimpleITK reads (.tfm, .txt, .mat, .h5)" if Path(start).is_file() else "no such file"
+        found = "no transform that SimpleITK reads (.tfm, .txt, .mat, .h5)"
         raise data_error(start, expected, found, "Check --start.") from error
     if transform.GetDimension() != dim:
         found = f"one of {transform.GetDimension()} dimensions"

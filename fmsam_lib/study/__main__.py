@@ -14,14 +14,9 @@ if __name__ == "__main__" and locale.getpreferredencoding(False).lower() != "utf
 
 from fmsam_lib.study.run import main
 
-
-def stop(*_) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     for sign in (signal.SIGTERM, signal.SIGINT):  # which a shell's `&` has its children ignore
-        signal.signal(sign, stop)
+        signal.signal(sign, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -6,7 +6,8 @@ import yaml
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.flatness.landscape import TRAINING
-from fmsam_lib.parameters import Between, Evaluate, Landscape
+from fmsam_lib.model.weights import OFFICIAL, load, shipped
+from fmsam_lib.parameters import Between, Evaluate, Landscape, Train
 from fmsam_lib.records import PROJECT
 from fmsam_lib.study.grid import Study, grid, swept
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
@@ -65,6 +66,9 @@ def read_study(path: Path | str) -> Study:
             other = () if job.folder in averaged else ("+ema", "+tail")
             unfit = {name for name in given.methods if not name.startswith("network") or name.endswith(other)}
             fit = "methods of networks (others are baselines), +ema and +tail with train: {averages: true}"
+        elif isinstance(given, Train) and (name := given.weights) in (*OFFICIAL, *shipped()):
+            unfit = {name} if len(given.shape) != (3 if name in OFFICIAL else load(name).dim) else unfit
+            fit = f"weights for {len(given.shape)} dimensions, as those of shape"
         elif isinstance(given, Landscape):
             unfit = {*given.measured_on} - {TRAINING, *given.test_domains}
             fit = f"measured_on to name {TRAINING} or test_domains"

@@ -3,12 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from fmsam_lib.checking import in_project
 from fmsam_lib.evaluation.comparison import gaps
 from fmsam_lib.evaluation.correlation import RUN as ABOUT
 from fmsam_lib.evaluation.evaluate import COLUMNS, CURVES, PAIRS, read_results, together
@@ -16,6 +18,7 @@ from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
 from fmsam_lib.flatness.landscape import RUN, TRAINING
 from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
 from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
+from fmsam_lib.model.weights import OFFICIAL, load
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import DataError, read_json, sources
 from fmsam_lib.study.grid import Study, grid
@@ -81,6 +84,15 @@ def gather(study: Study, folder: Path | str) -> Found:
         by |= {f"{run} from step {made['step']}": made["sources"] for made in config.get("resumed", [])}
     problems = list(dict.fromkeys([*problems, *_unlike(study, configs, by)]))
     notes = gaps(found["results"])
+    for (domain, optimizer, seed), loss in found["history"].groupby(ABOUT).total:
+        if not (last := loss.iloc[-1]) <= 10 * (first := loss.iloc[0]):
+            notes.append(f"{optimizer}, seed {seed}, trained on {domain} diverged: loss {first:.3g}, then {last:.3g}")
+    for weights in sorted({config["parameters"]["weights"] for config in configs.values()} - {"", *OFFICIAL}):
+        with suppress(ValueError):  # a file that is gone does not say what it was trained on, nor do the official ones
+            before = load(path if Path(path := in_project(weights)).is_file() else weights).about.get("seen", {})
+            unseen = [d for d in study.test_domains if any(d not in names.split("+") for names in study.train_domains)]
+            if known := ", ".join(d for d in unseen if d in before):
+                notes.append(f"{known}: tested as never seen, but the weights {weights} it began with saw it")
     if older := sorted({*by.values()} - {sources()}):
         notes.append(f"computed by the library's sources {', '.join(older)}, not by the present ones, {sources()}")
     return Found(**found, configs=configs, problems=problems, notes=notes)

@@ -5,22 +5,23 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from fmsam_lib.model.network import GradICON
 
-DECAY, TAIL = 0.999, 0.25
+NEW, TAIL = 0.001, 0.25
 
 
 class Averages(nn.ModuleDict):
     """Two averages of a network's weights; its `state_dict` is what going on needs.
 
-    ema: `w' <- 0.999 w' + 0.001 w` after every step. tail: the mean over the last quarter of the steps, as SWAD's
-    without its window (Cha et al. 2021, arXiv 2102.08604).
+    ema: `w' <- (1 - s) w' + s w` after every step, `s = max(0.001, 9 / (10 + n))` after n steps, so that little is
+    left of the first ones. tail: the mean over the last quarter of the steps, as SWAD's without its window (Cha et al.
+    2021, arXiv 2102.08604).
     """
 
     def __init__(self, net: GradICON, updates: int):
-        ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        ema = AveragedModel(net, multi_avg_fn=lambda a, w, n: torch._foreach_lerp_(a, w, max(NEW, 9 / (10 + int(n)))))
         super().__init__({"ema": ema, "tail": AveragedModel(net)})
         self.first = min(round((1 - TAIL) * updates), updates - 1)  # steps before the tail begins
 

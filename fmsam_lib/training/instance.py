@@ -20,10 +20,10 @@ def optimise(
     """The network's transform of one pair `(1, 1, *S)` after `steps` of Adam on that pair's own loss.
 
     masks: the moving and the fixed image's, `(1, 1, *S)` each, or none. how: lmbda, sigma and whatever else
-    `objective` takes. A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does).
-    Returns the transform of the step with the lowest loss, on the CPU, the losses of steps 0 (the network as it came)
-    to `steps`, which was lowest, and the transform of the swapped pair at that step. A loss that is not finite ends it
-    early; where the first one is not, ValueError is raised.
+    `objective` takes. A copy of the network is optimised, with BatchNorm's statistics fixed (as uniGradICON does) and
+    frozen weights, too, unless all are. Returns the transform of the step with the lowest loss, on the CPU, the losses
+    of steps 0 (the network as it came) to `steps`, which was lowest, and the transform of the swapped pair at that
+    step. A loss that is not finite ends it early; where the first one is not, ValueError is raised.
     """
     device = next(net.parameters()).device
     net, moving, fixed = copy.deepcopy(net).eval(), moving.to(device), fixed.to(device)
@@ -34,7 +34,8 @@ def optimise(
     if fixed.numel() > LARGE:
         net.save_memory = True
         give_back_memory()
-    optimizer = torch.optim.Adam(net.requires_grad_().parameters(), lr=lr)
+    weights = [p for p in net.parameters() if p.requires_grad] or [*net.requires_grad_().parameters()]
+    optimizer = torch.optim.Adam(weights, lr=lr)
     generator = torch.Generator().manual_seed(seed)
     # The loss runs the network itself, on both directions in one batch, moving to fixed first. This hook gets hold of
     # the transform, so that keeping the best costs neither another run nor a copy of the weights.
@@ -62,4 +63,4 @@ def optimise(
 
 
 def _kept(phi: Transform) -> Transform:
-    return Transform(phi.shape, tuple(u.detach().to("cpu", torch.float32, copy=True) for u in phi.displacements))
+    return phi.with_fields(lambda u: u.detach().to("cpu", torch.float32, copy=True))

@@ -66,6 +66,8 @@ def train(
     given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
     given["subjects"] = getattr(domain, "subjects", 0)
     if net is not None:
+        if not any(p.requires_grad for p in net.parameters()):
+            raise ConfigError("expected weights to train, got all of them frozen: net.requires_grad_() frees them")
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import from_grid, identity_map, look_up
+from fmsam_lib.model.spatial import identity_map, look_up
 from fmsam_lib.model.transform import Transform
 from fmsam_lib.pair import Pair
 
@@ -39,8 +39,8 @@ class Batch(NamedTuple):
     moving_mask: Tensor | None = None
     fixed_mask: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch._make(None if tensor is None else tensor.to(device) for tensor in self)
+    def to(self, where: torch.device | torch.dtype) -> "Batch":
+        return Batch._make(None if tensor is None else tensor.to(where) for tensor in self)
 
 
 def with_masks(pairs: list[Pair]) -> list[tuple[Tensor, Tensor]]:
@@ -57,32 +57,24 @@ def batch_of(moving: Tensor, fixed: Tensor, points: Tensor) -> Batch:
     return Batch(moving[:, :1], fixed[:, :1], points, *(masks if held else []))
 
 
-def objective(
-    net: GradICON, batch: Batch, *, lmbda: float, sigma: float, similarity="lncc", regulariser="gradicon", joint=True
-) -> Loss:
-    """GradICON's loss (Tian et al. 2023, eq. 4): similarity both ways plus `lmbda` times a penalty.
+def objective(net: GradICON, batch: Batch, *, lmbda: float, sigma: float, similarity="lncc", joint=True) -> Loss:
+    """GradICON's loss (Tian et al. 2023, eq. 4): similarity both ways plus `lmbda` times its penalty.
 
-    `sim(A o phi_AB, B) + sim(B o phi_BA, A) + lmbda * regulariser(phi_AB, phi_BA)`, A moving and B fixed.
+    `sim(A o phi_AB, B) + sim(B o phi_BA, A) + lmbda * gradicon_penalty(phi_AB, phi_BA)`, A moving and B fixed.
 
-    sigma: LNCC's window in samples. similarity: "lncc", "lncc2" or "mind". regulariser: "gradicon", "icon" or
-    "diffusion" (of both maps). joint: the network sees both directions as one batch, BatchNorm in training mode the
-    statistics of both; False runs one after the other, as icon-registration does.
+    sigma: LNCC's window in samples. similarity: "lncc", "lncc2" or "mind". joint: the network sees both directions as
+    one batch, BatchNorm in training mode the statistics of both; False runs one after the other, as icon-registration
+    does.
 
-    Raises: ValueError for an unknown name, or for one mask without the other.
+    Raises: ValueError for an unknown similarity, or for one mask without the other.
     """
     measures: dict[str, Callable[..., Tensor]] = {
         "lncc": functools.partial(lncc_loss, sigma=sigma),
         "lncc2": functools.partial(lncc2_loss, sigma=sigma),
         "mind": mind_loss,
     }
-    penalties: dict[str, Callable[[Transform, Transform, Tensor], Tensor]] = {
-        "gradicon": lambda phi_ab, phi_ba, grid: gradicon_penalty(phi_ab, phi_ba, batch.points),
-        "icon": lambda phi_ab, phi_ba, grid: icon_penalty(phi_ab, phi_ba, batch.points),
-        "diffusion": lambda phi_ab, phi_ba, grid: 2 * diffusion(from_grid(grid)),
-    }
-    for kind, name, known in (("similarity", similarity, [*measures]), ("regulariser", regulariser, [*penalties])):
-        if name not in known:
-            raise ValueError(f"expected {kind} to be one of {', '.join(known)}, got {name!r}")
+    if similarity not in measures:
+        raise ValueError(f"expected similarity to be one of {', '.join(measures)}, got {similarity!r}")
     if (batch.moving_mask is None) != (batch.fixed_mask is None):
         raise ValueError("expected a mask for both images or for neither, got one: give the other too")
 
@@ -102,7 +94,7 @@ def objective(
     directions = zip(look_up(moving, grid, padding="zeros").chunk(parts), fixed.chunk(parts), masks, strict=True)
     terms = [measures[similarity](*images, mask=m) for *images, m in directions]
     dissimilarity = 2 / parts * functools.reduce(torch.add, terms)
-    penalty = penalties[regulariser](phi_ab, phi_ba, grid)
+    penalty = gradicon_penalty(phi_ab, phi_ba, batch.points)
     return Loss(dissimilarity + lmbda * penalty, dissimilarity, penalty)
 
 
@@ -239,28 +231,6 @@ def gradicon_penalty(phi_ab: Transform, phi_ba: Transform, points: Tensor, *, de
     error = error + phi_ab.displacement(x + error)
     centre, *shifted = error.split(1) if alone else error.split(points.shape[2], 2)
     return sum((((centre - other) / delta) ** 2).mean() for other in shifted)
-
-
-def icon_penalty(phi_ab: Transform, phi_ba: Transform, points: Tensor) -> Tensor:
-    """ICON's penalty (Greer et al. 2021): the mean of `(phi_ab o phi_ba - id)^2` plus that of the other way round.
-
-    A mean over `points` `(1, D, *P)` and the D components, in squared unit coordinates; a scalar.
-    """
-    x = points.expand(len(phi_ab), *[-1] * (points.dim() - 1))
-    return ((phi_ab(phi_ba(x)) - x) ** 2).mean() + ((phi_ba(phi_ab(x)) - x) ** 2).mean()
-
-
-def diffusion(phi_map: Tensor) -> Tensor:
-    """Mean squared gradient of a map's displacement u, as in VoxelMorph (Balakrishnan et al. 2019); a scalar.
-
-    phi_map: `(N, D, *S)`. The gradient is taken in unit coordinates, so it has no dimension, by forward differences:
-    `du_d / dx_k = (u_d(x + e_k) - u_d(x)) (S_k - 1)`. Its square is averaged over samples, d and k: the affine map
-    `A x + t` costs `|A - 1|_F^2 / D^2`.
-    """
-    shape = tuple(phi_map.shape[2:])
-    displacement = phi_map - identity_map(shape, phi_map.dtype, phi_map.device)
-    squares = [((displacement.diff(dim=k + 2) * (n - 1)) ** 2).mean() for k, n in enumerate(shape)]
-    return functools.reduce(torch.add, squares) / len(shape)
 
 
 def jittered_points(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

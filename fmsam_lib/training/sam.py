@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fmsam_lib.checking import plain
+from fmsam_lib.model.network import BuffersKept
 from fmsam_lib.training.interruption import undoing
 
 FULL = (torch.float32, torch.float64)  # half precision is climbed and measured in float32
@@ -36,8 +38,8 @@ class SAM:
     rho: radius of the ball, in the weights' own units (adaptive: relative to each weight, ASAM).
     by_layer: each tensor on its own, `eps_l = rho |w_l| g_l / |g_l|`: rho is relative to its length (as LARS has it,
         You et al. 2017, arXiv 1708.03888).
-    net: its buffers (BatchNorm's running statistics) are put back after the block, so that the
-        second pass leaves no trace in them.
+    net: its buffers (BatchNorm's running statistics) are put back after the block, whether the second pass changed or
+        replaced them, so that it leaves no trace in them.
     random_seed: a control: climb in a random direction of the same radius, `eps = rho u / |u|` with u normal
         (adaptive: `eps = rho w u / |u|`); depends on this seed and the step alone, in a stream of its own.
 
@@ -78,22 +80,17 @@ class SAM:
             groups = torch.optim.SGD(given, lr=0.0).param_groups
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"expected parameters as torch's optimizers take them, got {error!r}") from error
-        self.groups: list[dict] = [{"params": g["params"], "rho": float(g.get("rho", rho))} for g in groups]
+        self.groups: list[dict] = [{"params": g["params"], "rho": number("rho", g.get("rho", rho))} for g in groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         if not self.params:
             raise ValueError("expected parameters to perturb, got none")
         if len({id(p) for p in self.params}) < len(self.params):
             raise ValueError("expected every parameter once, got one twice")
-        numbers = [("alpha", alpha), ("random_seed", random_seed or 0), *(("rho", g["rho"]) for g in self.groups)]
-        for name, value in numbers:
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"expected {name} to be a finite number >= 0, got {value}")
-        if every != int(every) or every < 1:
-            raise ValueError(f"expected every to be a whole number >= 1, got {every}")
         if by_layer and (adaptive or random_seed is not None):
             raise ValueError("expected by_layer alone, got it with adaptive or random_seed")
-        self.by_layer = by_layer
-        self.adaptive, self.net, self.every, self.alpha, self.random_seed = adaptive, net, every, alpha, random_seed
+        self.adaptive, self.by_layer, self.net = adaptive, by_layer, net
+        self.every, self.alpha = number("every", every, 1, whole=True), number("alpha", alpha)
+        self.random_seed = None if random_seed is None else number("random_seed", random_seed, whole=True)
         self.steps = 0  # done, with a climb or without
         self.vertical: list[Tensor | None] | None = None  # LookSAM's g_v, beside self.params
         # Of the last climb: |g| at w, |g| at w + eps, |eps|, and |eps| / |w| of the parameters with a gradient.
@@ -116,7 +113,7 @@ class SAM:
 
     @rise.setter
     def rise(self, value: float | Tensor) -> None:
-        self._rise = value
+        self._rise = value = value.detach() if isinstance(value, Tensor) else value
         if self.vertical is not None and not math.isfinite(value):
             self.vertical = None
 
@@ -132,24 +129,24 @@ class SAM:
                 todo = "for complex weights train torch.view_as_real of them, and give layers sparse=False"
                 raise RuntimeError(f"expected real, dense gradients, got {got}: {todo}")
         first, self._random = self._random, None
-        after = _random_state(self.params) if first else []
-        buffers = list(self.net.buffers()) if self.net is not None else []
-        weights, statistics = ([tensor.detach().clone() for tensor in tensors] for tensors in (moved, buffers))
+        generators = _generators(self.params) if first else []
+        after = [generator.get_state() for generator in generators]
+        buffers = BuffersKept(nn.Module() if self.net is None else self.net)
+        weights = [p.detach().clone() for p in moved]
 
         @torch.no_grad()
         def put_back() -> None:
             torch._foreach_copy_(moved, weights)
             torch.clear_autocast_cache()  # the weights in half precision, which a block around both passes keeps
-            if buffers:
-                torch._foreach_copy_(buffers, statistics)
-            if first:
-                _set_random_state(self.params, after)
+            buffers.put_back()
+            for generator, state in zip(generators, after, strict=True):
+                generator.set_state(state)
 
         with undoing(put_back):
             gradients = self._climb(moved, weights)
             torch.clear_autocast_cache()
-            if first:
-                _set_random_state(self.params, first)
+            for generator, state in zip(generators, first or [], strict=True):
+                generator.set_state(state)
             yield
         if math.isnan(self.step_norm):  # there was no climb
             torch._foreach_mul_([p.grad for p in moved if p.grad is not None], math.nan)
@@ -233,7 +230,7 @@ class SAM:
         Replays torch's generators of the CPU and of the parameters' GPUs, not Python's, numpy's or your own. Behind the
         block they go on as if there had been no second pass.
         """
-        self._random = _random_state(self.params)
+        self._random = [generator.get_state() for generator in _generators(self.params)]
 
     def logged(self) -> dict[str, Any]:
         """What is worth a line in the log, of the last climb."""
@@ -264,6 +261,15 @@ class SAM:
         ]
 
 
+def number(name: str, value: Any, least: int = 0, *, whole: bool = False) -> Any:
+    """An argument's value; ValueError where it is no such number."""
+    found = plain(value)
+    fits = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found) and found >= least
+    if not fits or (whole and found != int(found)):
+        raise ValueError(f"expected {name} to be a {'whole' if whole else 'finite'} number >= {least}, got {value!r}")
+    return int(found) if whole else float(found)
+
+
 def norm(tensors: list[Tensor]) -> float:
     """The length of all tensors as one vector, in float32 at least: a half-precision sum of squares overflows."""
     return float(nn.utils.get_total_norm([t.detach() if t.dtype in FULL else t.detach().float() for t in tensors]))
@@ -273,16 +279,7 @@ def dot(a: list[Tensor], b: list[Tensor]) -> float:
     return sum(float(torch.sum(x.double() * y.double())) for x, y in zip(a, b, strict=True))
 
 
-def _random_state(params: list[Tensor]) -> list[Tensor]:
-    """Of the CPU's generator and of those of the parameters' GPUs."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _gpus(params))]
-
-
-def _set_random_state(params: list[Tensor], states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(_gpus(params), states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)
-
-
-def _gpus(params: list[Tensor]) -> list[torch.device]:
-    return sorted({p.device for p in params if p.device.type == "cuda"}, key=str)
+def _generators(params: list[Tensor]) -> list[torch.Generator]:
+    """The CPU's and those of the parameters' GPUs."""
+    gpus = sorted({p.device.index for p in params if p.device.type == "cuda"})
+    return [torch.default_generator, *(torch.cuda.default_generators[gpu] for gpu in gpus)]

@@ -79,13 +79,12 @@ def line(points: np.ndarray, look: dict[str, Any]) -> dict[str, Any]:
 
 def registered(cut: slices.Cut) -> list[dict[str, Any]]:
     """Two panels of a plane: the warped image with the outlines of both labels, and with the deformation grid."""
-    tall = (cut.size[1] + cut.step[1]) / (cut.size[0] + cut.step[0])
     looks = ((cut.fixed_label, slices.FIXED_LINE), (cut.warped_label, slices.WARPED_LINE))
     known = [(slices.structures(label), look) for label, look in looks if label is not None]
     outlines = [line(_contours((part, [0.5]) for part in parts), look) for parts, look in known]
     lines = {"warped image; labels: fixed blue, warped orange": outlines}
     lines["deformation grid"] = [line(_contours(slices.grid_levels(cut)), slices.GRID_LINE)]
-    return [panel(title, drawn, grey=cut.warped, tall=tall) for title, drawn in lines.items()]
+    return [panel(title, drawn, grey=cut.warped, tall=cut.tall) for title, drawn in lines.items()]
 
 
 def _contours(pictures: Iterable[tuple[np.ndarray, Iterable[float]]]) -> np.ndarray:

@@ -19,9 +19,7 @@ PICTURE = {"max_width": "100%", "align_self": "flex-start"}  # the layout of wha
 ROW = {"flex_flow": "row wrap"}  # and that of the controls above
 
 
-def slide(
-    draw: Callable[..., Figure], controls: dict[str, Any], *, interactive: bool | None = None
-) -> "Sliders | None":
+def slide(draw: Callable[..., Figure], controls: dict, *, interactive: bool | None = None) -> "Sliders | None":
     """Show `draw(name=value, ...)` with the controls' values, under controls that redraw it; without a kernel, still.
 
     controls: ipywidgets by the name of `draw`'s parameter. interactive: as `in_a_notebook` decides unless given.

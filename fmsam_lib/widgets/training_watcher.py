@@ -47,7 +47,7 @@ class Watcher:
     """What `fit` takes as `watch`: draws curves and a pair's registration if it is time; `stop` ends the training."""
 
     def __init__(self, pair: Pair, run: Train):
-        self.pair, self.run, self.asked, self.due, self.spent = pair, run, False, 0.0, 0.0
+        self.pair, self.run, self.asked, self.due = pair, run, False, 0.0
         self.canvas = canvas.Canvas()
         self.button = widgets.Button(description="stop", icon="stop", tooltip="ends after this step, with a checkpoint")
         self.button.on_click(self.stop)
@@ -61,7 +61,7 @@ class Watcher:
         if asked or state.step == self.run.updates or start >= self.due:
             self._draw(state, net)
             taken = time.perf_counter() - start
-            self.due, self.spent = start + max(EVERY, taken / SHARE), self.spent + taken
+            self.due = start + max(EVERY, taken / SHARE)
         return asked
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from fmsam_lib.evaluation.anatomies import COLUMNS, NEW, THESE, answer, unseen
 
@@ -120,6 +120,50 @@ def test_the_same_values_differ_by_nothing():
     table = answer(results, pairs, GROUPS, BOTH)
     assert set(table["mean"]) == {0.0}
     assert table.verdict.iloc[0] == "equivalent"
+
+
+def test_gains_that_are_the_same_within_every_set_are_known_exactly():
+    results, pairs = simulated(np.random.default_rng(0), seeds=2)
+    columns = [*results.columns.drop(["optimizer", "value"])]
+    values = results.pivot_table("value", columns, "optimizer").reset_index()
+    gains = {anatomy: 0.02 + 0.01 * i for i, anatomy in enumerate(sorted(GROUPS))}
+    of_set = values.test_domain.map({name: gains[anatomy] for anatomy, sets in GROUPS.items() for name in sets})
+    values["sam"] = values["adam-2x"] + of_set  # each rounded
+    table = answer(values.melt(columns, var_name="optimizer", value_name="value"), pairs, GROUPS, BOTH)
+    for end in ("mean", "low", "high"):
+        assert table[end][:6].to_numpy() == pytest.approx([*gains.values(), 0.04])
+    assert [*table.verdict[:6]] == ["helps"] * 6
+
+
+def optimal(rows):
+    """REML's estimate of the mean over the anatomies and its error, by the likelihood as the textbook has it."""
+    means = np.eye(rows.test_domain.nunique())[rows.test_domain.astype("category").cat.codes]
+    here = [rows.anatomy + rows.seed.astype(str), rows.test_domain + rows.seed.astype(str)]
+    here += [rows.test_domain + rows[side] for side in ("fixed", "moving")]
+    alike = [np.equal.outer(names.to_numpy(), names.to_numpy()) for names in here]
+    y, weight = rows.difference.to_numpy() * 100, pd.crosstab(rows.test_domain, rows.anatomy).gt(0)
+    weight = (weight / weight.sum()).mean(axis=1).to_numpy()
+
+    def solved(log):
+        inverse = np.linalg.inv(sum(np.exp(v) * same for v, same in zip(log, [np.eye(len(y)), *alike], strict=True)))
+        covariance = np.linalg.inv(means.T @ inverse @ means)
+        estimates = covariance @ means.T @ inverse @ y
+        rest = y - means @ estimates
+        cost = rest @ inverse @ rest - np.linalg.slogdet(inverse)[1] - np.linalg.slogdet(covariance)[1]
+        return cost, weight @ estimates / 100, (weight @ covariance @ weight) ** 0.5 / 100
+
+    found = optimize.minimize(lambda log: solved(log)[0], np.full(5, -2.0), method="L-BFGS-B", bounds=[(-14, 5)] * 5)
+    return solved(found.x)[1:]
+
+
+def test_intervals_are_those_of_the_models_optimum():
+    """A first fit of statsmodels says that it converged, with intervals a tenth too narrow."""
+    design = {name: {of: (12, 6 if ring else 0) for of, (_, ring) in sets.items()} for name, sets in DESIGN.items()}
+    results, pairs = simulated(np.random.default_rng(1), seeds=2, design=design)
+    line = answer(results, pairs, GROUPS, BOTH).set_index("anatomy").loc[THESE]
+    mean, error = optimal(unseen(results, pairs, GROUPS, BOTH, "dice"))
+    assert line["mean"] == pytest.approx(mean, abs=1e-5)
+    assert line.high - line["mean"] == pytest.approx(stats.t.ppf(0.95, 5) * error, rel=1e-3)
 
 
 def test_one_seed_decides_nothing():

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import nibabel
@@ -387,6 +389,28 @@ def test_without_ants_its_absence_is_named_and_the_others_go_on(monkeypatch):
     assert "expected antspyx for ants-syn" in problems[0]
     with pytest.raises(DataError, match="expected antspyx"):
         evaluate_all(settings(methods=["ants-syn"]), progress=False)
+
+
+def test_a_name_is_no_domain():
+    with pytest.raises(ConfigError, match=r"expected a domain, got 'brain-mr': fm.open_domain"):
+        evaluate(None, "brain-mr")
+
+
+@pytest.mark.parametrize("found", [torch.rand(1, 2, 16, 16), None, (np.zeros(3), None), (torch.rand(1, 2, 16, 16), 3)])
+def test_a_method_that_returns_no_maps_is_refused(found):
+    with pytest.raises(ConfigError, match=r"expected a method to return tensors \(map, inverse or None\), got "):
+        evaluate(lambda pair: found, open_domain("brain-mr", shape=(16, 16)), pairs=1)
+
+
+def test_labels_that_are_named_and_nowhere_are_a_warning():
+    domain = open_domain("brain-mr", shape=(16, 16))
+    pair = dataclasses.replace(domain.test_pair(0), fixed_label=None, moving_label=None)
+    domain.test_pair = lambda index: pair
+    with pytest.warns(UserWarning, match="brain-mr: expected the labels it names, got none, so no Dice"):
+        evaluate(None, domain, pairs=1)
+    domain.labels = {}
+    with warnings.catch_warnings(action="error"):
+        evaluate(None, domain, pairs=1)
 
 
 def test_a_path_is_no_network():

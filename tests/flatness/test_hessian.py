@@ -1,6 +1,7 @@
 """Curvature on bowls and against dense Hessians of small registration networks."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -51,6 +52,14 @@ def test_an_eigenvalue_that_does_not_converge_is_nan_and_said(monkeypatch):
     with pytest.warns(UserWarning, match=expected):
         found = largest_eigenvalues(product(np.diag(eigenvalues)), 500, 2)
     assert np.isnan(found[1:]).all()
+
+
+@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_products_that_are_not_finite_have_no_eigenvalues(at, value):
+    calls = itertools.count()
+    found = largest_eigenvalues(lambda v: (v + value) if next(calls) == at else np.arange(100) * v, 100, 3)
+    assert np.isnan(found).tolist() == [True] * 3
 
 
 def test_the_trace_lies_in_its_interval():

@@ -33,6 +33,7 @@ from fmsam_lib.model.network import GradICON
 from fmsam_lib.parameters import Landscape, Train
 from fmsam_lib.records import DataError, write_csv
 from fmsam_lib.training.loop import starting
+from fmsam_lib.training.losses import Batch
 
 RUN = {"validation": 0} | {
     "out": "run", "train_domain": "brain-mr", "optimizer": "adam", "seed": 0, "shape": [24, 24], "data": "",
@@ -220,6 +221,19 @@ def test_directions_are_seeded_and_leave_the_random_state_alone():
     assert torch.equal(a, again)
     assert not torch.equal(a, b)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("normalisation", ["filter", "layer", "none"])
+def test_directions_and_batches_go_where_the_network_is(normalisation, monkeypatch):
+    """The device without numbers stands for a GPU."""
+    net = network().to("meta")
+    monkeypatch.setattr(module, "norm", lambda tensors: 1.0)  # which needs numbers
+    drawn = random_direction(net, seed=0, normalisation=normalisation)
+    assert {d.device.type for d in drawn} == {"meta"}
+    seen = []
+    monkeypatch.setattr(module, "objective", lambda net, batch: seen.append(batch) or [])
+    loss_of(Batch(*torch.rand(3, 1, 1, 16, 16)))(net)
+    assert {tensor.device.type for tensor in seen[0] if tensor is not None} == {"meta"}
 
 
 def test_cosine_is_that_of_all_parameters_as_one_vector():

@@ -75,6 +75,17 @@ def test_buffers_that_move_inside_are_put_back():
     assert fingerprint(space.net) == fingerprint(net)
 
 
+def test_buffers_that_are_replaced_inside_are_put_back():
+    net = nn.Linear(2, 1)
+    net.register_buffer("mean", torch.zeros(3))
+    net.register_buffer("window", torch.ones(1).expand(3))
+    space = WeightSpace(net)
+    with space.at() as there:
+        there.mean += 1
+        there.mean = there.mean + 1
+    assert fingerprint(space.net) == fingerprint(net)
+
+
 @pytest.mark.parametrize("dim", LAYOUTS)
 def test_the_memory_layout_changes_neither_values_nor_gradient(dim):
     net, terms = network(dim), terms_on(images((16,) * dim), torch.float64, **LOSS)

@@ -4,11 +4,13 @@ import json
 import sys
 import tarfile
 import types
+import warnings
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.checking import ConfigError
@@ -195,11 +197,37 @@ def test_check_lists_all_problems(tmp_path):
     for options, bad in (
         ({}, ["imagesTr/p1_ED", "labelsTr/p3_ED", "imagesTr/p9"]),
         ({"training": False}, ["imagesTr/p9"]),
-        ({"test": False}, ["imagesTr/p1_ED", "labelsTr/p3_ED"]),
+        ({"test": False}, ["imagesTr/p1_ED"]),
     ):
-        problems = open_domain("Own", shape=GRID, data=tmp_path).check(**options)
+        with warnings.catch_warnings(record=True) as warned:
+            problems = open_domain("Own", shape=GRID, data=tmp_path).check(**options)
+        assert ["p3_ED.nii.gz is left out" in str(w.message) for w in warned] == [True] * ("test" in options)
         assert len(problems) == len(bad)
         assert all(name in problem for name, problem in zip(bad, problems, strict=True))
+
+
+@pytest.mark.parametrize("values", [0, 7])
+def test_a_label_file_that_cannot_be_used_stops_no_training(tmp_path, values):
+    """A healthy patient without structures; an id that the manifest does not name."""
+    folder = dataset(tmp_path / "Own")
+    for name in ("p1_ED", "p8"):
+        save(folder / f"labelsTr/{name}.nii.gz", np.full(GRID, values))
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    with pytest.warns(UserWarning, match=says("p1_ED.nii.gz: expected labels", '"label": null', "left out")):
+        pairs = [domain.training_pair(i) for i in range(20)]
+    assert {pair.fixed_label is None for pair in pairs if pair.name.startswith("p1")} == {True}
+    assert {pair.fixed_label is None for pair in pairs if not pair.name.startswith("p1")} == {False}
+    with pytest.raises(DataError, match=says("p8.nii.gz: expected labels", '"label": null')):
+        domain.test_pair(0)
+
+
+def test_a_pictures_millimetres_mean_nothing(tmp_path):
+    files = {"training": [], "registration_val": [{"fixed": "a.png", "moving": "b.png"}]}
+    for said, unit in (({}, "voxel"), ({"spacing_known": True}, "mm")):
+        folder = dataset(tmp_path / "Own", write=False, dimensions=2, **files, **said)
+        for seed, name in enumerate("ab"):
+            sitk.WriteImage(sitk.GetImageFromArray(image(seed, (16, 18)).astype(np.uint8)), str(folder / f"{name}.png"))
+        assert open_domain("Own", shape=(16, 18), data=tmp_path).test_pair(0).unit == unit
 
 
 @pytest.fixture
@@ -460,6 +488,7 @@ def test_data_folder(monkeypatch):
     monkeypatch.setenv("FMSAM_DATA", "/somewhere")
     assert data_folder() == Path("/somewhere")
     assert data_folder("here") == Path("here")
+    assert data_folder("~/x") == Path.home() / "x"
 
 
 @pytest.mark.parametrize("shape", [64, (64,), (8, 8, 8, 8), (8, 8), (64.0, 64.0), np.array([64])])

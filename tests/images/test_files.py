@@ -135,6 +135,8 @@ def test_labels_beside_their_images_are_found_from_a_relative_folder_too(tmp_pat
         ({"modality": {"0": "MR", "1": "CT"}}, ["modality's number at the end", "p1_ED.nii.gz", "split the manifest"]),
         ({"labels": {"1": "a", str(2**63): "b"}}, ["labels of at most 64 bits", str(2**63)]),
         ({"labels": {"0": {"1": "a"}, "1": {"1": "b"}}}, ["one name each", "(1, 'a'), (1, 'b')"]),
+        ({"labels": {"1": "a", "2": "a"}}, ["one name each, of its own", "(1, 'a'), (2, 'a')"]),
+        ({"labels": {"1": "a", "2": " "}}, ["one name each, of its own", "(2, ' ')"]),
         ({"dimensions": None, "tensorImageSize": {"0": "3D", "1": "2D"}}, ["dimensions 2 or 3", "found 2, 3"]),
         ({"labels": {"one": "a"}}, ["Learn2Reg's structure", "ValueError", "one"]),
         ({"training": [{"picture": "x"}]}, ["Learn2Reg's structure", "KeyError: 'image'"]),
@@ -160,6 +162,9 @@ def test_manifest_errors_say_what_was_expected(tmp_path, changes, message):
 def test_manifest_not_there_or_not_json(tmp_path):
     with pytest.raises(DataError, match=says("Gone_dataset.json", "no such folder", "FMSAM_DATA")):
         read_manifest(tmp_path / "Gone")
+    dataset(tmp_path / "Mine", write=False).rename(tmp_path / "Renamed")
+    with pytest.raises(DataError, match=says("Renamed_dataset.json", "found Mine_dataset.json. Rename it.")):
+        read_manifest(tmp_path / "Renamed")
     (tmp_path / "Empty").mkdir()
     with pytest.raises(DataError, match=says("Empty_dataset.json", "no such file")):
         read_manifest(tmp_path / "Empty")
@@ -193,11 +198,34 @@ def test_phases_and_slices_are_one_subject_and_a_key_overrides_the_name(tmp_path
         ("OASIS_0001_0000.nii.gz", "OASIS_0001"),
         ("LungCT_0012_0001.nii.gz", "LungCT_0012"),
         ("case_0001.nii.gz", "case_0001"),
+        ("T1_0001.nii.gz", "T1_0001"),
         ("patient001_ED_0000.nii.gz", "patient001"),
+        ("sub-01_ses-1_T1w.nii.gz", "sub-01"),
+        ("OASIS_01_ses-2.nii.gz", "OASIS_01"),
+        ("pat01_visit1.nii.gz", "pat01"),
+        ("pat01_ED_visit2_0000.nii.gz", "pat01"),
+        ("pat01_visitor.nii.gz", "pat01_visitor"),
     ],
 )
 def test_subject_of(name, subject):
     assert subject_of(Path("imagesTr") / name) == subject
+
+
+def test_a_number_at_the_end_is_a_modality_only_where_there_are_several(tmp_path):
+    names = ("T1_0000", "T1_0001"), (("T2_0000", "T2_0001"),)
+    for modality, subjects in (("MR", 4), ({"0": "MR", "1": "CT"}, 2)):
+        manifest = read_manifest(dataset(tmp_path / "Own", train=names[0], test=names[1], modality=modality))
+        assert len({*manifest.subject.values()}) == subjects
+
+
+def test_a_misspelt_key_and_a_byte_order_mark(tmp_path, recwarn):
+    folder = dataset(tmp_path / "Own", training_pairs=[], notices=3, numTraining=3, registration_test=[])
+    path = folder / "Own_dataset.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    read_manifest(folder)
+    assert [str(w.message) for w in recwarn] == [
+        f"{path}: the unknown key 'training_pairs' says nothing (did you mean training_paired_images?)"
+    ]
 
 
 # The reader

@@ -339,7 +339,7 @@ def test_what_lies_beside_images_by_chance_is_not_theirs(tmp_path):
         save(tmp_path / "Own" / f"{name}.nii.gz", image())
         (tmp_path / "Own" / f"{name}.csv").write_text("age,sex\n")
     files = [f"{name}.nii.gz" for name in "abcd"]
-    content = {"name": "Own", "dimensions": 3, "modality": "MR", "pairing": "", "training": files[:2]}
+    content = {"name": "Own", "dimensions": 3, "modality": "MR", "pairing": "paired", "training": files[:2]}
     content |= {"registration_val": [{"fixed": files[2], "moving": files[3]}]}
     Path(tmp_path / "Own/Own_dataset.json").write_text(json.dumps(content))
     assert open_domain("Own", shape=GRID, data=tmp_path).check() == []
@@ -374,10 +374,11 @@ def test_a_test_pair_beyond_the_last_one_is_named(tmp_path):
         ({"training_paired_images": None}, None),
         ({"modality": {}}, "expected modalities to read as CT or MR, found []"),
         ({"dimensions": {}}, "expected dimensions 2 or 3"),
-        ({"name": ""}, "expected text as name and pairing, found ['', 'inter-subject']"),
-        ({"name": 3}, "expected text as name and pairing, found [3, 'inter-subject']"),
-        ({"pairing": None}, "expected text as name and pairing, found ['Own', None]"),
-        ({"labels": {"1": None}}, "one name each, found [(1, None)]"),
+        ({"name": ""}, "expected text as name, found ''"),
+        ({"name": 3}, "expected text as name, found 3"),
+        ({"pairing": None}, "expected a pairing of inter-subject, intra-subject, unpaired, paired, found None"),
+        ({"pairing": "intra"}, "expected a pairing of inter-subject, intra-subject, unpaired, paired, found 'intra'"),
+        ({"labels": {"1": None}}, "one name each, of its own, found [(1, None)]"),
     ],
 )
 def test_empty_parts_of_a_manifest(tmp_path, change, said):

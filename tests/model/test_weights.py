@@ -34,6 +34,8 @@ def test_damaged_and_missing_weights_are_named(tmp_path):
     path = tmp_path / "weights.pt"
     with pytest.raises(ValueError, match=r"weights\.pt.*No such file"):
         load(path)
+    with pytest.raises(ValueError, match=r"in 2D, got: No such file, and none of .* 3d \(did you mean 2d\?\);"):
+        load("2D")
     small(2).save(path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"weights\.pt"):
@@ -96,9 +98,13 @@ def test_code_in_a_weights_file_is_not_run(tmp_path):
             return (tmp_path.joinpath("ran").touch, ())
 
     torch.save(Evil(), tmp_path / "evil.trch")
-    with pytest.raises(ValueError, match=r"evil\.trch"):
+    with pytest.raises(ValueError, match=r"evil\.trch, got: something other than tensors and numbers; check"):
         load(tmp_path / "evil.trch")
     assert not (tmp_path / "ran").exists()
+    for content in (b"some text", b"\x1f\x8b" + bytes(300)):
+        (tmp_path / "text.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"text\.pt, got: something other than tensors and numbers; check"):
+            load(tmp_path / "text.pt")
 
 
 def test_official_weights_are_downloaded_once(tmp_path, monkeypatch):

@@ -420,6 +420,16 @@ def test_instance_optimisation_lowers_the_loss_and_leaves_the_network_alone():
         assert torch.equal(optimised(net, 0)[1][0].map, copy.deepcopy(net).eval()(*images).map)
 
 
+def test_frozen_layers_stay_unless_all_are():
+    net = network(strength=0.01)
+    free = optimised(net, 3)[1][1]
+    assert optimised(copy.deepcopy(net).requires_grad_(False), 3)[1][1] == free
+    net.steps[0].requires_grad_(False)
+    part = optimised(net, 3)[1][1]
+    assert part[0] == free[0]
+    assert part[3] != free[3]
+
+
 def test_directions_optimised_apart_come_back_both():
     net = network(strength=0.01)
     images, _ = optimised(net, 0)

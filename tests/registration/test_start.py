@@ -11,7 +11,9 @@ import SimpleITK as sitk  # noqa: N813, as everywhere
 import torch
 from scipy.ndimage import gaussian_filter
 
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.records import DataError
+from fmsam_lib.registration.apply import apply
 from fmsam_lib.registration.command import main
 from fmsam_lib.registration.register import register as registering
 from tests.conftest import Analytic, xyz
@@ -121,7 +123,7 @@ def test_a_transform_of_a_file_is_composed_with_the_networks(tmp_path):
     ("content", "message"),
     [(None, "no such file"), ("hello", "no transform that SimpleITK reads"), ("2-D", "expected a 3-D transform")],
 )
-def test_a_start_that_is_none(tmp_path, content, message):
+def test_a_start_that_is_none(tmp_path, capfd, content, message):
     path = tmp_path / "start.tfm"
     if content == "2-D":
         sitk.WriteTransform(sitk.Euler2DTransform(), str(path))
@@ -129,6 +131,7 @@ def test_a_start_that_is_none(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         register(scan(), scan(seed=1), STILL, shape=GRID, start=str(path))
+    assert content or capfd.readouterr().err == ""
 
 
 def test_without_an_inverse_of_the_start_none_is_written(tmp_path):
@@ -334,6 +337,16 @@ def test_points_are_moved_and_their_error_measured(tmp_path, capsys, registered,
     assert " by the headers -> 5.000 mm" in capsys.readouterr().out
 
 
+def test_points_without_a_header_need_a_space(tmp_path, capsys, registered):
+    (tmp_path / "keypoints.csv").write_text("10,12,9\n11,12,9\n")
+    options = ("--points", tmp_path / "keypoints.csv", "--out", tmp_path / "o")
+    assert command(registered[0], *options) == 1
+    assert "keypoints.csv: expected a header x,y,z, or a space, found neither. Say" in capsys.readouterr().err
+    assert command(registered[0], *options, "--space", "lps") == 0
+    with pytest.raises(ConfigError, match="expected space to be one of lps, ras, voxels, got 'LPS'"):
+        apply(registered[0], tmp_path / "o", points=str(tmp_path / "keypoints.csv"), space="LPS")
+
+
 @pytest.mark.parametrize("header", ["X,Y,Z", "x, y, z"])
 def test_the_header_of_points_as_people_write_it(tmp_path, registered, header):
     (tmp_path / "p.csv").write_text(f"{header}\n1, 2, 3\n")
@@ -405,9 +418,10 @@ def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
     cases = [
         ((folder, "--points", tmp_path / "commas.csv"), "more cells than the first line has: decimal commas?"),
         (
-            (tmp_path, "--images", paths["moving"]),
+            (tmp_path / "other", "--images", paths["moving"]),
             "expected a folder of fmsam-register with its transform, found no such file",
         ),
+        ((folder.parent, "--images", paths["moving"]), f"in folders of their own. Give one of them: {folder.name}"),
         ((folder, "--points", tmp_path / "bad.csv"), "expected a CSV of points, columns x, y, z"),
         ((folder, "--images", tmp_path / "none.nii.gz"), "no such file"),
         ((folder, "--images", paths["moving"], paths["moving"]), "files with names of their own"),

@@ -12,6 +12,7 @@ from fmsam_lib.flatness.landscape import COLUMNS as LANDSCAPE
 from fmsam_lib.flatness.landscape import RUN
 from fmsam_lib.flatness.mode_connectivity import COLUMNS as BETWEEN
 from fmsam_lib.flatness.sharpness import COLUMNS as FLATNESS
+from fmsam_lib.model.network import GradICON
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import DataError, sources, write_csv
 from fmsam_lib.study.file import read_study
@@ -217,6 +218,26 @@ def test_values_that_are_nan_are_named_in_the_notes(make):
     found = gather(study, root)
     assert found.problems == []
     assert found.notes == ["hd95 of sam: 1 values are NaN; they are left out of means"]
+
+
+def test_a_training_that_diverged_is_named_in_the_notes(make):
+    study, root = make()
+    lines = [{"step": step, "total": total, "seconds": 0.1} for step, total in ((10, 2.0), (20, 2e4))]
+    (root / "a/sam/seed0/history.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert gather(study, root).notes == ["sam, seed 0, trained on a diverged: loss 2, then 2e+04"]
+
+
+def test_what_the_weights_to_start_from_have_seen_is_a_note(make):
+    net = GradICON(2, down=(4,), levels=1)
+    _, root = make()
+    net.about = {"seen": {"a": {}, "b": {}, "c": {}}}
+    net.save(root / "old.pt")
+    for weights, notes in (
+        ("gone.pt", []),
+        (str(root / "old.pt"), [f"b: tested as never seen, but the weights {root / 'old.pt'} it began with saw it"]),
+    ):
+        found = gather(*make(train=STUDY["train"] | {"weights": weights}))
+        assert found.notes == notes
 
 
 def test_one_seed_is_a_note_not_a_problem(make):

@@ -321,6 +321,7 @@ def test_flatness_is_not_measured_on_a_data_set_that_is_left_out(tmp_path, measu
         ),
         ({"evaluate": {"methods": []}}, r"(?s)run brain-mr/adam/seed0.*methods: expected at least 1, got"),
         ({"evaluate": {"methods": ["network+ema"]}}, r"\+ema and \+tail with train: \{averages: true\}, got network"),
+        ({"train": TINY["train"] | {"weights": "3d"}}, "adam/seed0: expected weights for 2 dimensions.*shape, got 3d"),
         ({"landscape": {"measured_on": ["tests"]}}, "measured_on to name training or test_domains, got tests"),
         ({"train_domains": []}, "expected train_domains or leave_one_out: name what to train on"),
         ({"baselines": ["syn"]}, "baselines: expected one of ants-syn or io, got 'syn'"),

@@ -8,9 +8,10 @@ import torch
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.domains import open_domain
+from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Train
-from fmsam_lib.training.averages import gather_statistics
+from fmsam_lib.training.averages import Averages, gather_statistics
 from fmsam_lib.training.loop import fit, make_batches, starting
 
 
@@ -38,8 +39,8 @@ def test_averages_are_those_of_the_weights_of_every_step(tmp_path, optimizer):
     snapshots = [tmp_path / "snapshots" / f"step{step:06d}.pt" for step in range(1, 21)]
     steps = [torch.load(snapshot, weights_only=True).double() for snapshot in snapshots]
     tail, ema = torch.stack(steps[15:]).mean(0), steps[0]
-    for w in steps[1:]:
-        ema = 0.999 * ema + 0.001 * w
+    for n, w in enumerate(steps[1:], start=1):
+        ema = (1 + n) / (10 + n) * ema + 9 / (10 + n) * w
     for name, expected in {"tail": tail, "ema": ema}.items():
         net = load(tmp_path / f"weights_{name}.pt")
         assert torch.allclose(vector(net).double(), expected, atol=1e-7)
@@ -51,6 +52,17 @@ def test_averages_are_those_of_the_weights_of_every_step(tmp_path, optimizer):
         torch.nn.utils.vector_to_parameters(vector(net), copied.parameters())
         gather_statistics(copied, [(batch.moving, batch.fixed) for batch in batches])
         assert all(torch.equal(a, b) for a, b in zip(net.buffers(), copied.buffers(), strict=True))
+
+
+def test_of_the_first_weights_little_is_left():
+    net = GradICON(2, down=(4,), levels=1)
+    averages, first = Averages(net, 400), vector(net)
+    averages.follow(net, 1)
+    torch.nn.init.constant_(net.steps[0].last.bias, 1.0)
+    for step in range(2, 401):
+        averages.follow(net, step)
+    assert torch.allclose(vector(averages["ema"].module), vector(net), atol=1e-4)
+    assert not torch.allclose(first, vector(net), atol=0.5)
 
 
 def test_averaging_leaves_the_training_as_it_is(tmp_path):

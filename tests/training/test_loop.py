@@ -910,6 +910,11 @@ def test_several_processes_refuse_a_network_that_they_cannot_start_from(domain):
         train(domain, net=GradICON(2, down=(4,), last_step=False), **options)
 
 
+def test_a_network_that_is_frozen_is_not_trained(domain):
+    with pytest.raises(ConfigError, match=r"expected weights to train, got all of them frozen: net.requires_grad_\(\)"):
+        train(domain, net=GradICON(2, down=(4,), last_step=False).requires_grad_(False), steps=2, batch=2)
+
+
 def test_a_name_is_no_domain():
     with pytest.raises(ConfigError, match=r"expected a domain, got 'brain-mr': fm.open_domain"):
         train("brain-mr")

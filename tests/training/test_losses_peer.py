@@ -131,17 +131,3 @@ def test_unigradicons_whole_loss(similarity, train, masked, monkeypatch):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-3 * largest)
     for p, q in zip(net.buffers(), copied.net.buffers(), strict=True):
         assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("shape", [(16, 20), (16, 18, 20)])
-def test_icon_penalty(shape, monkeypatch):
-    """Of the loss only this part is the same: icon-registration's own repeats the border where it warps images."""
-    a, b = torch.rand(2, 2, 1, *shape)
-    noise = torch.randn(1, len(shape), *shape)
-    net, copied = networks(len(shape), train=False)
-    module = peer_loss(icon.InverseConsistentNet, copied, shape, noise, monkeypatch, similarity=icon.LNCC(2))
-    theirs = module(a, b)
-    batch = Batch(a, b, identity_map(shape) + noise / shape[-1])
-    for joint in (True, False):
-        ours = objective(net, batch, lmbda=1.5, sigma=2, regulariser="icon", joint=joint)
-        torch.testing.assert_close(ours.regulariser, theirs.inverse_consistency_loss, rtol=1e-5, atol=0)

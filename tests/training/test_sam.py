@@ -2,6 +2,7 @@ import contextlib
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -97,6 +98,34 @@ def test_weights_and_statistics_come_back_to_the_bit_on_every_way_out(raised):
         assert raised
     assert same(net, saved)
     assert storage == [p.data_ptr() for p in net.parameters()]
+
+
+class Moving(nn.Module):
+    """A layer that puts other tensors in its buffers' place, beside a buffer that nobody can write to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("late", None)
+        self.register_buffer("window", torch.ones(1).expand(2))
+
+    def forward(self, x):
+        y = self.layer(x) * self.window
+        self.mean, self.late = 0.9 * self.mean + 0.1 * y.detach().mean(0), y.detach()
+        return y - self.mean
+
+
+def test_buffers_that_a_module_replaces_come_back_too():
+    net, x = Moving(), torch.randn(4, 3)
+    sam = SAM(net.parameters(), rho=0.5, net=net)
+    net(x).pow(2).sum().backward()
+    buffers, values = dict(net.named_buffers()), [buffer.clone() for buffer in net.buffers()]
+    with sam.perturbed():
+        net.mean += 1
+        net(x).pow(2).sum().backward()
+    assert all(net.get_buffer(name) is buffer for name, buffer in buffers.items())
+    assert all(torch.equal(*both) for both in zip(net.buffers(), values, strict=True))
 
 
 def test_a_parameter_whose_second_gradient_is_none_comes_back_too():
@@ -651,6 +680,18 @@ def test_looksam_keeps_nothing_of_a_second_pass_that_stopped_half_way(when, valu
     assert not sam.due
 
 
+def test_a_rise_that_hangs_on_its_graph_is_cut_off(recwarn):
+    w = nn.Parameter(torch.ones(2))
+    sam = SAM([w], every=2, alpha=0.7)
+    w.prod().backward()
+    with sam.perturbed():
+        w.prod().backward()
+    sam.rise = w.prod()
+    assert not sam.rise.requires_grad
+    copy.deepcopy(sam)
+    assert not recwarn
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_looksam_keeps_nothing_of_a_second_pass_without_any_gradient(set_to_none):
     net, loss = smooth()
@@ -914,8 +955,17 @@ def test_more_misuse_is_named():
         SAM([w], every=0)
     with pytest.raises(ValueError, match="alpha to be a finite number >= 0, got nan"):
         SAM([w], alpha=float("nan"))
-    with pytest.raises(ValueError, match="random_seed to be a finite number >= 0, got -1"):
+    with pytest.raises(ValueError, match="random_seed to be a whole number >= 0, got -1"):
         SAM([w], random_seed=-1)
+    for name, value in itertools.product(("rho", "alpha", "every", "random_seed"), ("0.1", True, [1], object())):
+        with pytest.raises(ValueError, match=f"expected {name} to be a (finite|whole) number >= "):
+            SAM([w], **{name: value})
+    for name in ("every", "random_seed"):
+        with pytest.raises(ValueError, match=f"expected {name} to be a whole number >= ., got 1.5"):
+            SAM([w], **{name: 1.5})
+    with pytest.raises(ValueError, match="expected rho to be a finite number >= 0, got None"):
+        SAM([{"params": [w], "rho": None}])
+    assert SAM([w], rho=torch.tensor(0.5), every=np.int64(3)).logged()["rho"] == 0.5
     with pytest.raises(ValueError, match="every parameter once"):
         SAM([w, w])
     other = SAM([{"params": [w]}, {"params": [nn.Parameter(torch.ones(3))]}])
