@@ -194,9 +194,9 @@ def grid_levels(plane: Cut) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(part, np.arange(-size, 2 * size, apart)) for part, size in zip(plane.phi, plane.size, strict=True)]
 
 
-def checkerboard(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Both pictures in squares, eight of them along the longer side."""
-    side = max(1, math.ceil(max(first.shape) / 8))
+def checkerboard(first: np.ndarray, second: np.ndarray, squares: int = 8) -> np.ndarray:
+    """Both pictures in squares, `squares` of them along the longer side."""
+    side = max(1, math.ceil(max(first.shape) / squares))
     rows, columns = np.indices(first.shape) // side
     return np.where((rows + columns) % 2 == 0, first, second)
 
