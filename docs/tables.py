@@ -26,6 +26,7 @@ from scipy.stats import t
 from fmsam_lib.evaluation.anatomies import LEVEL, NEW, THESE
 from fmsam_lib.evaluation.corruptions import CORRUPTIONS
 from fmsam_lib.plotting.style import NAMES, measure_name, name_of
+from fmsam_lib.study.file import read_study
 
 PROJECT = Path(__file__).resolve().parents[1]
 FIGURES = PROJECT / "figures"
@@ -93,7 +94,7 @@ def unseen() -> pd.DataFrame:
 
 def volumes() -> pd.DataFrame:
     """In 3-D: every anatomy when it was left out, and SAM's difference where it was trained on."""
-    rows = pd.read_csv(FIGURES / "volumes.csv").query("metric == 'dice'")
+    rows = pd.read_csv(FIGURES / "real3d.csv").query("metric == 'dice'")
     unseen, seen = (rows[rows.on == on].set_index("anatomy") for on in ("unseen", "seen"))
     shown = unseen[["before", "ants-syn", "mean_baseline", "mean_treatment"]].map("{:.3f}".format).replace("nan", "")
     shown.columns = ["before", "ANTs SyN", "Adam, twice the steps", "SAM"]
@@ -213,14 +214,23 @@ MADE = {
 
 
 def record(folder: Path) -> None:
-    """`figures/table_<study>.csv`, and the study's line in `figures/table_studies.csv`, from `runs/<study>/`."""
+    """`figures/table_<study>.csv`, and the study's line in `figures/table_studies.csv`, from `runs/<study>/`.
+
+    Of a study that leaves anatomies out, `figures/<study>.csv`: its answer.csv, beside it the Dice of each anatomy
+    before registration and by SyN.
+    """
     summary, comparison, methods = (
         pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""])
         for name in ("summary", "comparison", "methods")
     )
     by_method = methods.optimizer.str.endswith("+io").any()
-    shown = methods_beside(methods) if by_method else domains_beside(summary, comparison)
-    shown.to_csv(FIGURES / f"table_{folder.name}.csv", index=False)
+    if groups := read_study(folder / "40_compare.study.yaml").groups:
+        answered(pd.read_csv(folder / "answer.csv"), methods, groups).to_csv(
+            FIGURES / f"{folder.name}.csv", index=False
+        )
+    else:
+        shown = methods_beside(methods) if by_method else domains_beside(summary, comparison)
+        shown.to_csv(FIGURES / f"table_{folder.name}.csv", index=False)
     runs = sorted(folder.glob("*/*/seed*/config.json"))
     config = json.loads(runs[0].read_text(encoding="utf-8"))
     line = {
@@ -236,6 +246,16 @@ def record(folder: Path) -> None:
     path = FIGURES / "table_studies.csv"
     studies = pd.read_csv(path, dtype=str, keep_default_na=False)
     pd.concat([studies[studies.study != folder.name], pd.DataFrame([line])]).to_csv(path, index=False)
+
+
+def answered(rows: pd.DataFrame, methods: pd.DataFrame, groups: dict[str, list[str]]) -> pd.DataFrame:
+    """The answer's lines, those of Dice with the means of what needs no training; an anatomy's sets are averaged."""
+    anatomy = {name: group for group, names in groups.items() for name in names}
+    dice = methods[(methods.metric == "dice") & methods.test_domain.isin(anatomy)]
+    dice = dice.pivot_table("mean", ["optimizer", dice.test_domain.map(anatomy)])["mean"].unstack(0)
+    dice = dice.reindex(columns=["none", "ants-syn"]).rename(columns={"none": "before"})
+    dice.loc[THESE] = dice.loc[NEW] = dice.mean()
+    return rows.join(dice, on="anatomy").assign(**{c: lambda t, c=c: t[c].where(t.metric == "dice") for c in dice})
 
 
 def domains_beside(summary: pd.DataFrame, comparison: pd.DataFrame) -> pd.DataFrame:

@@ -234,7 +234,8 @@ def draw(table: pd.DataFrame) -> None:
             ax.plot(difference, y, markersize=4.5, **looks[anatomy] | fill | {"linestyle": ""})
         if name:
             ax.plot(each.mean(), y, marker="|", markersize=13, markeredgewidth=3, color="black")
-            ax.plot(ends(seeds) if len(seeds) > 2 else [], [y, y][: 2 * (len(seeds) > 2)], color="black", linewidth=1)
+            if len(seeds) > 2:
+                ax.plot(ends(seeds), [y, y], color="black", linewidth=1)
             told = f"{each.mean():+z.3f}, {len(seeds)} seed{'s' * (len(seeds) > 1)}".replace("-", "−")
             ax.annotate(told, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [name or kind for kind, name in rows], fontsize=9)

@@ -213,6 +213,7 @@ def write_study(folder, optimizers):
     metrics = pd.DataFrame({"metric": ["dice", "tre", "inverse_error"], "mean": [0.61, 5.04, 2.5], "seconds": 0.25})
     methods = cells.merge(pd.DataFrame({"optimizer": optimizers}), "cross").merge(metrics, "cross")
     methods.to_csv(folder / "methods.csv", index=False)
+    shutil.copy(PROJECT / "studies" / "smoke.yaml", folder / "40_compare.study.yaml")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +234,14 @@ def test_a_study_is_recorded(tables, tmp_path, monkeypatch, optimizers, row):
     line = "mine,`make study STUDY=mine`,0123456789ab,0,32 x 32,60,3,\n"
     assert (tmp_path / "figures" / "table_studies.csv").read_text() == before + line
     assert (tmp_path / "figures" / "table_mine.csv").read_text().splitlines()[-1] == row
+
+
+def test_an_answer_has_what_needs_no_training_beside_it(tables):
+    answer = pd.DataFrame({"anatomy": ["heart", "spine", THESE, "heart"], "metric": ["dice"] * 3 + ["hd95"]})
+    sets = {"test_domain": ["h1", "h2", "s1"], "metric": "dice", "optimizer": "none", "mean": [0.4, 0.6, 0.9]}
+    found = tables.answered(answer, pd.DataFrame(sets), {"heart": ["h1", "h2", "synthetic"], "spine": ["s1"]})
+    assert found.before.tolist() == pytest.approx([0.5, 0.9, 0.7, float("nan")], nan_ok=True)
+    assert found["ants-syn"].isna().all()
 
 
 # --- commands
