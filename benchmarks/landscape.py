@@ -4,13 +4,12 @@
 
 Writes benchmarks/landscape.csv, in 5 minutes on a quiet core, one thread. After every row of a plane as many bare
 evaluations of the same loss take their turn, at weights that stay: the plane's time without them over theirs, setting
-up and keeping the rows included; the median of `REPEATS` planes. Times are the processor's, which other processes
+up included; the median of `REPEATS` planes. Times are the processor's, which other processes
 disturb less. loss-landscapes' random plane does the same in one run. Memory is the highest number of bytes alive in
 tensors, by torch's own account (its profiler), less that of one bare evaluation.
 """
 
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -46,9 +45,9 @@ def loss_on(shape: tuple[int, ...], pairs: int) -> LossOf:
     return loss_of(batch, lmbda=1.5, sigma=5.0)
 
 
-def ours(net: GradICON, loss: LossOf, keep: Path, points: int = POINTS) -> None:
+def ours(net: GradICON, loss: LossOf, points: int = POINTS) -> None:
     directions = [random_direction(net, seed=seed) for seed in range(2)]
-    plane(net, loss, *directions, radius=RADIUS, points=points, keep=keep)
+    plane(net, loss, *directions, radius=RADIUS, points=points)
 
 
 def theirs(net: GradICON, loss: LossOf, points: int = POINTS) -> None:
@@ -84,10 +83,8 @@ def extra_copies(call, net: GradICON, loss: LossOf) -> float:
 def measure(name: str, shape: tuple[int, ...], pairs: int) -> list[tuple]:
     net, loss = network(len(shape)), loss_on(shape, pairs)
     loss(net)  # warms up
-    with tempfile.TemporaryDirectory() as folder:
-        keeps = [Path(folder) / str(i) for i in range(REPEATS + 1)]
-        times = [beside_bare_ones(lambda turn, k=k: ours(net, turn, k), net, loss) for k in keeps[:REPEATS]]
-        in_plane = extra_copies(lambda: ours(net, loss, keeps[-1], 3), net, loss)
+    times = [beside_bare_ones(lambda turn: ours(net, turn), net, loss) for _ in range(REPEATS)]
+    in_plane = extra_copies(lambda: ours(net, loss, 3), net, loss)
     by_peer, bare = beside_bare_ones(lambda turn: theirs(net, turn), net, loss)
     in_line = extra_copies(lambda: line(net, loss, random_direction(net, seed=0), radius=RADIUS, points=3), net, loss)
     in_theirs = extra_copies(lambda: theirs(net, loss, 3), net, loss)

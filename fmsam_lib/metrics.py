@@ -22,7 +22,6 @@ has a fixed mask, the first four of them describe the map there. Conventions are
 et al. 2023, IEEE TMI 42(3)), but distances are in the pair's spacing, not in voxels.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -211,38 +210,6 @@ def within(values: Tensor, mask: Tensor | None, part: slice) -> Tensor:
 def folding_percent(determinant: Tensor) -> float:
     """Percentage of cells whose Jacobian determinant is 0 or below."""
     return float((determinant <= 0).double().mean() * 100)
-
-
-def ndv_percent(phi_map: Tensor, mask: Tensor | None = None) -> float:
-    """How much of the volume a map `(1, D, *S)` turns inside out, in percent: LUMIR's NDV (Liu et al. 2024, IJCV).
-
-    Every cell, in a mask `(1, *S)` if given, is cut into simplices in the two ways that there are (2 triangles; 5
-    tetrahedra, one without a corner of its own in the middle), and the mean over both of the negative volumes counts.
-    """
-    shape = tuple(phi_map.shape[2:])
-    dim, phi = len(shape), voxels(phi_map, shape)[0]
-    corners = {
-        bits: phi[(slice(None), *(slice(bit, n - 1 + bit) for bit, n in zip(bits, shape, strict=True)))]
-        for bits in itertools.product((0, 1), repeat=dim)
-    }
-    volume = phi.new_zeros([n - 1 for n in shape], dtype=torch.float64)  # of a cell, in both ways
-    for bits, here in corners.items():
-        edges = [corners[*bits[:d], 1 - bits[d], *bits[d + 1 :]] - here for d in range(dim)]
-        volume += _inside_out(edges, (-1) ** sum(bits))
-    if dim == 3:
-        inner = ((0, 0, 0), (1, 1, 0), (0, 1, 1), (1, 0, 1)), ((1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 1, 0))
-        for parity, (first, *others) in enumerate(inner):
-            volume += _inside_out([corners[other] - corners[first] for other in others], (-1) ** parity)
-    return 100 * float(within(volume, mask, slice(-1)).mean()) / 2
-
-
-def _inside_out(edges: list[Tensor], sign: int) -> Tensor:
-    """The negative volumes of simplices with these edges `(D, *S)` from one of their corners, `(*S)`; 0 if positive."""
-    if len(edges) == 2:
-        volume = (edges[0][0] * edges[1][1] - edges[0][1] * edges[1][0]) / 2
-    else:
-        volume = (torch.linalg.cross(edges[0], edges[1], dim=0) * edges[2]).sum(dim=0) / 6
-    return (-sign * volume).clamp(min=0)
 
 
 def percent(value: float) -> str:

@@ -4,19 +4,26 @@ How well a network copes with images unlike those of its training is asked here 
 test pairs, the moving image noisier, more blurred, more turned away and so on, until little is left to see.
 """
 
+import copy
 import math
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from fmsam_lib.checking import nearest
+from fmsam_lib.images.domains import readable
+from fmsam_lib.metrics import determinants, folding_percent, mean_dice
+from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map, warp
 from fmsam_lib.pair import Pair
 
+COLUMNS = ["test_domain", "pair", "corruption", "severity", "metric", "value", "unit"]
 SHIFT_PER_DEGREE = 0.0025  # of the shortest side of the field of view, so at 40 degrees a tenth of it
 
 
@@ -69,7 +76,8 @@ def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupt
     Raises ValueError for an unknown kind, with the known ones, or a severity that is negative, not finite or, of a
     share, above 1; for misalignment of a pair without spacing.
     """
-    _check_kinds([kind])
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"expected one of {', '.join(CORRUPTIONS)}; got {kind!r}{nearest(kind, CORRUPTIONS)}")
     if not 0 <= severity <= CORRUPTIONS[kind].most or math.isinf(severity):
         bound = "1" if CORRUPTIONS[kind].most == 1 else "anything finite"
         raise ValueError(f"{kind}: expected a severity from 0 to {bound}, got {severity:g}; 0 is the clean image")
@@ -139,6 +147,44 @@ def _spoilt(image: Tensor, kind: str, severity: float, random: np.random.RandomS
     return image
 
 
-def _check_kinds(kinds: Sequence[str]) -> None:
-    if odd := [kind for kind in kinds if kind not in CORRUPTIONS]:
-        raise ValueError(f"expected some of {', '.join(CORRUPTIONS)}; got {odd[0]!r}{nearest(odd[0], CORRUPTIONS)}")
+def robustness(
+    net: GradICON | None, dataset, kinds: Sequence[str], *, pairs: int, seed: int = 0, progress: bool = True
+) -> tuple[pd.DataFrame, list[str]]:
+    """How registration by `net` (None: none at all) of the first test pairs suffers from each kind of corruption.
+
+    Returns rows `test_domain, pair, corruption, severity, metric, value, unit` and the problems. Each kind starts at
+    severity 0, the clean pair. dice: the mean over the structures of the pair's own labels, looked up once, through the
+    whole map from the fixed to the original moving image; no row without labels. folding_percent: of the network's map.
+    A pair that cannot be read, or severities at which a map is not finite, are named in the problems and left out.
+    """
+    net = net and copy.deepcopy(net).eval()  # the caller's own stays in the mode it is in
+    rows: list[dict] = []
+    problems: list[str] = []
+    bar = tqdm(range(min(pairs, dataset.test_count)), disable=not progress, desc=dataset.name, unit="pair")
+    for pair in readable(dataset, bar, problems):
+        clean = _registered(net, pair, Corrupted(pair.moving, None))
+        not_finite = [] if clean else ["clean"]
+        for kind in kinds:
+            for severity in (0.0, *CORRUPTIONS[kind].severities):
+                found = _registered(net, pair, corrupt(pair, kind, severity, seed=seed)) if severity else clean
+                if severity and not found:
+                    not_finite.append(f"{kind} {severity:g}")
+                about = {"test_domain": dataset.name, "pair": pair.name, "corruption": kind, "severity": severity}
+                rows += [about | row for row in found if not math.isnan(row["value"])]
+        if not_finite:
+            problems.append(f"{dataset.name}, {pair.name}: a map is not finite ({', '.join(not_finite)}); left out")
+    return pd.DataFrame(rows, columns=COLUMNS), problems
+
+
+def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[dict]:
+    """What is measured of one registration, Dice NaN without labels; [] when its map is not finite."""
+    phi_map, folding = identity_map(tuple(pair.fixed.shape[1:])), []
+    if net is not None:
+        images = (image[None].to(next(net.parameters()).device) for image in (corrupted.moving, pair.fixed))
+        with torch.no_grad():
+            phi_map = net(*images).map.cpu()
+        if not phi_map.isfinite().all():
+            return []
+        folding = [{"metric": "folding_percent", "value": folding_percent(determinants(pair, phi_map)), "unit": "%"}]
+    whole = phi_map if corrupted.place is None else placed(corrupted.place, phi_map)
+    return [{"metric": "dice", "value": mean_dice(pair, whole), "unit": "1"}, *folding]

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.evaluation import baselines
-from fmsam_lib.evaluation.robustness import COLUMNS as OF_CURVES
-from fmsam_lib.evaluation.robustness import robustness
+from fmsam_lib.evaluation.corruptions import COLUMNS as OF_CURVES
+from fmsam_lib.evaluation.corruptions import robustness
 from fmsam_lib.images.domains import open_domain, readable
 from fmsam_lib.metrics import learn2reg_field, measure
 from fmsam_lib.model.network import GradICON

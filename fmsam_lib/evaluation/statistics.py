@@ -19,7 +19,7 @@ DRAWS = 2000
 DISTANCES = ("hd95", "surface_distance")  # of structures
 LESS_IS_BETTER = (*DISTANCES, "tre", "map_error", "folding_percent", "sdlogj", "sdlogj_learn2reg", "inverse_error")
 CELL = ["train_domain", "test_domain"]
-ROUNDING = 4096  # of float64's steps, 1e-12 of a value: sums and means of measures err by less, none is as fine
+DECIMALS = 10  # of a difference that count: sums and means of measures err by less, none is as fine
 
 
 class Interval(NamedTuple):
@@ -177,12 +177,11 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
     if paired.empty:
         there = ", ".join(map(str, rows.optimizer.unique())) or "no rows"
         raise ValueError(f"expected {treatment!r} and {baseline!r} on the same pairs and seeds, got {there}")
-    scale = paired[[baseline, treatment]].abs().max(axis=1)
-    values = paired.assign(value=paired[treatment] - paired[baseline], scale=scale)
+    values = paired.assign(value=paired[treatment] - paired[baseline])
     means = paired.groupby(CELL)[[baseline, treatment]].mean().mean()
-    units = values.groupby(["test_domain", "drawn"])
-    of_units = units.value.mean().to_numpy()
-    ranks = _signed_ranks(of_units, units.scale.max().to_numpy())
+    of_units = values.groupby(["test_domain", "drawn"]).value.mean().to_numpy()
+    rounded = of_units.round(DECIMALS)  # each one's rank by magnitude, with its sign; no difference has 0
+    ranks = np.sign(rounded) * (stats.rankdata(np.abs(rounded)) - (rounded == 0).sum())
     metric = rows.metric.iloc[0] if "metric" in rows and len(rows) else ""
     worst = 95 if metric in LESS_IS_BETTER else 5
     return Difference(
@@ -197,18 +196,3 @@ def difference(rows: pd.DataFrame, baseline: str, treatment: str) -> Difference:
         mean_baseline=float(means[baseline]),
         mean_treatment=float(means[treatment]),
     )
-
-
-def _signed_ranks(differences: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """Each difference's rank by magnitude, with its sign; ties share their mean rank, and no difference has 0.
-
-    scales: magnitudes of the values that were subtracted. Their rounding is left in the differences and makes equal
-    ones unequal: neighbours that are no further apart than that are tied, as in exact arithmetic. Wilcoxon's test of
-    these ranks is that of the differences.
-    """
-    order = np.argsort(np.abs(differences))
-    rounding = ROUNDING * np.spacing(scales[order])
-    apart = np.diff(np.abs(differences)[order], prepend=0) > np.fmax(rounding, np.append(0, rounding[:-1]))
-    place = np.cumsum(apart)
-    ranks = np.where(place > 0, stats.rankdata(place) - (place == 0).sum(), 0)
-    return np.sign(differences) * ranks[np.argsort(order)]

@@ -6,7 +6,6 @@ batch with one fixed draw of the penalty's points, the same for every network th
 """
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, fingerprint, unchanged, vector
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
 from fmsam_lib.images.domains import open_domain, readable_test_pairs
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Landscape, Train
-from fmsam_lib.records import read_json, write_json
+from fmsam_lib.records import read_json
 from fmsam_lib.training.losses import Batch, batch_of, jittered_points, objective, with_masks
 from fmsam_lib.training.sam import dot, norm
 
@@ -131,34 +130,18 @@ def places(radius: float, points: int) -> np.ndarray:
 
 
 def plane(
-    net: nn.Module,
-    loss: LossOf,
-    along: Sequence[Tensor],
-    across: Sequence[Tensor],
-    *,
-    radius: float,
-    points: int,
-    keep: Path | None = None,
-    key: str = "",
+    net: nn.Module, loss: LossOf, along: Sequence[Tensor], across: Sequence[Tensor], *, radius: float, points: int
 ) -> pd.DataFrame:
-    """The loss on a square of side `2 radius`, row by row; rows `alpha, beta, term, value`.
+    """The loss on a square of side `2 radius`, `points` (odd) along a side; rows `alpha, beta, term, value`.
 
-    points: of a side, odd. keep: a file that holds every row once it is done, so that an interrupted plane resumes
-    there; it counts only for the same `key`. (loss-landscapes' planes shift every second row by a step and leave out
-    the start.)
+    (loss-landscapes' planes shift every second row by a step and leave out the start.)
     """
-    grid = places(radius, points)
-    kept = {} if keep is None else read_json(keep, {})
-    rows = kept["rows"] if kept.get("key") == key else []
+    grid, rows = places(radius, points), []
     space, first, second = WeightSpace(net), vector(along), vector(across)
-    for beta in tqdm(grid.tolist()[len(rows) :], desc="plane", unit="row", leave=False):
-        origin, row = space.w + beta * second, []
+    for beta in tqdm(grid.tolist(), desc="plane", unit="row", leave=False):
         for alpha in grid.tolist():
-            with space.at(first, alpha, origin=origin) as there:
-                row.append(loss(there).tolist())
-        rows.append(row)
-        if keep is not None:
-            write_json(keep, {"key": key, "rows": rows})
+            with space.at(first, alpha, origin=space.w + beta * second) as there:
+                rows.append(loss(there))
     alphas, betas = (np.repeat(axis.ravel(), len(TERMS)) for axis in np.meshgrid(grid, grid))
     return _rows(alpha=alphas, beta=betas, values=np.array(rows))
 
@@ -167,27 +150,22 @@ def _rows(*, values: np.ndarray, **columns: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(columns | {"term": TERMS * (values.size // len(TERMS)), "value": values.ravel()})
 
 
-def landscape(
-    net: GradICON, batch: Batch, where: str, trained: Train, settings: Landscape, *, keep: Path | str | None = None
-) -> pd.DataFrame:
+def landscape(net: GradICON, batch: Batch, where: str, trained: Train, settings: Landscape) -> pd.DataFrame:
     """Lines along several directions, the plane of the first two, and the directions' cosines, on one batch.
 
     where: what the batch is of, `test_domain` in the rows. trained: the parameters of the training, whose loss this is.
-    keep: a folder for what an interrupted plane has done, `.plane-<where>.json`. Rows of kind "line", "plane" and
-    "cosine" (of the directions `direction` and `alpha`). Raises RuntimeError should the network have changed.
+    Rows of kind "line", "plane" and "cosine" (of the directions `direction` and `alpha`). Raises RuntimeError should
+    the network have changed.
     """
     loss, radius = loss_of(batch, **trained.loss()), settings.radius
     seeds = range(settings.direction_seed, settings.direction_seed + max(2, settings.directions))
     drawn = [random_direction(net, seed=seed, normalisation=settings.normalisation) for seed in seeds]
     parts = []
-    with unchanged(net) as before:
+    with unchanged(net):
         for i, direction in enumerate(tqdm(drawn[: settings.directions], desc=f"{where} lines", unit="line")):
             rows = line(net, loss, direction, radius=radius, points=settings.line_points)
             parts.append(rows.assign(kind="line", direction=i))
-        side = settings.plane_points
-        about = [*before, fingerprint(batch), list(seeds[:2]), settings.normalisation, [radius, side], trained.loss()]
-        file, key = None if keep is None else Path(keep) / f".plane-{where}.json", json.dumps(about)
-        square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=side, keep=file, key=key)
+        square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=settings.plane_points)
         parts.append(square.assign(kind="plane"))
     angles = [(i, j, cosine(drawn[i], drawn[j])) for j in range(len(drawn)) for i in range(j)]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))

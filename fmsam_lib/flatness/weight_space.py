@@ -93,20 +93,19 @@ def terms_on(batch: Batch, dtype: torch.dtype, **settings: Any) -> TermsOf:
     return lambda net: objective(net, there, **settings)
 
 
-def fingerprint(of: nn.Module | Batch) -> str:
-    """SHA-256 over the names and values of all parameters and buffers, or all that is in a batch: is it the same?"""
+def fingerprint(net: nn.Module) -> str:
+    """SHA-256 over the names and values of all parameters and buffers: is it the same?"""
     digest = hashlib.sha256()
-    named = [*of.named_parameters(), *of.named_buffers()] if isinstance(of, nn.Module) else of._asdict().items()
-    for name, tensor in ((name, tensor) for name, tensor in named if tensor is not None):
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 @contextmanager
-def unchanged(*nets: nn.Module) -> Iterator[list[str]]:
-    """Around a measurement: gives the networks' fingerprints; RuntimeError should one have changed at the end."""
+def unchanged(*nets: nn.Module) -> Iterator[None]:
+    """Around a measurement: RuntimeError should one of the networks have changed at the end."""
     before = [fingerprint(net) for net in nets]
-    yield before
+    yield
     if [fingerprint(net) for net in nets] != before:
         raise RuntimeError("expected the network to stay as it was, but measuring changed it: please report this")

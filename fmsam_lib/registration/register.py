@@ -25,9 +25,8 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
 from fmsam_lib.records import data_error, provenance
 from fmsam_lib.registration.folder import ROLES, fitting
-from fmsam_lib.registration.headers import doubts
 from fmsam_lib.registration.result import Registration, displacing
-from fmsam_lib.registration.start import FOUND, starting
+from fmsam_lib.registration.start import FOUND, doubts, starting
 from fmsam_lib.registration.verdict import judge
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import lncc

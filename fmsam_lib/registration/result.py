@@ -18,8 +18,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.images.files import Source, ids, read_labels
-from fmsam_lib.images.grid import affine, check_same_grid, nearest, placed
-from fmsam_lib.images.intensities import CT_WINDOW, without_fill
+from fmsam_lib.images.grid import CT_WINDOW, affine, check_same_grid, nearest, placed, without_fill
 from fmsam_lib.metrics import dice, percent
 from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.model.transform import Transform

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmsam_lib.metrics import determinants, folding_percent, ndv_percent, within
+from fmsam_lib.metrics import determinants, folding_percent, within
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import inverse_error, voxels
 from fmsam_lib.pair import Pair
@@ -21,7 +21,6 @@ from fmsam_lib.training.seen import unlike
 LIMITS = {
     "inverse_error": (2.4, 3.7),
     "folding": (0.0, 0.1),
-    "ndv": (0.0, 0.01),
     "similarity_lost": (-0.16, 0.0),
     "dissimilarity": (0.14, 0.66),
     "unlike": (3.5, 18.0),
@@ -29,7 +28,6 @@ LIMITS = {
 SAID = {
     "inverse_error": "there and back misses by {:.2g} samples of the grid (95th percentile, up to {:.2g} is usual)",
     "folding": "{:.2g} % of the cells fold (up to {:.2g} % is usual)",
-    "ndv": "{:.2g} % of the volume is turned inside out (up to {:.2g} % is usual)",
     "similarity_lost": "LNCC falls by {:.2g} ({:.2g} is usual, below 0 it rises)",
     "dissimilarity": "the images are still unlike each other: 1 - LNCC is {:.2g} (up to {:.2g} is usual)",
     "unlike": "the images are unlike those of the training: {:.2g} times as far off as any of {where} (limit {:.2g})",
@@ -56,7 +54,6 @@ def judge(
     signs = {
         "inverse_error": float(missed.kthvalue(max(1, int(0.95 * len(missed)))).values),
         "folding": folding_percent(determinants(pair, phi)),
-        "ndv": ndv_percent(phi, pair.fixed_mask),
     }
     if similarity:
         signs["similarity_lost"] = round(similarity["before"] - similarity["after"], 5)  # not float32's last bit

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fmsam_lib.evaluation.corruptions import CORRUPTIONS, SHIFT_PER_DEGREE, corrupt, misalignment, placed
-from fmsam_lib.evaluation.robustness import COLUMNS, robustness
+from fmsam_lib.evaluation.corruptions import (
+    COLUMNS,
+    CORRUPTIONS,
+    SHIFT_PER_DEGREE,
+    corrupt,
+    misalignment,
+    placed,
+    robustness,
+)
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON
@@ -464,14 +471,3 @@ def test_maps_that_are_not_finite_are_a_problem_and_the_others_go_on():
     rows, problems = robustness(net(NanInTheDark), Some(dark), ["inversion"], pairs=1, progress=False)
     assert problems == ["some, grey: a map is not finite (clean); left out"]
     assert rows.severity.tolist() == [0.25, 0.5, 0.75, 1.0]
-
-
-def test_an_unknown_kind_is_refused_before_any_work():
-    class Untouchable:
-        name, test_count = "untouchable", 1
-
-        def test_pair(self, index):
-            raise AssertionError("a pair was made")
-
-    with pytest.raises(ValueError, match="'haze'"):
-        robustness(None, Untouchable(), ["noise", "haze"], pairs=1, progress=False)

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -250,11 +249,11 @@ def own_hash(net):
     return hashlib.sha256(b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()
 
 
-def measured(shape=(24, 24), net=None, keep=None, **changes):
+def measured(shape=(24, 24), net=None, **changes):
     run, dataset = Train(**(RUN | {"shape": list(shape)})), open_domain("heart-mr", shape=shape)
     net = network(shape) if net is None else net
     batch = fixed_batch(dataset, pairs=2)
-    return landscape(net, batch, "heart-mr", run, Landscape(**(SETTINGS | changes)), keep=keep), batch
+    return landscape(net, batch, "heart-mr", run, Landscape(**(SETTINGS | changes))), batch
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -369,7 +368,7 @@ def test_a_line_through_a_network_in_training_mode_is_that_in_eval_mode(part):
 def test_the_training_batch_is_the_same_for_every_seed_and_optimizer():
     runs = [Train(**(RUN | changes)) for changes in ({}, {"seed": 3, "optimizer": "sam"})]
     batches = [batches_of(run, [], pairs=2)[TRAINING] for run in runs]
-    assert fingerprint(batches[0]) == fingerprint(batches[1])
+    assert all(torch.equal(a, b) for a, b in zip(*(batch[:3] for batch in batches), strict=True))
     assert batches[0].moving.shape == (2, 1, 24, 24)
     mixture = batches_of(Train(**(RUN | {"train_domain": "brain-mr+heart-mr"})), [], pairs=2)[TRAINING]
     assert torch.equal(mixture.fixed[0], batches[0].fixed[0])
@@ -387,7 +386,7 @@ def test_a_network_is_measured_on_its_training_images_and_every_test_domain():
     batches = batches_of(Train(**RUN), ["brain-mr", "heart-mr"], pairs=1)
     assert list(batches) == [TRAINING, "brain-mr", "heart-mr"]
     assert torch.equal(batches["heart-mr"].moving[0], open_domain("heart-mr", shape=(24, 24)).test_pair(0).moving)
-    assert len({fingerprint(batch) for batch in batches.values()}) == 3
+    assert len({float(batch.moving.sum()) for batch in batches.values()}) == 3
     assert all(torch.equal(batch.points, batches[TRAINING].points) for batch in batches.values())
 
 
@@ -409,121 +408,8 @@ def test_a_pair_that_cannot_be_read_is_passed_over(monkeypatch):
         fixed_batch(Damaged(), pairs=2)
 
 
-# --- planes that were interrupted ---
-
-
-class Counted:
-    """The bowls' loss; raises at one of the calls, if told to."""
-
-    def __init__(self, until=None):
-        self.calls, self.until = 0, until
-
-    def __call__(self, net):
-        if self.calls == self.until:
-            raise KeyboardInterrupt
-        self.calls += 1
-        return bowls(net) / 3  # a value that needs all its digits
-
-
-def square(loss, keep=None, key="a"):
-    return plane(Bowl(), loss, as_direction(ALONG), as_direction(ACROSS), radius=0.1, points=5, keep=keep, key=key)
-
-
-@pytest.mark.parametrize("until", [0, 4, 5, 13, 24])
-def test_an_interrupted_plane_goes_on_to_the_same_bits(tmp_path, until):
-    keep, again = tmp_path / "rows.json", Counted()
-    with pytest.raises(KeyboardInterrupt):
-        square(Counted(until), keep)
-    pd.testing.assert_frame_equal(square(again, keep), square(Counted()), check_exact=True)
-    assert again.calls == 25 - until // 5 * 5  # whole rows are kept
-    once_more = Counted()
-    pd.testing.assert_frame_equal(square(once_more, keep), square(Counted()), check_exact=True)
-    assert once_more.calls == 0
-
-
-@pytest.mark.parametrize(("cut", "calls"), [(0, 10), (1, 10), (2, 25), (60, 25), (None, 25)])
-def test_of_a_file_that_was_cut_short_nothing_counts(tmp_path, cut, calls):
-    keep, again = tmp_path / "rows.json", Counted()
-    with pytest.raises(KeyboardInterrupt):
-        square(Counted(16), keep)
-    text = keep.read_text()
-    keep.write_text('{"key": "' if cut is None else text[: len(text) - cut])  # 1 is the last newline
-    pd.testing.assert_frame_equal(square(again, keep), square(Counted()), check_exact=True)
-    assert again.calls == calls
-    assert len(json.loads(keep.read_text())["rows"]) == 5
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
-
-
-def test_rows_of_another_key_do_not_count(tmp_path):
-    keep, again = tmp_path / "rows.json", Counted()
-    square(Counted(), keep, key="a")
-    square(again, keep, key="b")
-    assert again.calls == 25
-    assert json.loads(keep.read_text())["key"] == "b"
-
-
-def test_losses_that_are_not_finite_are_kept_too(tmp_path):
-    def cliff(net):
-        return np.array([np.nan, np.inf, -np.inf])
-
-    first = square(cliff, tmp_path / "rows.json")
-    again = Counted()
-    pd.testing.assert_frame_equal(square(again, tmp_path / "rows.json"), first, check_exact=True)
-    assert again.calls == 0
-    assert of(first, "similarity").value.eq(np.inf).all()
-
-
-def evaluations(monkeypatch, table, *args, **kwargs):
-    """How often the loss was computed, and the landscape."""
-    seen, objective = [], module.objective
-
-    def spy(*where, **settings):
-        seen.append(0)
-        return objective(*where, **settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "objective", spy)
-        found = table(*args, **kwargs)
-    return len(seen), found
-
-
-def test_an_interrupted_landscape_goes_on_only_for_the_same_measurement(tmp_path, monkeypatch):
-    net, run = network(), Train(**RUN)
-    batch = fixed_batch(open_domain("heart-mr", shape=(24, 24)), pairs=1)
-    settings = Landscape(**(SETTINGS | {"directions": 1, "line_points": 3}))
-
-    def table(net=net, batch=batch, run=run, **changes):
-        there = settings.model_copy(update=dict(**changes))
-        return landscape(net, batch, "heart-mr", run, there, keep=tmp_path)
-
-    count, whole = evaluations(monkeypatch, table)
-    assert count == 3 + 9
-    count, again = evaluations(monkeypatch, table)
-    assert count == 3
-    pd.testing.assert_frame_equal(again, whole, check_exact=True)
-    other_net, other_buffers = copy.deepcopy(net), copy.deepcopy(net)
-    with torch.no_grad():
-        other_net.steps[0].last.bias.add_(1e-6)
-        next(other_buffers.buffers()).add_(1e-6)
-    others = [
-        {"net": other_net},
-        {"net": other_buffers},
-        {"batch": batch._replace(fixed=batch.moving)},
-        {"batch": batch._replace(points=batch.points + 1e-6)},
-        {"run": run.model_copy(update=dict(lmbda=2.0))},
-        {"radius": 0.5},
-        {"direction_seed": 1},
-        {"normalisation": "layer"},
-    ]
-    for changes in others:
-        evaluations(monkeypatch, table)
-        assert evaluations(monkeypatch, table, **changes)[0] == 3 + 9, changes
-    assert evaluations(monkeypatch, table, plane_points=5)[0] == 3 + 25
-
-
 def test_a_written_landscape_has_all_columns(tmp_path):
-    table, _ = measured(keep=tmp_path)
-    assert (tmp_path / ".plane-heart-mr.json").exists()
+    table, _ = measured()
     write_csv(table.assign(train_domain="brain-mr", optimizer="adam", seed=0), tmp_path / "landscape.csv", COLUMNS)
     read = pd.read_csv(tmp_path / "landscape.csv")
     assert list(read.columns) == COLUMNS

@@ -149,8 +149,8 @@ def test_float64_is_not_rounded_by_half_precision():
 
 def test_a_network_that_changes_is_an_error():
     net, other = network(), network()
-    with unchanged(net, other) as before:
-        assert before == [fingerprint(net), fingerprint(other)]
+    with unchanged(net, other):
+        fingerprint(net)
     with pytest.raises(RuntimeError, match="measuring changed it"), unchanged(net, other):
         next(b for b in other.buffers() if b.is_floating_point()).add_(1e-3)
 

@@ -18,8 +18,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
 from fmsam_lib.images.cache import load
-from fmsam_lib.images.grid import affine, decode, labels_on_grid, nearest, on_grid, reference
-from fmsam_lib.images.intensities import normalise, window
+from fmsam_lib.images.grid import affine, decode, labels_on_grid, nearest, normalise, on_grid, reference, window
 from fmsam_lib.records import DataError
 from tests.images.test_files import GRID, HUGE, image, itk_image, label, own_cache, patched, save, says  # noqa: F401
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fmsam_lib as fm
-from fmsam_lib.metrics import ndv_percent
 from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map
@@ -44,43 +43,6 @@ def pair():
     return fm.open_domain("brain-mr", shape=(48, 40), seed=7).training_pair(0)
 
 
-@pytest.mark.parametrize("shape", [(5, 6), (4, 5, 6)])
-def test_ndv_of_the_identity_and_of_a_mirror(shape):
-    x = identity_map(shape).clone()
-    assert ndv_percent(x) == 0
-    x[:, 0] = 1 - x[:, 0]
-    assert ndv_percent(x) == pytest.approx(100)  # every cell inside out, at its full volume
-    x[:, 0] = 0.5
-    assert ndv_percent(x) == pytest.approx(0, abs=1e-6)  # flat, but nothing negative
-
-
-def test_ndv_of_one_corner_that_is_pulled_through():
-    """A 2 x 2 grid, its corner (0, 0) pulled to (1, 1) and on to (2, 2): by hand, with both diagonals."""
-    square = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])[None]
-    square[0, :, 0, 0] = 2.0
-    # Triangles at (0, 0): edges (-1, -2), (-2, -1), area -3/2; at (1, 0) and (0, 1): area +-1 each; at (1, 1): 1/2.
-    areas = []
-    points = {(i, j): square[0, :, i, j].numpy() for i in (0, 1) for j in (0, 1)}
-    for (i, j), here in points.items():
-        edges = np.array([points[1 - i, j] - here, points[i, 1 - j] - here])
-        areas.append(np.linalg.det(edges) * (-1) ** (i + j) / 2)
-    assert ndv_percent(square) == pytest.approx(50 * -sum(min(a, 0) for a in areas))
-    assert min(areas) == pytest.approx(-1.5)
-
-
-def test_ndv_fills_the_cell_in_both_ways():
-    """Five tetrahedra twice: the volumes of any map that folds nowhere add up to its cells' volume."""
-    x = identity_map((4, 4, 4)).clone()
-    mirrored = x + 0.02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    mirrored[:, 0] = 1 - mirrored[:, 0]
-    edge = [0, -1]
-    volume = torch.linalg.det(
-        torch.stack([mirrored[0, :, -1, 0, 0] - mirrored[0, :, 0, 0, 0]] * 3)
-    )  # of a degenerate box
-    assert float(volume) == pytest.approx(0, abs=1e-6)
-    assert ndv_percent(mirrored[:, :, edge][:, :, :, edge][..., edge]) == pytest.approx(100, rel=0.2)
-
-
 def test_a_translation_that_comes_back_is_fine_and_one_that_does_not_is_not(trained, pair):
     net, _ = trained
     x = identity_map((48, 40))
@@ -106,7 +68,7 @@ def test_only_the_fixed_mask_is_judged(trained, pair):
     assert {*judge(trained[0], pair, folded, x, ALIKE)[0]["reason"].split("; ")} != {""}
     said, error = judge(trained[0], inside, folded, x, ALIKE)
     assert (said["verdict"], said["reason"]) == ("fine", "")
-    assert [said["signs"][name] for name in ("inverse_error", "folding", "ndv")] == [0, 0, 0]
+    assert [said["signs"][name] for name in ("inverse_error", "folding")] == [0, 0]
     assert said["inverse_error_mm"] == {"mean": 0, "max": 0}
     assert error.max() > 0
 
