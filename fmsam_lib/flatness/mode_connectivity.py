@@ -56,7 +56,7 @@ def path(start: nn.Module, end: nn.Module, loss: LossOf, *, points: int, anew: S
 
 
 def barrier(line: pd.Series) -> tuple[float, float]:
-    """The most that the loss rises above the chord between both ends' (Frankle et al. 2020), and at which alpha.
+    """The most that the loss rises above the chord between both ends' (Entezari et al. 2022), and at which alpha.
 
     line: losses by alpha, of one term and kind of statistics. 0: the loss nowhere rises above it; NaN with a NaN
     between.
