@@ -36,16 +36,7 @@ def make_pair(domain: str, *, seed: int, index: int, shape: tuple[int, ...]) -> 
     >>> pair = make_pair("brain-mr", seed=0, index=3, shape=(32, 32, 32))
     >>> pair.name, tuple(pair.fixed.shape), pair.labels[3]
     ('brain-mr-0-3', (1, 32, 32, 32), 'ventricles')
-
-    Raises ValueError for an unknown domain, a shape that is too small or neither 2-D nor 3-D, or a
-    negative index or seed.
     """
-    if domain not in DOMAINS:
-        raise ValueError(f"expected a domain out of {', '.join(DOMAINS)}, got {domain!r}: choose one of them")
-    if len(shape) not in (2, 3) or min(shape) < 16:
-        raise ValueError(f"expected a shape of 2 or 3 sides of at least 16, got {tuple(shape)}: give (64, 64)")
-    if index < 0 or seed < 0:
-        raise ValueError(f"expected index and seed from 0 on, got index {index}, seed {seed}: count pairs from 0")
     return _one_thread(os.getpid()).submit(_make_pair, DOMAINS[domain], seed, index, tuple(shape)).result()
 
 

@@ -196,18 +196,3 @@ def test_domains():
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         DOMAINS["heart-mr"].variation = 0.0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"domain": "foot-mr"}, "brain-mr, lung-ct, knee-mr, abdomen-ct, heart-mr, got 'foot-mr'"),
-        ({"shape": (32,)}, r"2 or 3 sides .* got \(32,\)"),
-        ({"shape": (32, 15)}, r"at least 16, got \(32, 15\)"),
-        ({"index": -1}, "got index -1"),
-        ({"seed": -1}, "seed -1"),
-    ],
-)
-def test_errors_say_what_to_do(change, message):
-    with pytest.raises(ValueError, match=message):
-        make_pair(**{"domain": "brain-mr", "seed": 0, "index": 0, "shape": (32, 32), **change})
