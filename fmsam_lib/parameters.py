@@ -12,10 +12,12 @@ from fmsam_lib.checking import Parameters, each_once, in_project, odd, plain_nam
 
 Natural = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(lt=1025)]
 Several = Annotated[int, Field(ge=2)]
 Points = Annotated[int, Field(ge=3)]
 OddPoints = Annotated[Points, AfterValidator(odd)]
 Positive = Annotated[float, Field(gt=0)]
+Sigma = Annotated[float, Field(ge=0.5, lt=1000)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(plain_name)]
@@ -108,7 +110,7 @@ class Train(Parameters):
     every: Count = Field(5, description="sam-every and looksam climb in one step of so many")
     alpha: NotNegative = Field(0.7, description="looksam: how much of the last climb's direction later steps add")
     similarity: Similarity = Field("lncc", description="lncc, lncc2 (inverted contrasts) or mind (two modalities)")
-    sigma: float = Field(5.0, ge=0.5, description="width of LNCC's window, in samples")
+    sigma: Sigma = Field(5.0, description="width of LNCC's window, in samples")
     lmbda: NotNegative = Field(1.5, description="weight of GradICON's penalty")
     joint: bool = Field(True, description="both directions in one batch and in BatchNorm; False: as uniGradICON")
     device: Literal["auto", "cpu", "cuda"] = Field("cpu", description="cpu or cuda; auto: a GPU where there is one")
@@ -118,7 +120,7 @@ class Train(Parameters):
     save_memory: bool = Field(False, description="compute activations twice rather than keep them: a sixth slower")
     averages: bool = Field(False, description="keep two averages of the weights too, for network+ema and network+tail")
     snapshots: Natural = Field(0, description="keep the weights so many times on the way, evenly, for notebook 35")
-    threads: Count = Field(1, description=THREADS)
+    threads: Threads = Field(1, ge=1, description=THREADS)
 
     @model_validator(mode="after")
     def _fits(self) -> "Train":
@@ -178,7 +180,7 @@ class Evaluate(Parameters):
     corruptions: Distinct[Corruption] = Field(list(get_args(Corruption)), description="[] for none")
     corrupted_pairs: Count = Field(5, description="corrupt at most this many test pairs of each domain")
     fields: bool = Field(False, description="keep every displacement field in Learn2Reg's form, in fields/")
-    threads: Count = Field(1, description=THREADS)
+    threads: Threads = Field(1, ge=1, description=THREADS)
 
     @model_validator(mode="after")
     def _fits(self) -> "Evaluate":
@@ -214,7 +216,7 @@ class Landscape(Parameters):
     probes: Natural = Field(4, description="random vectors for the Hessian's trace and spectrum; 0: none")
     lanczos_steps: Several = Field(20, description="for the spectrum")
     by_hessian: bool = Field(True, description="draw the plane of the Hessian's two largest eigenvectors, too")
-    threads: Count = Field(1, description=THREADS)
+    threads: Threads = Field(1, ge=1, description=THREADS)
 
 
 class Between(Parameters):
@@ -228,7 +230,7 @@ class Between(Parameters):
     pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
     path_points: Points = Field(21, description="from one solution to the other")
     plane_points: OddPoints = Field(15, description="of the plane's sides; odd")
-    threads: Count = Field(1, description=THREADS)
+    threads: Threads = Field(1, ge=1, description=THREADS)
 
 
 class Compare(Parameters):
@@ -251,7 +253,7 @@ class Registering(Parameters):
     io: Natural = Field(0, description="steps of instance optimisation on this pair")
     lr: Positive = Field(2.0e-5, description="learning rate of instance optimisation")
     lmbda: NotNegative = Field(1.5, description="weight of the regulariser in it")
-    sigma: float = Field(5.0, ge=0.5, description="window of the similarity, samples of the grid")
+    sigma: Sigma = Field(5.0, description="window of the similarity, samples of the grid")
     similarity: Similarity = Field("lncc", description="what instance optimisation maximises: lncc, lncc2 or mind")
     seed: Natural = Field(0, description="of instance optimisation's random points")
     keep_worse: bool = Field(False, description="keep a registration that makes the images less alike, too")
@@ -270,7 +272,7 @@ class Register(Registering):
         "unigradicon", description="2d, 3d, unigradicon, multigradicon (downloaded) or a file of weights"
     )
     out: str = Field("", description="folder for the results")
-    threads: Natural = Field(0, description="processor threads; 0: as many as the machine has")
+    threads: Threads = Field(0, ge=0, description="processor threads; 0: as many as the machine has")
 
 
 class RegisterYourOwn(Register):
@@ -280,7 +282,7 @@ class RegisterYourOwn(Register):
     weights: str = Field("3d", description="2d, 3d, unigradicon, multigradicon, a file; empty: learns this pair")
     shape: Shape = Field([64, 64, 64], description="grid that the network works on; 175 each for unigradicon")
     out: Folder = Field("runs/mine/registered", min_length=1, description="folder for the results")
-    threads: Count = Field(1, description=THREADS)
+    threads: Threads = Field(1, ge=1, description=THREADS)
 
     @model_validator(mode="after")
     def _both(self) -> "RegisterYourOwn":

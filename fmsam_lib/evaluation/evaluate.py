@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
@@ -54,6 +54,7 @@ def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress
     """
     if not (net is None or callable(net)):
         raise ConfigError(f"expected a network, another method or None, got {net!r}: fm.load(file) reads a network")
+    net = net.module if isinstance(net, nn.DataParallel) else getattr(net, "_orig_mod", net)  # of torch.compile
     if not hasattr(domain, "test_pair"):
         raise ConfigError(f"expected a domain, got {domain!r}: fm.open_domain(name, shape=(64, 64)) opens one")
     net = copy.deepcopy(net).eval() if isinstance(net, GradICON) else net  # the caller's own stays in the mode it is in
@@ -79,7 +80,7 @@ class Measured(NamedTuple):
 def measured(method: GradICON | Method | None, domain, *, pairs: int, progress: bool, fields=None) -> Measured:
     """Metrics of a method on the domain's first test pairs, the seconds of one registration, and who is on the pairs.
 
-    A pair whose files cannot be read, or for which the method finds no map or one that is not finite, is named among
+    A pair whose files cannot be read, or for which the method finds no map or one that cannot be one, is named among
     the problems, and the others go on. fields: a folder for Learn2Reg's displacement fields,
     `disp_<fixed>_<moving>.nii.gz`, on the grid of the evaluation.
     """
@@ -91,12 +92,13 @@ def measured(method: GradICON | Method | None, domain, *, pairs: int, progress: 
         about = {"test_domain": domain.name, "pair": pair.name}
         try:
             phi_map, inverse, seconds = (None, None, 0.0) if method is None else register(method, pair)
+            values = measure(pair, phi_map, inverse)
         except ConfigError:
             raise
         except ValueError as error:
             problems.append(f"{domain.name}, {pair.name}: left out, {error}")
             continue
-        rows += [(*about.values(), *row.values()) for row in measure(pair, phi_map, inverse)]
+        rows += [(*about.values(), *row.values()) for row in values]
         subjects.append(about | {"subjects": "|".join(pair.subjects)})
         if phi_map is not None:
             costs.append(about | {"label": "", "metric": "seconds", "value": seconds, "unit": "s"})
@@ -120,11 +122,18 @@ def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tenso
             seconds = time.perf_counter() - start
             inverse = method(fixed, moving).map.cpu() if back else None
     else:
-        found = method(pair)
+        try:
+            found = method(pair)
+        except TypeError as error:
+            if not isinstance(method, nn.Module):
+                raise
+            todo = "lambda pair: (net(pair.moving[None], pair.fixed[None]), None) makes a method of another network"
+            raise ConfigError(f"expected a GradICON, or a method that takes a Pair, got {error}: {todo}") from error
         seconds = time.perf_counter() - start
         phi_map, inverse = found if isinstance(found, tuple | list) and len(found) == 2 else (None, None)
         if not (isinstance(phi_map, Tensor) and (inverse is None or isinstance(inverse, Tensor))):
             raise ConfigError(f"expected a method to return tensors (map, inverse or None), got {found!r:.60}")
+        phi_map, inverse = phi_map.float(), inverse if inverse is None else inverse.float()
     if not all(found is None or found.isfinite().all() for found in (phi_map, inverse)):
         raise ValueError("the map found is not finite")
     return phi_map, inverse, seconds

@@ -14,7 +14,7 @@ from fmsam_lib.images.files import parts
 from fmsam_lib.images.grid import Sample, decode
 from fmsam_lib.records import written_whole
 
-CACHE_VERSION = 5  # raise it whenever `decode` returns something else than before
+CACHE_VERSION = 6  # raise it whenever `decode` returns something else than before
 warn_once = functools.cache(functools.partial(warnings.warn, stacklevel=3))
 
 

@@ -37,12 +37,14 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, su
     data: the folder of data sets (see `data_folder`). subjects: train on so many of each domain, its first; 0: on all.
 
     All have `name`, `shape`, `data` ("" where all is synthetic), `seed`, `subjects`, `labels`, `modality`, `pairing`,
-    `unit` ("mm", or "voxel" where the spacing is unknown), `training_count` (images; pairs of a synthetic domain),
     `training_pair(i)`: the i-th of an endless sequence drawn with `seed`, `test_count`: how many, `test_pair(i)`: the
     same for every seed, `validation_count` and `validation_pair(i)`: likewise, of subjects who are in neither training
-    nor test, and `check()`: the messages of everything wrong with its files.
-    Raises DataError for an unknown name, with the known ones; ConfigError for an impossible shape.
+    nor test, and `check()`: the messages of everything wrong with its files. All but mixtures also: `unit` ("mm", or
+    "voxel" where the spacing is unknown) and `training_count` (images; pairs of a synthetic domain).
+    Raises DataError for an unknown name, with the known ones; ConfigError for an argument that cannot be right.
     """
+    if not isinstance(name, str) or not all(isinstance(n, int | np.integer) and n >= 0 for n in (seed, subjects)):
+        raise ConfigError(f"expected {name=} as text, {seed=} and {subjects=} as whole numbers from 0 on: correct that")
     shape, least = tuple(np.atleast_1d(shape).tolist()), 16 if name in synthetic.DOMAINS else 2
     if len(shape) not in (2, 3) or not all(isinstance(side, int) and side >= least for side in shape):
         raise ConfigError(f"expected a shape of 2 or 3 sides, whole and from {least} on, got {shape}: give (64, 64)")
@@ -167,8 +169,7 @@ class FileDomain:
     def check(self, *, training: bool = True, test: bool = True) -> list[str]:
         """Read all files that training and/or test need: every problem's message; for training alone labels warn."""
         pairs = [*(self.manifest.training_pairs or []) * training, *self.manifest.test_pairs * test]
-        problems = []
-        images = sorted({*self.manifest.training * training, *itertools.chain(*pairs)})
+        problems, images = list[str](), sorted({*self.manifest.training * training, *itertools.chain(*pairs)})
         for files in [*zip(images, strict=True), *pairs]:
             try:
                 self._pair(*files, keep=not test) if len(files) == 2 else self._sample(files[0], keep=not test)
@@ -178,8 +179,8 @@ class FileDomain:
 
     def _sample(self, image: Path, *, keep: bool = True) -> tuple[Sample, Tensor | None, Tensor | None]:
         """An image, its landmarks `(L, D)` in unit coordinates and its mask `(1, *S)`, None where it has none."""
-        if keep and image in self.samples:
-            return self.samples[image]
+        if keep and (there := self.samples.get(image)):
+            return there
         label, mask, keypoints = (self.manifest.beside[kind][image] for kind in BESIDE)
         options: dict = {"modality": self.manifest.modality_of[image], "shape": self.shape}
         try:
@@ -276,10 +277,8 @@ class Mixture:
         self.shape, self.seed, self.subjects = domains[0].shape, domains[0].seed, domains[0].subjects
         self.data = next((domain.data for domain in domains if domain.data), "")
         self.labels: dict[int, str] = {}
-        self.unit = "mm" if all(domain.unit == "mm" for domain in domains) else "voxel"
         self.modality = "+".join(dict.fromkeys(domain.modality for domain in domains))
         self.pairing = "+".join(dict.fromkeys(domain.pairing for domain in domains))
-        self.training_count = sum(domain.training_count for domain in domains)
         self.validated = [domain for domain in domains if domain.validation_count]
         self.validation_count = min((d.validation_count for d in self.validated), default=0) * len(self.validated)
 

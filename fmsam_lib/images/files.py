@@ -97,10 +97,15 @@ def ids(labels: sitk.Image) -> list[int]:
 
 def _open(source: Source, dim: int, what: str) -> sitk.Image:
     """The image of a source as it is stored, with one real number a voxel and `dim` sides above 1 or more."""
+    if not isinstance(source, Source):
+        expected, todo = "a path, or an image of nibabel's or SimpleITK's", "An array does not say where it lies."
+        raise data_error(what.replace(" ", "_"), expected, type(source).__name__, todo)
     where = name_of(source, what)
     image = source if isinstance(source, sitk.Image) else _read(source, where)
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
-        image = image[(*[slice(None)] * (image.GetDimension() - 1), 0)]
+        whole, image = image, image[(*[slice(None)] * (image.GetDimension() - 1), 0)]
+        if whole.HasMetaDataKey("sform_code"):  # without it, as a slice is, it would count as oriented
+            image.SetMetaData("sform_code", whole.GetMetaData("sform_code"))
     kind, size = image.GetPixelIDTypeAsString(), image.GetSize()
     if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in kind:
         raise data_error(where, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")

@@ -228,7 +228,8 @@ def without_fill(image: np.ndarray) -> np.ndarray:
 def normalise(where: Source, image: np.ndarray, modality: str) -> np.ndarray:
     """Intensities to [0, 1], float32: clipped to their `window`."""
     low, high = window(where, image, modality)
-    return ((np.clip(image.astype(np.float32, copy=False), low, high) - low) / (high - low)).astype(np.float32)
+    image = image.astype(np.result_type(image, np.float32), copy=False)  # float32 or, where that would round, float64
+    return ((np.clip(image, low, high) - low) / (high - low)).astype(np.float32)
 
 
 def _check_hounsfield(where: Source, image: np.ndarray) -> None:

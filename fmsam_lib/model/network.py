@@ -190,11 +190,13 @@ class GradICON(nn.Module):
             expected = f"both images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least 16 samples"
             got = f"got {tuple(moving.shape)} and {tuple(fixed.shape)}: resample or pad smaller ones"
             raise ValueError(f"expected {expected} a side, {got}")
+        own = next(self.parameters()).dtype
+        if not (moving.dtype == fixed.dtype == own or torch.is_autocast_enabled(fixed.device.type)):
+            raise ValueError(f"expected {own} as in the weights, got {moving.dtype}, {fixed.dtype}: try net.float()")
         pyramid = [(moving, fixed)]
         for _ in range(self.levels - 1):
             pyramid.append((halve(pyramid[-1][0]), halve(pyramid[-1][1])))
-        phi = Transform(fixed.shape[2:])
-        steps = len(self.steps) - self.first_stage
+        phi, steps = Transform(fixed.shape[2:]), len(self.steps) - self.first_stage
         for i, (unet, scale) in enumerate(zip(self.steps[:steps], self.scales[:steps], strict=True)):
             coarse_moving, coarse_fixed = pyramid[scale]
             if phi.fields:
@@ -230,8 +232,7 @@ def give_back_memory() -> None:
     It otherwise keeps those up to 32 MB, and a network's many sizes leave holes between them: 0.7 GB in a training step
     of the full network at 96^3.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
         mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 
@@ -254,7 +255,7 @@ class BuffersKept:
     def __enter__(self) -> None:
         self.names = [(part._buffers, dict(part._buffers)) for part in self.module.modules()]
         own = (b for b in self.module.buffers() if b.layout != torch.strided or 0 not in b.squeeze().stride())
-        self.saved = [(buffer, buffer.detach().clone()) for buffer in own]  # not expanded ones: nobody writes to them
+        self.saved = [(b, b.detach().clone()) for b in own if not b.is_inference()]  # nobody writes to the others
 
     @torch.no_grad()
     def put_back(self, *_) -> None:
@@ -262,6 +263,8 @@ class BuffersKept:
             for name, buffer in before.items():
                 there[name] = buffer
         if self.saved:
+            for buffer, value in ((b, v) for b, v in self.saved if b.shape != v.shape):
+                buffer.resize_as_(value)
             buffers, values = zip(*self.saved, strict=True)
             torch._foreach_copy_(buffers, values)
 

@@ -5,6 +5,7 @@ go to where they lie in the moving one, as everywhere in ITK. The inverse does b
 """
 
 import argparse
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,16 +48,18 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
     return transform, *((moving, fixed) if inverse else (fixed, moving)), modality
 
 
-def read_points(path: str | Path, space: str | None, image: sitk.Image) -> np.ndarray:
+def read_points(path: str | Path, space: str | None, image: sitk.Image) -> tuple[np.ndarray, pd.DataFrame]:
     """Points `(L, D)` in LPS mm of a CSV: columns x, y, z in `space` lps, ras or voxels of `image`; None: lps.
 
-    Without a header only in a `space`: Learn2Reg's keypoints are voxels. Raises DataError.
+    Without a header only in a `space`: Learn2Reg's keypoints are voxels. Also the table, as text. Raises DataError.
     """
     dim = image.GetDimension()
+    text = {"encoding": "utf-8-sig", "dtype": str, "keep_default_na": False}
     try:
-        table = pd.read_csv(path, encoding="utf-8-sig").rename(columns=lambda name: name.strip().lower())
+        table = pd.read_csv(path, **text)
+        table = table.rename(columns={name: n for name in table if (n := name.strip().lower()) in AXES})
         if headless := not set(AXES[:dim]) <= set(table.columns):
-            table = pd.read_csv(path, header=None, names=AXES, encoding="utf-8-sig")  # of a plane a third number, too
+            table = pd.read_csv(path, header=None, names=AXES, **text)[AXES[:dim]]  # of a plane a third number, too
         if not isinstance(table.index, pd.RangeIndex):  # pandas takes the first cells for names of the lines
             raise ValueError("lines of more cells than the first line has: decimal commas?")
         points = table[AXES[:dim]].to_numpy(dtype=np.float64)
@@ -68,7 +71,19 @@ def read_points(path: str | Path, space: str | None, image: sitk.Image) -> np.nd
     if headless and not space:
         todo = "Say what the numbers are: --space voxels (Learn2Reg's keypoints), lps or ras."
         raise data_error(path, f"a header {','.join(AXES[:dim])}, or a space", "neither", todo)
-    return _in_space(points, space, image.TransformContinuousIndexToPhysicalPoint)
+    return _in_space(points, space, image.TransformContinuousIndexToPhysicalPoint), table
+
+
+def _check_inside(path: str, points: np.ndarray, image: sitk.Image) -> None:
+    """Raises DataError where no point lies in the image, and warns of some outside, but not off a single slice."""
+    size = np.array(image.GetSize())
+    index = _in_space(points, "voxels", image.TransformPhysicalPointToContinuousIndex)
+    outside = ((np.abs(index - (size - 1) / 2) > size / 2) & (size > 1)).any(axis=1)
+    if outside.all():
+        todo = "Check --space (lps, ras or voxels), and whether they are another image's."
+        raise data_error(path, "points that lie in their image", f"none of {len(points)} there", todo)
+    if outside.any():
+        warnings.warn(f"{path}: {outside.sum()} of {len(points)} points lie outside their image", stacklevel=3)
 
 
 def _in_space(points: np.ndarray, space: str | None, through_image: Callable) -> np.ndarray:
@@ -118,13 +133,16 @@ def apply(
         made[f"{stem(path)}.nii.gz"] = moved
     found = {}
     if points:
-        here = read_points(points, space, target)
+        here, table = read_points(points, space, target)
+        _check_inside(points, here, target)
         there = np.array([transform.TransformPoint(point) for point in here.tolist()])
-        source = source or target  # no voxels then: the points are in mm
-        written = _in_space(there, space, source.TransformPhysicalPointToContinuousIndex)
-        table = made[f"{Path(points).stem}.csv"] = pd.DataFrame(written, columns=AXES[:dim])
+        onto = source or target  # no voxels then: the points are in mm
+        table[AXES[:dim]] = _in_space(there, space, onto.TransformPhysicalPointToContinuousIndex)
+        made[f"{Path(points).stem}.csv"] = table
         if paired_points:
-            truth = read_points(paired_points, space, source)
+            truth, _ = read_points(paired_points, space, onto)
+            if source:
+                _check_inside(paired_points, truth, source)
             if len(truth) != len(here):
                 todo = "Give the same places in the same order."
                 raise data_error(paired_points, f"{len(here)} points, as {points}", f"{len(truth)}", todo)

@@ -13,10 +13,10 @@ from typing import Any
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from fmsam_lib.checking import read
+from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.files import Source, ids, name_of, read_labels, read_values, stem
 from fmsam_lib.images.grid import affine, check_same_grid, labels_on_grid, on_grid, oriented, placed, reference
-from fmsam_lib.metrics import determinants, folding_percent, sdlogj
+from fmsam_lib.metrics import determinants, folding_percent, percent, sdlogj
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import warp
 from fmsam_lib.model.transform import Transform
@@ -25,9 +25,9 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Registering
 from fmsam_lib.records import data_error, provenance
 from fmsam_lib.registration.folder import ROLES, fitting
-from fmsam_lib.registration.result import Registration, displacing
-from fmsam_lib.registration.start import FOUND, doubts, starting
-from fmsam_lib.registration.verdict import judge
+from fmsam_lib.registration.result import Registration, displacing, field_of, growth
+from fmsam_lib.registration.start import FOUND, NAMED, doubts, starting
+from fmsam_lib.registration.verdict import LIMITS, judge
 from fmsam_lib.training.instance import optimise
 from fmsam_lib.training.losses import lncc
 
@@ -64,6 +64,9 @@ def register(
     how = read(Registering, {k: v for k, v in options.items() if v is not None}, source="register's options")
     modality = {"fixed": how.modality, "moving": how.moving_modality or how.modality}
     network, weights = (load(net), str(net)) if isinstance(net, str | Path) else (net, None)
+    if not isinstance(getattr(network, "_orig_mod", network), GradICON):  # there torch.compile keeps it
+        todo = "fm.load(file) reads a network, net, losses = fm.train(...) trains one"
+        raise ConfigError(f"expected a network or its weights, got {type(network).__name__}: {todo}")
     shape, dim = tuple(how.shape or network.shape or ()), network.dim
     if len(shape) != dim:
         got = list(shape) if shape else "none, and the weights do not say what they were trained on"
@@ -129,10 +132,14 @@ def register(
     before, after = (lncc(image, b, sigma=how.sigma, mask=where_fixed).item() for image in (a, warp(a, phi.map)))
     comparable = how.similarity == "lncc" and len({*modality.values()}) == 1  # LNCC means something
     against: list[str] = []
+    if how.start not in NAMED:  # a file's: of the others none can
+        folded = 100 * float((sitk.GetArrayViewFromImage(growth(field_of(start, grid))) <= 0).mean())
+        if folded > LIMITS["folding"][1]:
+            against = [f"the start {how.start} mirrors or folds {percent(folded)} of the image"]
     if after < before and comparable and not how.keep_worse:
         notes.append(f"the network makes the images less alike (LNCC {before:.3f} to {after:.3f}): left as they were")
         warnings.warn(notes[-1], stacklevel=2)
-        phi, psi, after, against = Transform(shape), Transform(shape), before, notes[-1:]
+        phi, psi, after, against = Transform(shape), Transform(shape), before, [*against, notes[-1]]
     determinant = determinants(pair, phi.map)
     summary: dict[str, Any] = {role: str(file) for role, file in files.items() if isinstance(file, str | Path)} | {
         "network": {"weights": weights, **network.settings, "shape": list(shape)},

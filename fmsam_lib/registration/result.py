@@ -94,17 +94,7 @@ class Registration:
 
     def jacobian(self) -> sitk.Image:
         """How many times larger the surroundings of each fixed voxel are in the moving image; below 0 is a fold."""
-        field = self.displacement()
-        dim = field.GetDimension()
-        # ITK's filter takes the vectors as along the image's axes, so they are turned there.
-        along = sitk.GetArrayViewFromImage(field) @ np.float32(field.GetDirection()).reshape(dim, dim)
-        # It halves the derivative at the border, unless the field goes on there in a straight line.
-        wider = np.pad(along, [(1, 1)] * dim + [(0, 0)], mode="reflect", reflect_type="odd")
-        turned = sitk.GetImageFromArray(wider, isVector=True)
-        turned.SetSpacing(field.GetSpacing())
-        determinant = sitk.Crop(sitk.DisplacementFieldJacobianDeterminant(turned), [1] * dim, [1] * dim)
-        determinant.CopyInformation(field)
-        return determinant
+        return growth(self.displacement())
 
     def learn2reg(self) -> nibabel.Nifti1Image:
         """Learn2Reg's form `(*S, D)`, float32, voxels: `map_coordinates(moving, identity + disp)` is the warped image.
@@ -200,6 +190,20 @@ def field_of(transform: sitk.Transform, onto: sitk.Image) -> sitk.Image:
     """A transform as the displacement at each voxel of an image."""
     place = (onto.GetSize(), onto.GetOrigin(), onto.GetSpacing(), onto.GetDirection())
     return sitk.TransformToDisplacementField(transform, sitk.sitkVectorFloat32, *place)
+
+
+def growth(field: sitk.Image) -> sitk.Image:
+    """The Jacobian determinant of the map by a `field_of` displacements, at each of its voxels."""
+    dim = field.GetDimension()
+    # ITK's filter takes the vectors as along the image's axes, so they are turned there.
+    along = sitk.GetArrayViewFromImage(field) @ np.float32(field.GetDirection()).reshape(dim, dim)
+    # It halves the derivative at the border, unless the field goes on there in a straight line.
+    wider = np.pad(along, [(1, 1)] * dim + [(0, 0)], mode="reflect", reflect_type="odd")
+    turned = sitk.GetImageFromArray(wider, isVector=True)
+    turned.SetSpacing(field.GetSpacing())
+    determinant = sitk.Crop(sitk.DisplacementFieldJacobianDeterminant(turned), [1] * dim, [1] * dim)
+    determinant.CopyInformation(field)
+    return determinant
 
 
 def write(what: sitk.Image | sitk.Transform | nibabel.Nifti1Image, path: str | os.PathLike) -> None:

@@ -20,6 +20,7 @@ from fmsam_lib.images.grid import affine, oriented
 from fmsam_lib.records import data_error
 
 FOUND = ("rigid", "affine")
+NAMED = ("overlay", "headers", *FOUND)  # anything else is a file
 
 
 def starting(

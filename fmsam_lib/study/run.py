@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from fmsam_lib.study.file import placed, read_study
 from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
-from fmsam_lib.training.checkpoint import trained_with
+from fmsam_lib.training.checkpoint import hash_of_images, trained_with
 
 # Ends the process group of Snakemake and its workers when nobody holds the other end of its pipe, so also when this
 # process was killed. A notebook's kernel looks by itself whether its parent is there.
@@ -183,7 +184,7 @@ def stamp(manifest: Manifest) -> str:
 
 
 def refuse_another(work: list[Job], root: Path, study_file: Path) -> None:
-    """Raise ConfigError where a finished training has other parameters than the study now gives it, one to come starts
+    """Raise ConfigError where a finished training has other parameters or images than it now would, one to come starts
     from a file that is not there, or the study that was computed here is another file, which is there and says else.
 
     Before anything is written: a newer parameter file would have Snakemake run the training again, which refuses.
@@ -196,15 +197,19 @@ def refuse_another(work: list[Job], root: Path, study_file: Path) -> None:
         todo = "give one of them another name, or name another folder with --runs (make study RUNS=folder)"
         raise ConfigError(f"{root} has the results of another study, {other}, not of {study_file}: {todo}")
     found, known = [], ("", *OFFICIAL, *shipped())
+    how: dict = {"shape": (16, 16), "data": work[-1].values["data"]}  # images are the same for every shape
+    images_of = functools.cache(lambda name, number: hash_of_images(open_domain(name, subjects=number, **how)))
     for job in (job for job in work if job.notebook == "10_train"):
         if (root / job.folder / "weights.pt").exists():
             with contextlib.suppress(ConfigError):  # a record that cannot be read: `gather` names it
-                there, given = trained_with(root / job.folder).model_dump(), {*job.values}
+                there, given, run = trained_with(root / job.folder).model_dump(), {*job.values}, Train(**job.values)
                 with contextlib.suppress(OSError, ValueError, TypeError, yaml.YAMLError):  # it is not there or damaged
                     # What the study has given it so far: what it gives no more is a default.
                     given |= {*yaml.safe_load((root / f"{job.name}.yaml").read_bytes())}
-                now = {name: value for name, value in Train(**job.values).model_dump().items() if name in given}
-                if told := differing(there, now):
+                now = {name: value for name, value in run.model_dump().items() if name in given}
+                before = read_json(root / job.folder / "config.json").get("hash_of_images")  # none, of older ones
+                other = before and before != images_of(run.train_domain, run.subjects)
+                if told := differing(there, now) or "trained on other images or masks than are there now" * bool(other):
                     found.append(f"- {root / job.folder}: {told}")
         elif (file := job.values.get("weights", "")) not in known and not Path(in_project(file)).is_file():
             told = f"run {job.folder}: expected weights of a file or one of {', '.join(known[1:])}, got {file!r}"

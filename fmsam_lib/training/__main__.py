@@ -21,8 +21,7 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["attached"]:
         threading.Thread(target=ends_with_launcher, daemon=True).start()
     run = Train.model_validate_json(sys.argv[1])
-    on_gpu = device_of(run).type == "cuda"
-    if on_gpu:
+    if on_gpu := device_of(run).type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     dataset = open_domain(run.train_domain, shape=run.shape, data=run.data or None, subjects=run.subjects)

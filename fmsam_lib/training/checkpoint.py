@@ -5,9 +5,11 @@ needs. `snapshots/`: weights on the way.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +21,10 @@ import torch
 from torch.optim import Optimizer
 
 from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.images.domains import FileDomain
+from fmsam_lib.images.files import parts
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.weights import DAMAGED, whole
+from fmsam_lib.model.weights import DAMAGED, sha256, whole
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import provenance, read_json, write_json, written_whole
 from fmsam_lib.training import distributed as parallel
@@ -87,20 +91,39 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def identity(run: Train, dataset, net: GradICON) -> dict:
-    """What makes two trainings the same: parameters, a hash of the first weights, the seed of the domain's pairs."""
+    """What makes two trainings the same: parameters, hashes of first weights and images, the seed of the pairs."""
     starts = vars(net).setdefault("starts", {})  # by folder: who trained on in one before has lost its first weights
     if run.out not in starts or not Path(run.out, "checkpoint.pt").exists():
         values = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())
         starts[run.out] = hashlib.sha256(values).hexdigest()[:12]
-    return {"parameters": run.model_dump(), "start": starts[run.out], "domain_seed": getattr(dataset, "seed", 0)}
+    of_domain = {"domain_seed": getattr(dataset, "seed", 0), "hash_of_images": hash_of_images(dataset)}
+    return {"parameters": run.model_dump(), "start": starts[run.out]} | of_domain
+
+
+def hash_of_images(dataset) -> str:
+    """Of the images and masks that a training may read, in their order, wherever they lie; "" of synthetic domains.
+
+    What a domain keeps in memory is of files as they were: that is read anew.
+    """
+    found = []
+    for domain in (d for d in getattr(dataset, "domains", [dataset]) if isinstance(d, FileDomain)):
+        domain.samples, about, listed = {}, domain.manifest, domain.training_pairs
+        for image in [image for pair in listed for image in pair] if listed else domain.training:
+            files = [file for path in (image, about.beside["mask"][image]) if path for file in parts(path)]
+            there = ((file, file.stat()) for file in files if os.access(file, os.R_OK) and file.is_file())
+            hashes = [_hash(file, stat.st_size, stat.st_mtime_ns) for file, stat in there]
+            found.append([bool(listed), about.modality_of[image], *hashes])
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12] if found else ""
+
+
+_hash = functools.cache(lambda path, *_: sha256(path))  # once in a process, unless size or date changes
 
 
 def refuse_another(there: dict, now: dict, folder: Path) -> None:
     """A folder holds one training: going on with another `identity` would mix two."""
     old, new = ({**who, **who["parameters"], "parameters": None} for who in (there, now))
     fixed = {"snapshots"} if new["snapshots"] and (folder / "weights.pt").exists() else set()  # it would leave none
-    names = [name for name in new if name not in {*MAY_DIFFER} - fixed and old.get(name) != new[name]]
-    if names:
+    if names := [name for name in new if name not in {*MAY_DIFFER} - fixed and old.get(name) != new[name]]:
         differing = "\n- ".join(f"{name}: {old.get(name)!r} there, {new[name]!r} now" for name in names)
         todo = "delete the folder to train anew, or choose another `out`"
         raise ConfigError(f"{folder} holds a training with other parameters:\n- {differing}\n{todo}")
@@ -109,8 +132,7 @@ def refuse_another(there: dict, now: dict, folder: Path) -> None:
 def record(folder: Path, run: Train, now: dict, net: GradICON, state: State) -> None:
     """Parameters and provenance, once, to which a training that goes on adds where it did; the history up to there."""
     config = folder / "config.json"
-    there = read_json(config, {}) if state.step else {}
-    if not there:
+    if not (there := read_json(config, {}) if state.step else {}):
         write_json(config, now | {"network": net.settings, "provenance": provenance()})
     elif state.step < run.updates:
         resumed = [*there.get("resumed", []), {"step": state.step} | provenance()]
@@ -133,15 +155,16 @@ def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
     """Where the training of the identity `now` goes on from; fills the parts (see `save`).
 
     From the start, with a warning, where the checkpoint cannot be read: that is kept beside, and is of no more use.
-    Raises ConfigError for a folder of a training with other parameters.
+    Raises ConfigError for a folder of a training with other parameters or images.
     """
-    path, there = folder / "checkpoint.pt", read_json(folder / "config.json", {})
+    older = {"hash_of_images": now.get("hash_of_images")}  # taken for the same where it was not recorded yet
+    path, there = folder / "checkpoint.pt", older | read_json(folder / "config.json", {})
     if now.keys() <= there.keys():  # else it is damaged: the checkpoint says whose it is
         refuse_another(there, now, folder)
     if not path.exists():
         return State()
     try:
-        saved = whole(path)
+        saved = older | whole(path)
         there = {name: saved[name] for name in now}
     except DAMAGED as error:
         if getattr(error, "errno", None) in (errno.EACCES, errno.EIO, errno.ENOMEM, errno.EPERM, errno.ESTALE):

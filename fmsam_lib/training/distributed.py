@@ -85,8 +85,7 @@ class SharedBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        axes = [0, *range(2, x.dim())]
-        each = (1, -1, *[1] * (x.dim() - 2))
+        axes, each = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         mean = Sum.apply(values.mean(axes)) / count()
         centred = values - mean.view(each)

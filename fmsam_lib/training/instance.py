@@ -35,8 +35,7 @@ def optimise(
         net.save_memory = True
         give_back_memory()
     weights = [p for p in net.parameters() if p.requires_grad] or [*net.requires_grad_().parameters()]
-    optimizer = torch.optim.Adam(weights, lr=lr)
-    generator = torch.Generator().manual_seed(seed)
+    optimizer, generator = torch.optim.Adam(weights, lr=lr), torch.Generator().manual_seed(seed)
     # The loss runs the network itself, on both directions in one batch, moving to fixed first. This hook gets hold of
     # the transform, so that keeping the best costs neither another run nor a copy of the weights.
     found = []

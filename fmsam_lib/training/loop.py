@@ -110,8 +110,8 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True, watch: Wat
     watch: is called after every step of a single process, with the state and the network in training mode, which it
     leaves as they are.
 
-    Raises: ConfigError where the folder holds a training with other parameters; FloatingPointError when the loss or its
-    gradient stays non-finite; RuntimeError when one of several processes fails; `Stopped` when `watch` asks for it.
+    Raises: ConfigError where the folder holds a training with other parameters or images; FloatingPointError when the
+    loss or its gradient stays non-finite; RuntimeError when one of several processes fails; `Stopped` as `watch` asks.
     """
     folder = Path(run.out)
     if run.processes != parallel.count():
@@ -142,8 +142,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
         give_back_memory()
     if run.processes > 1:
         parallel.share_batch_norm(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True)
-    sam = perturbation(net, run)
+    optimizer, sam = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True), perturbation(net, run)
     averages = Averages(net, run.updates) if run.averages else None
     parts = {"net": net, "optimizer": optimizer, "sam": sam, "averages": averages}
     state = checkpoint.resume(folder, now, parts)
@@ -247,8 +246,7 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
 
     Depends on the seed and the step alone, so that a resumed training sees the same.
     """
-    number = numbered(run, step)
-    own = run.batch // run.processes
+    number, own = numbered(run, step), run.batch // run.processes
     first = number * run.batch + parallel.rank() * own
     numbers = range(first, first + own)
     images = with_masks([dataset.training_pair(i) for i in numbers])

@@ -138,9 +138,9 @@ class SAM:
         def put_back() -> None:
             torch._foreach_copy_(moved, weights)
             torch.clear_autocast_cache()  # the weights in half precision, which a block around both passes keeps
-            buffers.put_back()
             for generator, state in zip(generators, after, strict=True):
                 generator.set_state(state)
+            buffers.put_back()
 
         with undoing(put_back):
             gradients = self._climb(moved, weights)

@@ -127,8 +127,7 @@ def climbing(
     that with parts of one pair each domain climbs by itself.
     """
     before, parts = state.gradients, [[batch] for batch in micro] if run.climb == "part" else [micro]
-    numbers: list[Tensor] = []
-    total: dict[nn.Parameter, Tensor] = {}
+    numbers, total = list[Tensor](), dict[nn.Parameter, Tensor]()
     for part in parts:
         loss, finite = gradient(net, part, run, optimizer, state, share=run.sync_climb)  # at w
         if not finite:

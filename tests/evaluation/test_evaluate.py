@@ -402,6 +402,43 @@ def test_a_method_that_returns_no_maps_is_refused(found):
         evaluate(lambda pair: found, open_domain("brain-mr", shape=(16, 16)), pairs=1)
 
 
+def test_a_map_of_another_shape_is_left_out_and_the_others_stay():
+    shapes = iter([(16, 16), (16, 15)])
+    with pytest.warns(UserWarning, match=r"left out, .*expected phi_map of shape \(1, 2, 16, 16\)"):
+        table = evaluate(
+            lambda pair: (identity_map(next(shapes)), None), open_domain("brain-mr", shape=(16, 16)), pairs=2
+        )
+    assert table.pair.nunique() == 1
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.int64])
+def test_maps_of_any_type_will_do(kind):
+    domain, grid = open_domain("brain-mr", shape=(16, 16)), identity_map((16, 16))
+    table = evaluate(lambda pair: (grid.to(kind), grid), domain, pairs=1)
+    assert table.equals(evaluate(lambda pair: (grid.to(kind).float(), grid), domain, pairs=1))
+
+
+def test_a_wrapped_network_is_the_network_and_another_module_is_told():
+    domain, own = open_domain("brain-mr", shape=(24, 24)), net()
+    for wrapped in (torch.compile(own, backend="eager"), torch.nn.DataParallel(own)):
+        assert evaluate(wrapped, domain, pairs=1).equals(evaluate(own, domain, pairs=1))
+
+    class Other(torch.nn.Module):
+        def forward(self, moving, fixed):
+            return own(moving, fixed).map
+
+    other = Other()
+    with pytest.raises(ConfigError, match=r"expected a GradICON, or a method that takes a Pair, got .*'fixed': lambda"):
+        evaluate(other, domain, pairs=1)
+    table = evaluate(lambda pair: (other(pair.moving[None], pair.fixed[None]), None), domain, pairs=1)
+    assert len(table)
+
+
+def test_a_network_of_another_type_than_the_images_is_told():
+    with pytest.raises(DataError, match=r"expected torch.float64 as in the weights, got torch.float32.*net.float"):
+        evaluate(net().double(), open_domain("brain-mr", shape=(24, 24)), pairs=1)
+
+
 def test_labels_that_are_named_and_nowhere_are_a_warning():
     domain = open_domain("brain-mr", shape=(16, 16))
     pair = dataclasses.replace(domain.test_pair(0), fixed_label=None, moving_label=None)

@@ -497,6 +497,17 @@ def test_an_impossible_shape_is_refused_at_once(shape):
         open_domain("brain-mr", shape=shape)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"name": Path("Own")}, {"name": None}, {"seed": -1}, {"subjects": -1}, {"subjects": 1.5}, {"subjects": "2"}],
+)
+def test_an_impossible_name_seed_or_number_of_subjects_is_refused_at_once(given, tmp_path):
+    dataset(tmp_path / "Own")
+    for name in ("brain-mr", "Own", "brain-mr+Own"):
+        with pytest.raises(ConfigError, match=f"{next(iter(given))}="):
+            open_domain(**{"name": name, "shape": (16, 16), "data": tmp_path} | given)
+
+
 def test_numpys_shape_is_as_good_as_a_tuple():
     assert open_domain("brain-mr", shape=np.array([16, 18])).shape == (16, 18)
 

@@ -228,6 +228,24 @@ def test_a_misspelt_key_and_a_byte_order_mark(tmp_path, recwarn):
     ]
 
 
+def test_a_misspelt_key_in_an_entry(tmp_path, recwarn):
+    entries = [{"image": "imagesTr/p8.nii.gz", "labl": None, "subjekt": "a", "age": 3, "scanner": 1}]
+    folder = dataset(tmp_path / "Own", test=[("p8", "p9")])
+    path = folder / "Own_dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test": entries}))
+    read_manifest(folder)
+    assert sorted(str(w.message) for w in recwarn) == [
+        f"{path}: the unknown key 'labl' in an entry says nothing (did you mean label?)",
+        f"{path}: the unknown key 'subjekt' in an entry says nothing (did you mean subject?)",
+    ]
+
+
+def test_a_file_is_one_however_its_path_is_written(tmp_path):
+    listed = [f"{way}p{n}_ED.nii.gz" for n, way in ((1, "imagesTr/"), (2, "./imagesTr/"), (1, "imagesTr/../imagesTr/"))]
+    with pytest.raises(DataError, match=says("every training image once", "p1_ED.nii.gz again")):
+        read_manifest(dataset(tmp_path / "Own", training=listed))
+
+
 # The reader
 
 
@@ -389,6 +407,18 @@ def test_nrrd_without_a_space_says_nothing_of_the_patient(tmp_path):
         text = "\n".join(["NRRD0004", *more, *(space if more else lines)])
         (tmp_path / name).write_bytes(f"{text}\n\n".encode() + values)
         assert oriented(read_values(tmp_path / name, 3)) == bool(more)
+    one = text.replace("space: left-posterior-superior\n", "").split("space directions")[0]
+    one = one.replace("dimension: 3", "dimension: 4").replace("4 5 6", "4 5 6 1")
+    (tmp_path / "c.nrrd").write_bytes(f"{one}spacings: 1 1 2 1\nendian: little\nencoding: raw\n\n".encode() + values)
+    assert not oriented(read_values(tmp_path / "c.nrrd", 3))
+
+
+@pytest.mark.parametrize("given", [np.zeros(GRID), None, b"a.nii"])
+def test_what_has_no_place_is_refused(given):
+    expected = "fixed_image: expected a path, or an image of nibabel's or SimpleITK's, found"
+    for read in (read_values, read_labels):
+        with pytest.raises(DataError, match=says(expected, type(given).__name__)):
+            read(given, 3, what="fixed image")
 
 
 def test_gzip_in_several_pieces_and_with_zeros_behind(tmp_path):

@@ -453,6 +453,13 @@ def test_fill_values_of_other_number_types(fill):
     assert window("a", values, "MR") == window("a", values[..., 2:], "MR")
 
 
+@pytest.mark.parametrize("kind", [np.float64, np.int64])
+def test_a_large_offset_costs_no_detail(kind):
+    values = np.random.default_rng(0).integers(0, 1000, GRID)
+    apart = normalise("a", (values + 10**9).astype(kind), "MR") - normalise("a", values.astype(np.float32), "MR")
+    assert np.abs(apart).max() < 1e-6
+
+
 def test_without_a_fill_value_mr_is_as_it_was():
     """From the minimum to the 99th percentile, as uniGradICON; to the bit."""
     stripped = head()

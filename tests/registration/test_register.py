@@ -22,6 +22,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial.transform import Rotation
 
 import fmsam_lib
+from fmsam_lib.checking import ConfigError
 from fmsam_lib.images import grid
 from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
@@ -648,6 +649,17 @@ def test_impossible_options(pair, options, message):
         register(pair["fixed"], pair["moving"], network(), **{"shape": GRID} | options)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+def test_what_is_no_network_of_ours(pair):
+    for net in ((network(), []), None, torch.nn.Linear(1, 1)):
+        with pytest.raises(ConfigError, match=f"a network or its weights, got {type(net).__name__}: fm.load"):
+            register(pair["fixed"], pair["moving"], net, shape=GRID)
+    with pytest.raises(ValueError, match=r"got .*net\.float\(\)"):
+        register(pair["fixed"], pair["moving"], network().double(), shape=GRID)
+    compiled = torch.compile(network(), backend="eager")
+    assert register(pair["fixed"], pair["moving"], compiled, shape=GRID).phi.shape == GRID
+
+
 def test_none_stands_for_an_options_default(pair):
     nothing = dict.fromkeys(Registering.model_fields) | {"shape": GRID, "keep_worse": True}
     one, two = (register(pair["fixed"], pair["moving"], network(), **how) for how in (nothing, {"shape": GRID}))
@@ -956,6 +968,8 @@ def test_the_official_weights_are_asked_for_by_name(tmp_path, pair, monkeypatch)
         (["--io", "many"], "argument --io: invalid int value: 'many'"),
         (["--io", "-1"], "error: --io: expected at least 0, got -1"),
         (["--threads", "-1"], "error: --threads: expected at least 0, got -1"),
+        (["--threads", "1025"], "error: --threads: expected below 1025, got 1025"),
+        (["--sigma", "1e9"], "error: --sigma: expected below 1000, got 1000000000.0"),
         (["--modality", "us"], "argument --modality: invalid choice: 'us'"),
         (["--moving-modality", "us"], "argument --moving-modality: invalid choice: 'us'"),
         (["--shape", "-3"], "error: --shape: expected at least 16, got -3"),

@@ -144,13 +144,13 @@ def test_without_an_inverse_of_the_start_none_is_written(tmp_path):
     assert not [name for name in names if "inverse_displacement" in name or "inverse_transform" in name]
     assert "has no inverse" in result.summary["notes"][0]
     sitk.WriteImage(result.moving, str(tmp_path / "moving.nrrd"))
-    (tmp_path / "p.csv").write_text("x,y,z\n1,2,3\n")
+    (tmp_path / "p.csv").write_text("x,y,z\n1,60,40\n")
     images = ("--images", tmp_path / "moving.nrrd", "--points", tmp_path / "p.csv")
     assert command(tmp_path / "out", *images, "--out", tmp_path / "moved") == 0
     moved = sitk.ReadImage(str(tmp_path / "moved/moving.nii.gz"))
     np.testing.assert_allclose(xyz(moved), xyz(result.warped), atol=1e-3)
     there = pd.read_csv(tmp_path / "moved/p.csv").to_numpy()[0]
-    assert there == pytest.approx(result.transform.TransformPoint((1.0, 2.0, 3.0)), abs=1e-4)
+    assert there == pytest.approx(result.transform.TransformPoint((1.0, 60.0, 40.0)), abs=1e-4)
     assert command(tmp_path / "out", *images, "--space", "voxels", "--out", tmp_path / "v") == 1
     assert command(tmp_path / "out", *images, "--inverse", "--out", tmp_path / "v") == 1
 
@@ -224,6 +224,23 @@ def test_a_start_that_mirrors_the_image_is_refused(monkeypatch):
     monkeypatch.setattr("fmsam_lib.registration.start._found", lambda *_: np.diag([-1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(DataError, match="loses or mirrors it"):
         register(scan(), scan(seed=1), STILL, shape=GRID, start="affine")
+
+
+@pytest.mark.parametrize("kind", ["mirrors", "folds", "neither"])
+def test_a_start_of_a_file_that_mirrors_or_folds_is_a_reason(tmp_path, kind):
+    image = scan()
+    given = sitk.AffineTransform(3)
+    given.SetCenter(image.TransformContinuousIndexToPhysicalPoint([n / 2 for n in image.GetSize()]))
+    given.Scale((-1.0 if kind == "mirrors" else 1.0, 1.0, 1.0))
+    if kind == "folds":
+        given = sitk.BSplineTransformInitializer(image, [4, 4, 4])
+        given.SetParameters(np.random.default_rng(0).normal(0, 12, len(given.GetParameters())).tolist())
+    sitk.WriteTransform(given, str(tmp_path / "given.tfm"))
+    found = register(image, scan(seed=1), STILL, shape=GRID, start=str(tmp_path / "given.tfm"))
+    assert (xyz(found.jacobian()).min() <= 0) == (kind != "neither")
+    verdict = found.summary["verdict"]
+    assert (verdict["verdict"] == "look at it") == (kind != "neither")
+    assert ("given.tfm mirrors or folds " in verdict["reason"]) == (kind != "neither")
 
 
 @pytest.mark.parametrize("size", [(40, 44, 36), (40, 44)])
@@ -338,7 +355,7 @@ def test_points_are_moved_and_their_error_measured(tmp_path, capsys, registered,
 
 
 def test_points_without_a_header_need_a_space(tmp_path, capsys, registered):
-    (tmp_path / "keypoints.csv").write_text("10,12,9\n11,12,9\n")
+    (tmp_path / "keypoints.csv").write_text("10,62,39\n11,62,39\n")
     options = ("--points", tmp_path / "keypoints.csv", "--out", tmp_path / "o")
     assert command(registered[0], *options) == 1
     assert "keypoints.csv: expected a header x,y,z, or a space, found neither. Say" in capsys.readouterr().err
@@ -349,10 +366,32 @@ def test_points_without_a_header_need_a_space(tmp_path, capsys, registered):
 
 @pytest.mark.parametrize("header", ["X,Y,Z", "x, y, z"])
 def test_the_header_of_points_as_people_write_it(tmp_path, registered, header):
-    (tmp_path / "p.csv").write_text(f"{header}\n1, 2, 3\n")
+    (tmp_path / "p.csv").write_text(f"{header}\n1, 60, 40\n")
     assert command(registered[0], "--points", tmp_path / "p.csv", "--out", tmp_path / "o") == 0
     found = pd.read_csv(tmp_path / "o" / "p.csv").to_numpy()[0]
-    assert found == pytest.approx(registered[2].transform.TransformPoint((1.0, 2.0, 3.0)), abs=1e-4)
+    assert found == pytest.approx(registered[2].transform.TransformPoint((1.0, 60.0, 40.0)), abs=1e-4)
+
+
+def test_points_elsewhere_are_refused_or_named_and_other_columns_kept(tmp_path, capsys, registered):
+    folder, _, result = registered
+    lps = np.array([result.fixed.TransformContinuousIndexToPhysicalPoint([10.0, i, 12.0]) for i in (9, 20, 30, 500)])
+    there = pd.DataFrame([result.transform.TransformPoint(point) for point in lps.tolist()], columns=["x", "y", "z"])
+    there.to_csv(tmp_path / "moving.csv", index=False)
+    table = pd.DataFrame(lps, columns=["x", "y", "z"])
+    table.insert(0, "Label", ["001", "NA", "", "b, c"])
+    table.to_csv(tmp_path / "fixed.csv", index=False)
+    (table[["x", "y", "z"]] * [-1, -1, 1]).to_csv(tmp_path / "ras.csv", index=False)
+    options = ("--points", tmp_path / "fixed.csv", "--out", tmp_path / "o", "--paired-points")
+    assert command(folder, *options, tmp_path / "moving.csv") == 0
+    assert f"note: {options[1]}: 1 of 4 points lie outside their image\n" in capsys.readouterr().err
+    moved = pd.read_csv(tmp_path / "o" / "fixed.csv", dtype=str, keep_default_na=False)
+    assert list(moved) == ["Label", "x", "y", "z", "error_mm"]
+    assert list(moved["Label"]) == ["001", "NA", "", "b, c"]
+    np.testing.assert_allclose(moved[["x", "y", "z"]].astype(float), there, atol=1e-4)
+    for arguments in ((*options, tmp_path / "ras.csv"), ("--points", tmp_path / "ras.csv", "--out", tmp_path / "o")):
+        assert command(folder, *arguments) == 1
+        error = capsys.readouterr().err
+        assert "ras.csv: expected points that lie in their image, found none of 4 there. Check --space" in error
 
 
 def test_what_is_moved_in_a_plane(tmp_path, capsys):
@@ -441,7 +480,7 @@ def test_what_cannot_be_applied_is_said(tmp_path, capsys, registered):
         command(folder, "--out", tmp_path / "o")
     for place in (tmp_path / "a", tmp_path / "b"):
         place.mkdir()
-        (place / "p.csv").write_text("x,y,z\n1,2,3\n")
+        (place / "p.csv").write_text("x,y,z\n1,60,40\n")
     options = ("--points", tmp_path / "a" / "p.csv", "--paired-points", tmp_path / "b" / "p.csv")
     assert command(folder, *options, "--out", tmp_path / "b") == 1
     assert "p.csv: expected another folder for the results" in capsys.readouterr().err

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.images.domains import open_domain
 from fmsam_lib.images.manifest import read_manifest
 from fmsam_lib.parameters import Evaluate, Train
 from fmsam_lib.records import DataError
@@ -30,6 +31,7 @@ from fmsam_lib.study.grid import grid, twins
 from fmsam_lib.study.notebooks import NOTEBOOKS, executed, jobs, plan
 from fmsam_lib.study.run import computed as computed_here
 from fmsam_lib.study.run import distrust, main, preflight, progress, refuse_another, remember, stamp
+from fmsam_lib.training.checkpoint import hash_of_images
 from tests.conftest import PROJECT, drawn
 from tests.test_browser import CHROMIUM, FLAGS
 
@@ -514,6 +516,31 @@ def test_a_stamp_is_also_of_the_data_behind_a_header_and_of_folders(tmp_path):
     first = stamp(read_manifest(tmp_path / "Real"))
     image.with_name("p4.raw").write_bytes(b"mended")
     assert stamp(read_manifest(tmp_path / "Real")) != first
+
+
+def test_a_training_on_images_that_changed_is_refused(tmp_path):
+    real_images(tmp_path / "data/Real")
+    study = study_of(tmp_path, train_domains=["Real", "brain-mr"], test_domains=["brain-mr"], baselines=None)
+    work = jobs(study, tmp_path / "runs", str(tmp_path / "data"), tmp_path / "s.yaml")
+    for job in (job for job in work if job.notebook == "10_train"):
+        run, folder = Train(**job.values), tmp_path / "runs" / job.folder
+        images = hash_of_images(open_domain(run.train_domain, shape=run.shape, data=run.data))
+        folder.mkdir(parents=True)
+        (folder / "weights.pt").touch()
+        (folder / "config.json").write_text(json.dumps({"parameters": run.model_dump(), "hash_of_images": images}))
+    test, image = (tmp_path / f"data/Real/imagesTr/p{n}.nii.gz" for n in (3, 0))
+    test.write_bytes(test.read_bytes() + b" ")
+    refuse_another(work, tmp_path / "runs", tmp_path / "s.yaml")
+    image.write_bytes(image.read_bytes() + b" ")
+    with pytest.raises(ConfigError) as told:
+        refuse_another(work, tmp_path / "runs", tmp_path / "s.yaml")
+    assert "seed0: trained on other images or masks than are there now\n" in str(told.value)
+    assert "brain-mr" not in str(told.value).replace(str(tmp_path), "")
+    record = tmp_path / "runs" / next(job.folder for job in work if job.notebook == "10_train") / "config.json"
+    record.write_text(json.dumps({"parameters": json.loads(record.read_text())["parameters"]}))  # an older one
+    with pytest.raises(ConfigError) as again:
+        refuse_another(work, tmp_path / "runs", tmp_path / "s.yaml")
+    assert str(again.value).count("masks") == str(told.value).count("masks") - 1
 
 
 def test_dates_of_the_future_are_taken_back_in_their_order(tmp_path):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -45,6 +46,7 @@ from fmsam_lib.training.loop import (
 from fmsam_lib.training.losses import Batch, objective
 from fmsam_lib.training.sam import SAM
 from fmsam_lib.training.step import gradient, perturbation, train_step
+from tests.images.test_files import dataset, own_cache  # noqa: F401
 
 
 def tiny(out, **changes) -> Train:
@@ -855,6 +857,55 @@ def test_out_counts_from_the_working_directory_and_resumes(tmp_path, domain, mon
     assert torch.equal(weights(resumed), weights(whole))
     with pytest.raises(ConfigError, match="domain_seed: 0 there, 3 now"):
         train(open_domain("brain-mr", shape=(16, 16), seed=3), out="runs/mine", optimizer="looksam", **OPTIONS)
+
+
+def real_domain(folder, **options):
+    return open_domain("Own", shape=(16, 16), data=folder, **options)
+
+
+def test_other_images_are_another_training(tmp_path, monkeypatch):
+    images, mask = dataset(tmp_path / "Own") / "imagesTr", tmp_path / "Own/masksTr/p2_ED.nii.gz"
+    domain, options = real_domain(tmp_path), OPTIONS | {"out": tmp_path / "run"}
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
+    with interrupted_in_step(8, monkeypatch):
+        train(domain, **options)
+    shutil.copytree(tmp_path / "Own", tmp_path / "moved/Own", copy_function=shutil.copyfile)  # with new dates
+    resumed, _ = train(real_domain(tmp_path / "moved"), **options)
+    assert torch.equal(weights(resumed), weights(train(domain, **OPTIONS)[0]))
+    manifest = tmp_path / "Own/Own_dataset.json"
+    first, (one, two) = manifest.read_text(), sorted(images.glob("p[12]_ED.nii.gz"))
+    before, fewer = one.read_bytes(), json.loads(first)
+    del fewer["training"][1]
+    for change, back in (
+        (lambda: shutil.copyfile(two, one), lambda: one.write_bytes(before)),
+        (lambda: shutil.copytree(images, mask.parent), lambda: shutil.rmtree(mask.parent)),
+        (lambda: manifest.write_text(json.dumps(fewer)), lambda: manifest.write_text(first)),
+    ):
+        change()
+        with pytest.raises(ConfigError, match=r"other parameters:\n- hash_of_images: '\w+' there, '\w+' now\n"):
+            train(real_domain(tmp_path), **options)
+        back()
+    assert torch.equal(weights(train(real_domain(tmp_path), **options)[0]), weights(resumed))
+    shutil.copyfile(two, one)  # which the domain has in memory as it was
+    found, fresh = (weights(train(d, **OPTIONS)[0]) for d in (domain, real_domain(tmp_path)))
+    assert torch.equal(found, fresh)
+    assert not torch.equal(found, weights(resumed))
+
+
+def test_a_training_of_before_images_were_recorded_goes_on(tmp_path, domain, monkeypatch):
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
+    with interrupted_in_step(8, monkeypatch):
+        train(domain, out=tmp_path, **OPTIONS)
+    record, kept = (
+        json.loads((tmp_path / "config.json").read_text()),
+        torch.load(tmp_path / "checkpoint.pt", weights_only=True),
+    )
+    assert record.pop("hash_of_images") == kept.pop("hash_of_images") == ""  # all is synthetic
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    torch.save(kept, tmp_path / "checkpoint.pt")
+    resumed, _ = train(domain, out=tmp_path, **OPTIONS)
+    assert json.loads((tmp_path / "config.json").read_text())["resumed"][0]["step"] == 5
+    assert torch.equal(weights(resumed), weights(train(domain, **OPTIONS)[0]))
 
 
 def test_the_callers_threads_are_as_before_afterwards(domain, monkeypatch):

@@ -128,6 +128,23 @@ def test_buffers_that_a_module_replaces_come_back_too():
     assert all(torch.equal(*both) for both in zip(net.buffers(), values, strict=True))
 
 
+def test_buffers_that_grow_or_cannot_be_written_to_stop_nothing():
+    net = nn.Linear(4, 2)
+    net.register_buffer("kept", torch.ones(2))
+    with torch.inference_mode():
+        net.register_buffer("fixed", torch.zeros(3))
+    sam, before = SAM(net.parameters(), rho=0.5, net=net), net.weight.detach().clone()
+    sam.remember()
+    net(torch.randn(4, 4)).sum().backward()
+    after = torch.get_rng_state()
+    with sam.perturbed():
+        net.kept.resize_(5).fill_(7)
+        net(torch.randn(4, 4)).sum().backward()
+    assert net.kept.tolist() == [1, 1]
+    assert torch.equal(net.weight, before)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_a_parameter_whose_second_gradient_is_none_comes_back_too():
     net, loss = model()
     loss().backward()
