@@ -3,6 +3,7 @@
     python docs/tables.py                       make the tables again and put them into the pages
     python docs/tables.py --check               change nothing; fail where something would change
     python docs/tables.py --record runs/full    take over the results of a study that has been computed
+    python docs/tables.py --refit               fit the answers again whose pairs are kept, and print them
 
 A page says where a table stands, and what is between the two comments is written by this script:
 
@@ -23,10 +24,11 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import t
 
-from fmsam_lib.evaluation.anatomies import LEVEL, NEW, THESE
+from fmsam_lib.evaluation.anatomies import LEVEL, NEW, THESE, answer_of, unseen
 from fmsam_lib.evaluation.corruptions import CORRUPTIONS
 from fmsam_lib.plotting.style import NAMES, measure_name, name_of
 from fmsam_lib.study.file import read_study
+from fmsam_lib.study.gather import gather
 
 PROJECT = Path(__file__).resolve().parents[1]
 FIGURES = PROJECT / "figures"
@@ -217,17 +219,19 @@ def record(folder: Path) -> None:
     """`figures/table_<study>.csv`, and the study's line in `figures/table_studies.csv`, from `runs/<study>/`.
 
     Of a study that leaves anatomies out, `figures/<study>.csv`: its answer.csv, beside it the Dice of each anatomy
-    before registration and by SyN.
+    before registration and by SyN; and `figures/<study>_pairs.csv`, from which the answer can be fitted again.
     """
     summary, comparison, methods = (
         pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""])
         for name in ("summary", "comparison", "methods")
     )
     by_method = methods.optimizer.str.endswith("+io").any()
-    if groups := read_study(folder / "40_compare.study.yaml").groups:
-        answered(pd.read_csv(folder / "answer.csv"), methods, groups).to_csv(
-            FIGURES / f"{folder.name}.csv", index=False
-        )
+    study = read_study(folder / "40_compare.study.yaml")
+    if study.groups:
+        answer = pd.read_csv(folder / "answer.csv")
+        answered(answer, methods, study.groups).to_csv(FIGURES / f"{folder.name}.csv", index=False)
+        found, both = gather(study, folder), (answer.baseline[0], answer.treatment[0])
+        keep_pairs(unseen(found.results, found.pairs, study.groups, both, "dice"), folder.name)
     else:
         shown = methods_beside(methods) if by_method else domains_beside(summary, comparison)
         shown.to_csv(FIGURES / f"table_{folder.name}.csv", index=False)
@@ -246,6 +250,19 @@ def record(folder: Path) -> None:
     path = FIGURES / "table_studies.csv"
     studies = pd.read_csv(path, dtype=str, keep_default_na=False)
     pd.concat([studies[studies.study != folder.name], pd.DataFrame([line])]).to_csv(path, index=False)
+
+
+def keep_pairs(rows: pd.DataFrame, name: str) -> None:
+    """The Dice of every pair of patients and seed that an answer rests on."""
+    rows.drop(columns="difference").astype({"seed": int}).round(6).to_csv(FIGURES / f"{name}_pairs.csv", index=False)
+
+
+def refitted(name: str) -> pd.DataFrame:
+    """The primary lines of `figures/<name>.csv` as they come out of the pairs that are kept."""
+    kept = pd.read_csv(FIGURES / f"{name}.csv").query("role == 'primary'")
+    pairs = pd.read_csv(FIGURES / f"{name}_pairs.csv")
+    pairs = pairs.assign(difference=pairs.treatment - pairs.baseline)
+    return answer_of(pairs, (kept.baseline.iloc[0], kept.treatment.iloc[0]))
 
 
 def answered(rows: pd.DataFrame, methods: pd.DataFrame, groups: dict[str, list[str]]) -> pd.DataFrame:
@@ -299,7 +316,15 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Put every table of README and docs into its place.")
     arguments.add_argument("--check", action="store_true", help="change nothing; fail where something would change")
     arguments.add_argument("--record", type=Path, metavar="FOLDER", help="a computed study: runs/<study>")
+    arguments.add_argument(
+        "--refit", action="store_true", help="fit the answers of figures/*_pairs.csv again, print them"
+    )
     given = arguments.parse_args()
+    if given.refit:
+        for path in sorted(FIGURES.glob("*_pairs.csv")):
+            name = path.stem.removesuffix("_pairs")
+            print(f"{name}\n{refitted(name).drop(columns=['metric', 'baseline', 'treatment']).to_string(index=False)}")
+        return
     if given.record:
         record(given.record.resolve())
     for path, text in wanted():

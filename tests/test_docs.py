@@ -236,6 +236,17 @@ def test_a_study_is_recorded(tables, tmp_path, monkeypatch, optimizers, row):
     assert (tmp_path / "figures" / "table_mine.csv").read_text().splitlines()[-1] == row
 
 
+@pytest.mark.parametrize("name", ["real3d", pytest.param("longer", marks=pytest.mark.slow)])  # longer: 15 s
+def test_the_kept_pairs_give_the_answer_again(tables, name, tmp_path, monkeypatch):
+    kept = pd.read_csv(tables.FIGURES / f"{name}.csv").query("role == 'primary'").set_index("anatomy")
+    again = tables.refitted(name).set_index("anatomy")
+    pd.testing.assert_frame_equal(again, kept[again.columns].rename_axis("anatomy"), rtol=1e-3, atol=2e-5)
+    rows = pd.read_csv(tables.FIGURES / f"{name}_pairs.csv")
+    monkeypatch.setattr(tables, "FIGURES", tmp_path)
+    tables.keep_pairs(rows.assign(difference=rows.treatment - rows.baseline), name)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"{name}_pairs.csv"), rows)
+
+
 def test_an_answer_has_what_needs_no_training_beside_it(tables):
     answer = pd.DataFrame({"anatomy": ["heart", "spine", THESE, "heart"], "metric": ["dice"] * 3 + ["hd95"]})
     sets = {"test_domain": ["h1", "h2", "s1"], "metric": "dice", "optimizer": "none", "mean": [0.4, 0.6, 0.9]}

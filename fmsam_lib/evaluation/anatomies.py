@@ -51,14 +51,18 @@ def unseen(
 def answer(
     results: pd.DataFrame, pairs: pd.DataFrame, groups: dict[str, list[str]], methods: tuple[str, str], metric="dice"
 ) -> pd.DataFrame:
-    """A line for every anatomy, for `THESE` and for `NEW`; the columns `COLUMNS`. methods: baseline and treatment.
+    """`answer_of` the pairs of anatomies never seen; methods: baseline and treatment. Raises ValueError as `unseen`."""
+    return answer_of(unseen(results, pairs, groups, methods, metric), methods, metric)
+
+
+def answer_of(rows: pd.DataFrame, methods: tuple[str, str], metric="dice") -> pd.DataFrame:
+    """A line for every anatomy of the rows that `unseen` gives, for `THESE` and for `NEW`; the columns `COLUMNS`.
 
     Intervals of 90 % and p are those of a mixed model (statsmodels' MixedLM, REML) with a mean for every set and the
     crossed random effects `EFFECTS`, whose variances all anatomies share; by t with anatomies x (seeds - 1) degrees of
     freedom, NaN with one seed. For a new anatomy: the t interval and p of the anatomies' own differences, never
-    narrower or smaller than those of these. `verdict` is for Dice alone. Raises ValueError as `unseen`.
+    narrower or smaller than those of these. `verdict` is for Dice alone.
     """
-    rows = unseen(results, pairs, groups, methods, metric)
     estimates, covariance = _sets(rows)
     anatomy_of = rows.groupby("test_domain").anatomy.first()
     weights = pd.crosstab(anatomy_of.index, anatomy_of, normalize="columns")  # (sets, anatomies)
