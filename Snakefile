@@ -14,7 +14,8 @@ python, there = shlex.quote(sys.executable), shlex.quote(str(notebooks))
 # The kernel `python3` is that of profiles/jupyter, which starts this interpreter, whatever a person's own is. Notebooks
 # come as standard input: papermill would fill in what stands in braces in a path.
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --kernel python3 --cwd {there} --log-level ERROR --no-progress-bar"
-to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-prompt --template-file {there}/folded.html.j2"
+template = shlex.quote(str(notebooks.parent / "studies/report.html.j2"))
+to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-prompt --template-file {template}"
 compared = "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"
 
 

@@ -330,7 +330,7 @@ def test_a_report_runs_no_script_that_a_study_or_a_data_set_brings(tmp_path):
     notebook.cells.append(nbformat.v4.new_code_cell("", outputs=[output], metadata={"tags": ["answer"]}))
     nbformat.write(notebook, tmp_path / "n.ipynb")
     convert = ["nbconvert", "--log-level", "ERROR", "--to", "html", "--no-prompt", "--output", "n.html"]
-    convert += ["--template-file", str(PROJECT / "notebooks/folded.html.j2"), str(tmp_path / "n.ipynb")]
+    convert += ["--template-file", str(PROJECT / "studies/report.html.j2"), str(tmp_path / "n.ipynb")]
     subprocess.run([sys.executable, "-m", "jupyter", *convert], check=True, env=os.environ | {"HOME": str(tmp_path)})
     page = (tmp_path / "n.html").read_text(encoding="utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

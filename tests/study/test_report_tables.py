@@ -245,7 +245,7 @@ def page_of(*cells):
         else v4.new_markdown_cell(cell)
         for cell in cells
     ]
-    template = str(PROJECT / "notebooks/folded.html.j2")
+    template = str(PROJECT / "studies/report.html.j2")
     return HTMLExporter(template_file=template).from_notebook_node(v4.new_notebook(cells=made))[0]
 
 
