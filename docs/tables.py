@@ -24,7 +24,8 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import t
 
-from fmsam_lib.evaluation.anatomies import LEVEL, NEW, THESE, answer_of, unseen
+from fmsam_lib.evaluation import anatomies
+from fmsam_lib.evaluation.anatomies import LEVEL, NEW, THESE
 from fmsam_lib.evaluation.corruptions import CORRUPTIONS
 from fmsam_lib.plotting.style import NAMES, measure_name, name_of
 from fmsam_lib.study.file import read_study
@@ -231,7 +232,7 @@ def record(folder: Path) -> None:
         answer = pd.read_csv(folder / "answer.csv")
         answered(answer, methods, study.groups).to_csv(FIGURES / f"{folder.name}.csv", index=False)
         found, both = gather(study, folder), (answer.baseline[0], answer.treatment[0])
-        keep_pairs(unseen(found.results, found.pairs, study.groups, both, "dice"), folder.name)
+        keep_pairs(anatomies.unseen(found.results, found.pairs, study.groups, both, "dice"), folder.name)
     else:
         shown = methods_beside(methods) if by_method else domains_beside(summary, comparison)
         shown.to_csv(FIGURES / f"table_{folder.name}.csv", index=False)
@@ -262,7 +263,7 @@ def refitted(name: str) -> pd.DataFrame:
     kept = pd.read_csv(FIGURES / f"{name}.csv").query("role == 'primary'")
     pairs = pd.read_csv(FIGURES / f"{name}_pairs.csv")
     pairs = pairs.assign(difference=pairs.treatment - pairs.baseline)
-    return answer_of(pairs, (kept.baseline.iloc[0], kept.treatment.iloc[0]))
+    return anatomies.answer_of(pairs, (kept.baseline.iloc[0], kept.treatment.iloc[0]))
 
 
 def answered(rows: pd.DataFrame, methods: pd.DataFrame, groups: dict[str, list[str]]) -> pd.DataFrame:

@@ -146,6 +146,7 @@ class FileDomain:
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
         self.training_pairs, self.test_count = listed, len(manifest.test_pairs)
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
+        self.hashed: list = []  # what the files of `samples` were when they were last hashed for a training
 
     def training_pair(self, index: int) -> Pair:
         images, pairs = self.training, self.training_pairs

@@ -104,8 +104,8 @@ def _open(source: Source, dim: int, what: str) -> sitk.Image:
     image = source if isinstance(source, sitk.Image) else _read(source, where)
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         whole, image = image, image[(*[slice(None)] * (image.GetDimension() - 1), 0)]
-        if whole.HasMetaDataKey("sform_code"):  # without it, as a slice is, it would count as oriented
-            image.SetMetaData("sform_code", whole.GetMetaData("sform_code"))
+        for key in {"qform_code", "sform_code"} & {*whole.GetMetaDataKeys()}:  # a slice has lost whether it is oriented
+            image.SetMetaData(key, whole.GetMetaData(key))
     kind, size = image.GetPixelIDTypeAsString(), image.GetSize()
     if image.GetNumberOfComponentsPerPixel() > 1 or "complex" in kind:
         raise data_error(where, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")

@@ -228,8 +228,11 @@ def without_fill(image: np.ndarray) -> np.ndarray:
 def normalise(where: Source, image: np.ndarray, modality: str) -> np.ndarray:
     """Intensities to [0, 1], float32: clipped to their `window`."""
     low, high = window(where, image, modality)
-    image = image.astype(np.result_type(image, np.float32), copy=False)  # float32 or, where that would round, float64
-    return ((np.clip(image, low, high) - low) / (high - low)).astype(np.float32)
+    exact = np.result_type(image, np.float32)  # float32 or, where that would round, float64
+    scaled = np.clip(image.astype(exact, copy=False), low, high)
+    scaled -= low
+    scaled /= high - low
+    return scaled.astype(np.float32, copy=False)
 
 
 def _check_hounsfield(where: Source, image: np.ndarray) -> None:

@@ -88,7 +88,11 @@ def _checked(path: Path, content: dict) -> Manifest:
             raise data_error(path, expected, str(found), todo)
 
     def at(name: str) -> Path:
-        return folder / os.path.normpath(name)  # one file has one name
+        given, plain = (
+            folder / name,
+            folder / os.path.normpath(name),
+        )  # one file has one name; a link's parent may be another
+        return plain if given.exists() and plain.exists() and plain.samefile(given) else given
 
     folder, content = path.parent, {LEARN2REG.get(key, key): value for key, value in content.items()} | content
     missing = [key for key in MANIFEST_KEYS if key not in content]

@@ -190,7 +190,7 @@ class GradICON(nn.Module):
             expected = f"both images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least 16 samples"
             got = f"got {tuple(moving.shape)} and {tuple(fixed.shape)}: resample or pad smaller ones"
             raise ValueError(f"expected {expected} a side, {got}")
-        own = next(self.parameters()).dtype
+        own = torch.float32 if self.precision in HALF else next(self.parameters()).dtype
         if not (moving.dtype == fixed.dtype == own or torch.is_autocast_enabled(fixed.device.type)):
             raise ValueError(f"expected {own} as in the weights, got {moving.dtype}, {fixed.dtype}: try net.float()")
         pyramid = [(moving, fixed)]

@@ -134,6 +134,7 @@ def apply(
     found = {}
     if points:
         here, table = read_points(points, space, target)
+        table = table.drop(columns="error_mm", errors="ignore")  # of an earlier call
         _check_inside(points, here, target)
         there = np.array([transform.TransformPoint(point) for point in here.tolist()])
         onto = source or target  # no voxels then: the points are in mm

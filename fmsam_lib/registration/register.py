@@ -132,7 +132,7 @@ def register(
     before, after = (lncc(image, b, sigma=how.sigma, mask=where_fixed).item() for image in (a, warp(a, phi.map)))
     comparable = how.similarity == "lncc" and len({*modality.values()}) == 1  # LNCC means something
     against: list[str] = []
-    if how.start not in NAMED:  # a file's: of the others none can
+    if how.start not in NAMED and 1 not in grid.GetSize():  # a file's: of the others none can
         folded = 100 * float((sitk.GetArrayViewFromImage(growth(field_of(start, grid))) <= 0).mean())
         if folded > LIMITS["folding"][1]:
             against = [f"the start {how.start} mirrors or folds {percent(folded)} of the image"]

@@ -105,14 +105,17 @@ def hash_of_images(dataset) -> str:
 
     What a domain keeps in memory is of files as they were: that is read anew.
     """
-    found = []
+    found: list[list] = []
     for domain in (d for d in getattr(dataset, "domains", [dataset]) if isinstance(d, FileDomain)):
-        domain.samples, about, listed = {}, domain.manifest, domain.training_pairs
+        about, listed, own = domain.manifest, domain.training_pairs, len(found)
         for image in [image for pair in listed for image in pair] if listed else domain.training:
-            files = [file for path in (image, about.beside["mask"][image]) if path for file in parts(path)]
+            paths = [path for path in (image, about.beside["mask"][image]) if path and os.access(path, os.R_OK)]
+            files = [file for path in paths for file in parts(path)]
             there = ((file, file.stat()) for file in files if os.access(file, os.R_OK) and file.is_file())
             hashes = [_hash(file, stat.st_size, stat.st_mtime_ns) for file, stat in there]
             found.append([bool(listed), about.modality_of[image], *hashes])
+        if domain.hashed != found[own:]:
+            domain.samples, domain.hashed = {}, found[own:]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12] if found else ""
 
 

@@ -437,6 +437,9 @@ def test_a_wrapped_network_is_the_network_and_another_module_is_told():
 def test_a_network_of_another_type_than_the_images_is_told():
     with pytest.raises(DataError, match=r"expected torch.float64 as in the weights, got torch.float32.*net.float"):
         evaluate(net().double(), open_domain("brain-mr", shape=(24, 24)), pairs=1)
+    half = net().bfloat16()
+    half.precision = "bf16"  # which computes in it whatever comes
+    assert len(evaluate(half, open_domain("brain-mr", shape=(24, 24)), pairs=1))
 
 
 def test_labels_that_are_named_and_nowhere_are_a_warning():

@@ -240,6 +240,15 @@ def test_a_misspelt_key_in_an_entry(tmp_path, recwarn):
     ]
 
 
+def test_a_link_to_a_folder_is_followed(tmp_path):
+    folder = dataset(tmp_path / "Own", training=["linked/../imagesTr/p1_ED.nii.gz", "imagesTr/p2_ED.nii.gz"])
+    (tmp_path / "elsewhere" / "sub").mkdir(parents=True)
+    (folder / "imagesTr").rename(tmp_path / "elsewhere" / "imagesTr")
+    (folder / "imagesTr").symlink_to(tmp_path / "elsewhere" / "imagesTr")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere" / "sub")
+    assert len(read_manifest(folder).training) == 2
+
+
 def test_a_file_is_one_however_its_path_is_written(tmp_path):
     listed = [f"{way}p{n}_ED.nii.gz" for n, way in ((1, "imagesTr/"), (2, "./imagesTr/"), (1, "imagesTr/../imagesTr/"))]
     with pytest.raises(DataError, match=says("every training image once", "p1_ED.nii.gz again")):

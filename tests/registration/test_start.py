@@ -388,6 +388,8 @@ def test_points_elsewhere_are_refused_or_named_and_other_columns_kept(tmp_path, 
     assert list(moved) == ["Label", "x", "y", "z", "error_mm"]
     assert list(moved["Label"]) == ["001", "NA", "", "b, c"]
     np.testing.assert_allclose(moved[["x", "y", "z"]].astype(float), there, atol=1e-4)
+    assert command(folder, "--points", tmp_path / "o" / "fixed.csv", "--out", tmp_path / "o2") == 0  # again, not paired
+    assert list(pd.read_csv(tmp_path / "o2" / "fixed.csv")) == ["Label", "x", "y", "z"]
     for arguments in ((*options, tmp_path / "ras.csv"), ("--points", tmp_path / "ras.csv", "--out", tmp_path / "o")):
         assert command(folder, *arguments) == 1
         error = capsys.readouterr().err
