@@ -359,7 +359,7 @@ def test_the_climb_has_its_length_and_the_legend_says_where_paths_end(toy):
     assert float(toy.eps.norm()) == pytest.approx(0.35)
     figure = toy.paths(0.01, -0.9, 1.0)
     said = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert said == ["gradient descent: ends in sharp", "SAM, ρ = 0.01: ends in sharp"]
+    assert said == ["gradient descent: ends near sharp", "SAM, ρ = 0.01: ends near sharp"]
     assert len(png(figure)) > 10_000
 
 
