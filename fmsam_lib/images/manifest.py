@@ -87,13 +87,6 @@ def _checked(path: Path, content: dict) -> Manifest:
         if not fine:
             raise data_error(path, expected, str(found), todo)
 
-    def at(name: str) -> Path:
-        given, plain = (
-            folder / name,
-            folder / os.path.normpath(name),
-        )  # one file has one name; a link's parent may be another
-        return plain if given.exists() and plain.exists() and plain.samefile(given) else given
-
     folder, content = path.parent, {LEARN2REG.get(key, key): value for key, value in content.items()} | content
     missing = [key for key in MANIFEST_KEYS if key not in content]
     demand(not missing, f"the keys {', '.join(MANIFEST_KEYS)}", f"no {', '.join(missing)}", "Add what is missing.")
@@ -118,20 +111,21 @@ def _checked(path: Path, content: dict) -> Manifest:
     demand(fine, "labels of at most 64 bits with one name each, of its own", structures)
 
     def image_pairs(key: str) -> list[tuple[Path, Path]]:
-        return [(at(pair["fixed"]), at(pair["moving"])) for pair in content.get(key) or []]
+        return [(folder / pair["fixed"], folder / pair["moving"]) for pair in content.get(key) or []]
 
     own, more = ([e if isinstance(e, dict) else {"image": e} for e in content.get(key) or []] for key in ENTRIES)
     entries: dict[Path, dict] = {}
-    for image, entry in ((at(entry["image"]), entry) for entry in (*more, *own)):
+    for image, entry in ((folder / entry["image"], entry) for entry in (*more, *own)):
         entries[image] = entries.get(image, {}) | entry  # of an image in both, what stands under `training` counts
-    training = [at(entry["image"]) for entry in own]
+    training = [folder / entry["image"] for entry in own]
     for key in {key for entry in (*more, *own) for key in entry} - {"image", "subject", *BESIDE}:
         if told := nearest(key, ("subject", *BESIDE)):
             warnings.warn(f"{path}: the unknown key {key!r} in an entry says nothing{told}", stacklevel=3)
     training_pairs, test_pairs = image_pairs("training_paired_images") or None, image_pairs("registration_val")
     itself = [fixed.name for fixed, moving in [*(training_pairs or []), *test_pairs] if fixed == moving]
     demand(not itself, "pairs of two different images", f"{', '.join(itself[:3])} with itself", "Correct the pair.")
-    twice = [image.name for image, times in Counter(training).items() if times > 1]
+    counted = Counter(map(os.path.normpath, training))  # a file has several names: a/b, a/../a/b
+    twice = [os.path.basename(image) for image, times in counted.items() if times > 1]
     demand(not twice, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
     trained_on, tested_on = {*training, *itertools.chain(*(training_pairs or []))}, {*itertools.chain(*test_pairs)}
     images = sorted(trained_on | tested_on)
@@ -161,7 +155,7 @@ def _checked(path: Path, content: dict) -> Manifest:
         file = image.parent.parent / image.parent.name.replace("images", kind) / name
         found = file if "images" in image.parent.name and file.is_file() and (labels or key != "label") else None
         entry = entries.get(image, {})
-        beside[key][image] = found if key not in entry else at(entry[key]) if entry[key] else None
+        beside[key][image] = found if key not in entry else folder / entry[key] if entry[key] else None
     files = [*images, *itertools.chain(*(of.values() for of in beside.values()))]
     absent = [str(file) for file in files if file and not file.is_file()]
     gone = f"{len(absent)} missing: {', '.join(absent[:3])}"

@@ -232,7 +232,8 @@ def give_back_memory() -> None:
     It otherwise keeps those up to 32 MB, and a network's many sizes leave holes between them: 0.7 GB in a training step
     of the full network at 96^3.
     """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
         mallopt(-3, 4 << 20)  # M_MMAP_THRESHOLD
 
 

@@ -23,7 +23,6 @@ import yaml
 from fmsam_lib.checking import ConfigError, in_project
 from fmsam_lib.flatness.landscape import TRAINING
 from fmsam_lib.images.domains import FileDomain, open_domain
-from fmsam_lib.images.files import parts
 from fmsam_lib.images.manifest import Manifest, data_folder
 from fmsam_lib.model.weights import OFFICIAL, sha256, shipped
 from fmsam_lib.parameters import Train
@@ -32,7 +31,7 @@ from fmsam_lib.study.file import placed, read_study
 from fmsam_lib.study.gather import differing
 from fmsam_lib.study.grid import Study
 from fmsam_lib.study.notebooks import Job, executed, jobs, plan, write_if_new
-from fmsam_lib.training.checkpoint import hash_of_images, trained_with
+from fmsam_lib.training.checkpoint import hash_of_images, hashed, trained_with
 
 # Ends the process group of Snakemake and its workers when nobody holds the other end of its pipe, so also when this
 # process was killed. A notebook's kernel looks by itself whether its parent is there.
@@ -178,8 +177,8 @@ def stamp(manifest: Manifest) -> str:
     """A hash of what a data set tests with, wherever it lies: its manifest's file, test images and what is beside."""
     folder, images = manifest.folder, {image for pair in manifest.test_pairs for image in pair}
     named = {*folder.glob("*_dataset.json"), *images, *(of[i] for of in manifest.beside.values() for i in images)}
-    files = {part for file in named if file and os.access(file, os.R_OK) for part in parts(file) if part.is_file()}
-    found = sorted(f"{os.path.relpath(file, folder)} {sha256(file)}" for file in files if os.access(file, os.R_OK))
+    files = {file: mark for path in named if path for file, mark in hashed(path).items()}
+    found = sorted(f"{os.path.relpath(file, folder)} {mark}" for file, mark in files.items())
     return hashlib.sha256("\n".join(found).encode()).hexdigest()[:12]
 
 

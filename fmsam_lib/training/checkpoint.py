@@ -7,6 +7,7 @@ needs. `snapshots/`: weights on the way.
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -101,22 +102,23 @@ def identity(run: Train, dataset, net: GradICON) -> dict:
 
 
 def hash_of_images(dataset) -> str:
-    """Of the images and masks that a training may read, in their order, wherever they lie; "" of synthetic domains.
-
-    What a domain keeps in memory is of files as they were: that is read anew.
-    """
+    """Of the images and masks that a training may read, in their order, wherever they lie; "" of synthetic domains."""
     found: list[list] = []
     for domain in (d for d in getattr(dataset, "domains", [dataset]) if isinstance(d, FileDomain)):
         about, listed, own = domain.manifest, domain.training_pairs, len(found)
         for image in [image for pair in listed for image in pair] if listed else domain.training:
-            paths = [path for path in (image, about.beside["mask"][image]) if path and os.access(path, os.R_OK)]
-            files = [file for path in paths for file in parts(path)]
-            there = ((file, file.stat()) for file in files if os.access(file, os.R_OK) and file.is_file())
-            hashes = [_hash(file, stat.st_size, stat.st_mtime_ns) for file, stat in there]
-            found.append([bool(listed), about.modality_of[image], *hashes])
-        if domain.hashed != found[own:]:
+            hashes = [hashed(path).values() for path in (image, about.beside["mask"][image]) if path]
+            found.append([bool(listed), about.modality_of[image], *itertools.chain(*hashes)])
+        if domain.hashed != found[own:]:  # what it keeps in memory is of files as they were
             domain.samples, domain.hashed = {}, found[own:]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:12] if found else ""
+
+
+def hashed(image: Path) -> dict[Path, str]:
+    """SHA-256 of every file that belongs to an image and can be read."""
+    files = parts(image) if os.access(image, os.R_OK) else []
+    there = ((file, file.stat()) for file in files if os.access(file, os.R_OK) and file.is_file())
+    return {file: _hash(file, stat.st_size, stat.st_mtime_ns) for file, stat in there}
 
 
 _hash = functools.cache(lambda path, *_: sha256(path))  # once in a process, unless size or date changes
@@ -135,7 +137,8 @@ def refuse_another(there: dict, now: dict, folder: Path) -> None:
 def record(folder: Path, run: Train, now: dict, net: GradICON, state: State) -> None:
     """Parameters and provenance, once, to which a training that goes on adds where it did; the history up to there."""
     config = folder / "config.json"
-    if not (there := read_json(config, {}) if state.step else {}):
+    there = read_json(config, {}) if state.step else {}
+    if not there:
         write_json(config, now | {"network": net.settings, "provenance": provenance()})
     elif state.step < run.updates:
         resumed = [*there.get("resumed", []), {"step": state.step} | provenance()]
