@@ -131,7 +131,7 @@ def refuse_another(there: dict, now: dict, folder: Path) -> None:
     if names := [name for name in new if name not in {*MAY_DIFFER} - fixed and old.get(name) != new[name]]:
         differing = "\n- ".join(f"{name}: {old.get(name)!r} there, {new[name]!r} now" for name in names)
         todo = "delete the folder to train anew, or choose another `out`"
-        raise ConfigError(f"{folder} holds a training with other parameters:\n- {differing}\n{todo}")
+        raise ConfigError(f"{folder} holds a training with other parameters or images:\n- {differing}\n{todo}")
 
 
 def record(folder: Path, run: Train, now: dict, net: GradICON, state: State) -> None:

@@ -394,7 +394,7 @@ def test_a_training_goes_on_from_its_own_first_weights_alone(tmp_path, domain, m
     monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
     with interrupted_in_step(8, monkeypatch):
         train(domain, net=first, out=tmp_path / "a", **options)
-    with pytest.raises(ConfigError, match=r"(?s)other parameters:\n- start: '\w+' there, '\w+' now\n"):
+    with pytest.raises(ConfigError, match=r"(?s)other parameters or images:\n- start: '\w+' there, '\w+' now\n"):
         train(domain, net=other, out=tmp_path / "a", **options)
     train(domain, net=first, out=tmp_path / "a", **options)  # the same network, which has moved meanwhile
     train(domain, net=again, out=tmp_path / "a", **options)  # as of another day
@@ -882,7 +882,7 @@ def test_other_images_are_another_training(tmp_path, monkeypatch):
         (lambda: manifest.write_text(json.dumps(fewer)), lambda: manifest.write_text(first)),
     ):
         change()
-        with pytest.raises(ConfigError, match=r"other parameters:\n- hash_of_images: '\w+' there, '\w+' now\n"):
+        with pytest.raises(ConfigError, match=r"other parameters or images:\n- hash_of_images: '\w+' there, '\w+' now\n"):
             train(real_domain(tmp_path), **options)
         back()
     assert torch.equal(weights(train(real_domain(tmp_path), **options)[0]), weights(resumed))
