@@ -423,6 +423,18 @@ def test_wheel_and_keys_move_through_samples_and_slices(shown):
     assert page.evaluate("model.get('at')") == [9, 14, 0]
 
 
+def test_keys_that_the_explorer_takes_go_no_further(shown):
+    page = shown(solid(), {"warped": waves(SHAPE)})
+    page.evaluate("window.heard = []; window.addEventListener('keydown', (event) => heard.push(event.key))")
+    page.get_by_role("application", name="fixed, axial").focus()
+    for key in ("ArrowDown", "PageUp", "a"):
+        page.keyboard.press(key)
+    page.locator("label", has_text="strength").locator("input").focus()
+    for key in ("ArrowUp", "Home", "PageDown", "b"):
+        page.keyboard.press(key)
+    assert page.evaluate("heard") == ["a", "b"]  # VS Code, which listens there, moved to another cell
+
+
 def test_tab_reaches_every_control_and_every_canvas(shown):
     page = shown(solid(), {"warped": waves(SHAPE)}, labels=True)
     reached = []
@@ -611,7 +623,9 @@ def test_the_networks_that_come_with_fmsam_can_be_walked_between_without_a_run(l
         "return drawn && drawn === point }"
     )
     before = facts(page)
+    page.evaluate("window.heard = []; window.addEventListener('keydown', (event) => heard.push(event.key))")
     surface.press("Shift+ArrowUp")
+    assert page.evaluate("heard") == ["Shift"]
     page.wait_for_function(
         "old => document.querySelector('.fmsam-canvas table').innerText.indexOf(old) < 0", arg=before["(α, β)"]
     )

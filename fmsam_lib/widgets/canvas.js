@@ -3,7 +3,8 @@
 
 const WIDE = 600; // samples of a canvas from left to right; it is shown at about half of that
 const STYLE = `
-.fmsam-canvas { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; margin: 4px 0; }
+.fmsam-canvas { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; margin: 4px 0;
+  color: var(--jp-ui-font-color1, inherit); }
 .fmsam-canvas .surface { position: relative; flex: 0 1 460px; touch-action: none; user-select: none; cursor: crosshair; }
 .fmsam-canvas .surface:focus-visible { outline: 2px solid #0072B2; }
 .fmsam-canvas .surface img { width: 100%; display: block; pointer-events: none; }
@@ -102,6 +103,7 @@ function walkable(model, parent) {
     const [x, y] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] || [];
     if (x === undefined) return;
     event.preventDefault();
+    event.stopPropagation(); // else VS Code goes to another cell
     const step = event.shiftKey ? 0.1 : 0.02;
     if (points) move(...(points[here[2] + x + y] ?? here));
     else move(here[0] + x * step * (high - low), here[1] + y * step * (up - bottom));

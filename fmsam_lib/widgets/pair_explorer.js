@@ -12,6 +12,7 @@ const HINTS = {
   flicker: "fixed and the other in turn: what jumps does not fit",
 };
 const HELP = "Click or drag: crosshair. Arrow keys: one sample.", WHEEL = " Wheel, Page Up, Page Down: slices.";
+const SLIDES = /^(Arrow|Page|Home$|End$)/; // keys of a slider, with which VS Code would go to another cell
 const STATE = ["view", "plane", "at", "strength", "squares", "blend", "labels", "crosshair"];
 
 // What the kernel sent, ready to be looked up.
@@ -248,6 +249,7 @@ function render({ model, el }) {
     input.dataset.lmSuppressShortcuts = true; // else JupyterLab takes the arrow keys for its own
     const said = input.type === "range" ? make("span", label, { className: "value" }) : null;
     input.addEventListener("input", () => write(said ? Number(input.value) : input[field]));
+    if (said) input.addEventListener("keydown", (event) => SLIDES.test(event.key) && event.stopPropagation());
     const update = () => {
       input[field] = value();
       if (said) said.textContent = value();
@@ -299,6 +301,7 @@ function render({ model, el }) {
       if (!keys[event.key]) return;
       const [a, step] = keys[event.key];
       event.preventDefault();
+      event.stopPropagation(); // else VS Code goes to another cell
       move({ [a]: get("at")[a] + step });
     });
     let turned = 0;
