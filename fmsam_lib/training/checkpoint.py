@@ -12,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +74,11 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
     line: dict[str, Any] = {"step": state.step, **{name: value.item() for name, value in loss._asdict().items()}}
     line |= {"dice": None if math.isnan(dice) else dice, "lr": optimizer.param_groups[0]["lr"]}
     return line | {"gradient_evaluations": state.gradients, "skipped": state.skipped} | (sam.logged() if sam else {})
+
+
+def diverged(losses: Sequence[float]) -> bool:
+    """Whether a training's last loss is above ten times its first one, and 10, or NaN."""
+    return not losses[-1] <= 10 * max(1.0, losses[0])  # below 1 pairs of several domains differ as much
 
 
 @contextmanager

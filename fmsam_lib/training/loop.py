@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,10 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
                 times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
                 line = checkpoint.line_of(state, loss, dice, optimizer, sam) | times
                 state.history.append(line)
+                totals = [each["total"] for each in state.history]
+                if first and checkpoint.diverged(totals) and not checkpoint.diverged(totals[:-1] or totals):
+                    told = f"step {state.step}: the loss is {totals[-1]:.3g}, at first it was {totals[0]:.3g}"
+                    warnings.warn(f"{told}; the training diverges: try a smaller lr ({run.lr})", stacklevel=3)
                 logged, clock, waited = state.step, time.perf_counter(), 0.0
                 if first:
                     with open(folder / "history.jsonl", "a", encoding="utf-8") as log:

@@ -309,6 +309,13 @@ def test_training_gives_up_when_nothing_stays_finite(tmp_path):
         run(tiny(tmp_path, lr=1e30, steps=100))
 
 
+def test_a_training_that_diverges_says_so_once(tmp_path):
+    with pytest.warns(UserWarning, match="the loss is .*, at first it was .*smaller lr") as told:
+        _, history = run(tiny(tmp_path, lr=3.0, steps=60))
+    assert history[-1]["total"] > 100
+    assert len([w for w in told if "diverges" in str(w.message)]) == 1
+
+
 def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     dataset = open_domain("brain-mr", shape=(16, 16))
     (first,), (again,) = (make_batches(dataset, tiny(tmp_path), 7) for _ in range(2))
