@@ -11,18 +11,16 @@ import statistics
 import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
-import pandas as pd
 import surface_distance
 import torch
 from monai.metrics import compute_hausdorff_distance
+from recording import record
 
 from fmsam_lib.metrics import measure, surface_distances
 from fmsam_lib.model.spatial import identity_map, warp_label
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms.pairs import make_pair
-from fmsam_lib.records import provenance, written_whole
 
 REPEATS = 21
 DOMAINS = ("brain-mr", "abdomen-ct")  # the largest surfaces of all domains, and ordinary organs
@@ -78,12 +76,7 @@ def main() -> None:
         rows.append((f"{domain}: surface distances / MONAI's HD95", taken["ours"] / taken["MONAI"], "", "ratio"))
         ratio = taken["ours"] / taken["DeepMind"]
         rows.append((f"{domain}: surface distances / DeepMind's HD95", ratio, "", "ratio"))
-    made = provenance()
-    table = pd.DataFrame(rows, columns=["figure", "value", "reach", "unit"])
-    table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=1, torch=torch.__version__)
-    print(table.iloc[:, :4].to_string(index=False))
-    with written_whole(Path(__file__).with_suffix(".csv")) as partial:
-        table.to_csv(partial, index=False, lineterminator="\n", float_format="%.4g")
+    record(rows, __file__, threads=1)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,14 @@ tensors, by torch's own account (its profiler), less that of one bare evaluation
 
 import statistics
 import time
-from pathlib import Path
 
 import loss_landscapes
-import pandas as pd
 import torch
+from recording import record
 from sam import bytes_of, peak_bytes
 
 from fmsam_lib.flatness.landscape import LossOf, line, loss_of, plane, random_direction
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.records import provenance, write_csv
 from fmsam_lib.training.losses import Batch, jittered_points
 
 REPEATS = 3
@@ -103,11 +101,7 @@ def measure(name: str, shape: tuple[int, ...], pairs: int) -> list[tuple]:
 def main() -> None:
     torch.set_num_threads(1)
     rows = [row for name, case in CASES.items() for row in measure(name, *case)]
-    made = provenance()
-    table = pd.DataFrame(rows, columns=["figure", "value", "reach", "unit"])
-    table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=1, torch=torch.__version__)
-    print(table.iloc[:, :4].to_string(index=False))
-    write_csv(table, Path(__file__).with_suffix(".csv"), float_format="%.4g")
+    record(rows, __file__, threads=1)
 
 
 if __name__ == "__main__":
