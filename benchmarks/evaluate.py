@@ -7,15 +7,13 @@ one thread, medians of repeats; the peers take their turns in between. MONAI's H
 samples, unweighted), so only its time is compared; DeepMind's gives what ours does.
 """
 
-import statistics
-import time
 import warnings
 from dataclasses import replace
 
 import surface_distance
 import torch
 from monai.metrics import compute_hausdorff_distance
-from recording import record
+from recording import alternating, record
 
 from fmsam_lib.metrics import measure, surface_distances
 from fmsam_lib.model.spatial import identity_map, warp_label
@@ -51,17 +49,6 @@ def peers(pair: Pair, phi_map: torch.Tensor) -> dict:
     }
 
 
-def seconds(calls: dict) -> dict[str, float]:
-    """Median wall time of each call, in turn, after one round to warm up."""
-    times = {name: [] for name in calls}
-    for _ in range(REPEATS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # both peers use what their own dependencies call deprecated
@@ -70,7 +57,8 @@ def main() -> None:
         pair = four_structures(domain)
         phi_map = pair.true_map[None]
         inverse = 2 * identity_map(phi_map.shape[2:]) - phi_map  # to first order: it takes as long
-        taken = seconds({"measure": lambda p=pair, a=phi_map, b=inverse: measure(p, a, b)} | peers(pair, phi_map))
+        ours = {"measure": lambda p=pair, a=phi_map, b=inverse: measure(p, a, b)}
+        taken = alternating(REPEATS, **ours, **peers(pair, phi_map))
         rows.append((f"{domain}: all metrics of a 64^3 pair, 4 structures", taken["measure"], "<= 0.25", "s"))
         rows.append((f"{domain}: its surface distances", taken["ours"], "", "s"))
         rows.append((f"{domain}: surface distances / MONAI's HD95", taken["ours"] / taken["MONAI"], "", "ratio"))

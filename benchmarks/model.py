@@ -10,7 +10,6 @@ training, which ours takes over both directions in one batch; the row "direction
 
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import time
 import pandas as pd
 import peers
 import torch
-from recording import record
+from recording import alternating, record
 from torch import nn
 
 from fmsam_lib.model.network import CHANNELS_LAST, GradICON, give_back_memory
@@ -30,17 +29,6 @@ SMALL = {"down": (16, 32, 64), "up": (16, 32, 64), "levels": 3, "last_step": Tru
 SMALL_SHAPE = (48, 64, 48)
 FULL = {**UNIGRADICON, "last_step": True}
 STEP_SIDE, INFERENCE_SIDE = 96, 175
-
-
-def alternating(repeats: int, **calls) -> dict[str, float]:
-    """Median seconds of each call, after one round to warm up; they take turns."""
-    times = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
 def networks(shape, settings):

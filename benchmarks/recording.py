@@ -1,5 +1,7 @@
-"""How a benchmark is kept: its rows printed, and written as a CSV beside the script with what they were measured on."""
+"""How a benchmark is timed and kept: medians of calls that take turns; a CSV with what they were measured on."""
 
+import statistics
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,3 +25,14 @@ def record(rows: Iterable, script: str, *, threads: int, **more) -> pd.DataFrame
     table = table.assign(commit=made["commit"], cpu=made["cpu"], threads=threads, torch=torch.__version__, **more)
     write_csv(table, Path(script).with_suffix(".csv"), float_format="%.4g")
     return table
+
+
+def alternating(repeats: int, **calls) -> dict[str, float]:
+    """Median seconds of each call, after one round to warm up; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
