@@ -98,15 +98,19 @@ def peer_step(shape, widths: dict, batch: int, device: torch.device) -> Callable
     return model.peer_step(module, *images(shape, batch, device))
 
 
-def our_step(shape, widths: dict, batch: int, device: torch.device, **more) -> Callable:
-    run = settings(shape, widths, batch=batch, **more)
+def training(run: Train, device: torch.device) -> tuple[GradICON, Callable]:
+    """A network, and what makes a step of its training on a batch."""
     net = starting(run).to(device).train()
     net.precision, net.save_memory = run.precision, run.save_memory
     optimizer, sam, state = torch.optim.Adam(net.parameters(), lr=run.lr, fused=True), perturbation(net, run), State()
-    points = jittered_points(tuple(shape), torch.Generator().manual_seed(0))
-    of = Batch(*images(shape, batch, device), points).to(device)
     net.recorded = Recorded(net, run) if device.type == "cuda" else None
-    return lambda: train_step(net, [of], run, optimizer, sam, state)
+    return net, lambda batch: train_step(net, [batch], run, optimizer, sam, state)
+
+
+def our_step(shape, widths: dict, batch: int, device: torch.device, **more) -> Callable:
+    _, step = training(settings(shape, widths, batch=batch, **more), device)
+    points = jittered_points(tuple(shape), torch.Generator().manual_seed(0))
+    return partial(step, Batch(*images(shape, batch, device), points).to(device))
 
 
 def inference(shape, widths: dict, device: torch.device, ours: bool, precision: str = "float32") -> Callable:
@@ -203,18 +207,10 @@ def twice(size: dict, device: torch.device) -> list[dict]:
     def trained(name: str, **more) -> torch.Tensor:
         torch.manual_seed(0)
         run = settings(size[name], size["small"], batch=2, lr=1e-3, **{"optimizer": "adam", **more})
-        net = starting(run).to(device).train()
-        net.precision = run.precision
-        optimizer, sam, state = (
-            torch.optim.Adam(net.parameters(), lr=run.lr, fused=True),
-            perturbation(net, run),
-            State(),
-        )
-        net.recorded = Recorded(net, run) if device.type == "cuda" else None
+        net, step = training(run, device)
         for i in range(5):
             points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(i))
-            of = Batch(*images(run.shape, 2, device), points).to(device)
-            train_step(net, [of], run, optimizer, sam, state)
+            step(Batch(*images(run.shape, 2, device), points).to(device))
         return torch.nn.utils.parameters_to_vector(net.parameters()).detach()
 
     def mapped(name: str) -> torch.Tensor:
