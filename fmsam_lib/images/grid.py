@@ -83,13 +83,13 @@ def reference(image: sitk.Image, shape: Sequence[int]) -> sitk.Image:
     orientation = nibabel.io_orientation(affine(image))
     orientation[0, 1] = 1 if dim == 2 and not oriented(image) else orientation[0, 1]  # a picture is not mirrored
     axes = [int(axis) for axis in np.argsort(orientation[:, 0])]  # the file's, in canonical order
-    across = ([axis for axis in axes if size[axis] == 1] or axes[-1:])[-1]
-    axes.sort(key=lambda axis: len(shape) == 2 and axis == across)
+    across = ([axis for axis in axes if size[axis] == 1] or axes[-1:])[-1] if len(shape) == 2 else None
+    axes.sort(key=lambda axis: axis == across)
     first = np.zeros(3)
     for axis, n in zip(axes, (*shape, 1)[:3], strict=True):
         flipped = orientation[axis, 1] < 0
-        steps[axis] = (size[axis] / n if len(shape) == 3 or axis != across else 1.0) * (-1 if flipped else 1)
-        middle = size[axis] // 2 if len(shape) == 2 and axis == across else abs(steps[axis]) / 2 - 0.5
+        steps[axis] = (1.0 if axis == across else size[axis] / n) * (-1 if flipped else 1)
+        middle = size[axis] // 2 if axis == across else abs(steps[axis]) / 2 - 0.5
         first[axis] = size[axis] - 1 - middle if flipped else middle
     grid, axes = sitk.Image([*shape, 1][:dim], sitk.sitkUInt8), axes[:dim]
     grid.SetDirection((np.array(image.GetDirection()).reshape(dim, dim)[:, axes] * np.sign(steps[axes])).ravel())
