@@ -45,11 +45,6 @@ def to_grid(points: Tensor) -> Tensor:
     return points.flip(1) * 2 - 1
 
 
-def from_grid(grid: Tensor) -> Tensor:
-    """The inverse of `to_grid`."""
-    return (grid.flip(1) + 1) / 2
-
-
 def look_up(image: Tensor, grid: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:
     """`sample` at coordinates of `to_grid`'s kind, for who has many look-ups to do."""
     return F.grid_sample(image, grid.movedim(1, -1), mode=mode, padding_mode=padding, align_corners=True)

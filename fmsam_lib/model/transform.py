@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fmsam_lib.model.spatial import from_grid, identity_map, look_up, to_grid
+from fmsam_lib.model.spatial import identity_map, look_up, to_grid
 
 LINEAR = {2: "bilinear", 3: "trilinear"}
 
@@ -54,7 +54,7 @@ class Transform:
 
     @cached_property
     def map(self) -> Tensor:
-        return from_grid(self.grid(self.shape))
+        return (self.grid(self.shape).flip(1) + 1) / 2  # in unit coordinates again
 
     def then(self, displacement: Tensor) -> "Transform":
         """One step finer: this transform after `displacement`."""
