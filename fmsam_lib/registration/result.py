@@ -85,16 +85,13 @@ class Registration:
         return nearest(there, self.fixed, self.transform)
 
     @cached_property
-    def _displacement(self) -> sitk.Image:
-        return field_of(self.transform, self.fixed)
-
     def displacement(self) -> sitk.Image:
         """The displacement at the fixed image's voxels that ITK-family tools apply: LPS mm, float32 vectors."""
-        return self._displacement
+        return field_of(self.transform, self.fixed)
 
     def jacobian(self) -> sitk.Image:
         """How many times larger the surroundings of each fixed voxel are in the moving image; below 0 is a fold."""
-        return growth(self.displacement())
+        return growth(self.displacement)
 
     def learn2reg(self) -> nibabel.Nifti1Image:
         """Learn2Reg's form `(*S, D)`, float32, voxels: `map_coordinates(moving, identity + disp)` is the warped image.
@@ -103,7 +100,7 @@ class Registration:
         """
         dim = self.fixed.GetDimension()
         to_mm, to_index = index_to_lps(self.fixed), np.linalg.inv(index_to_lps(self.moving))
-        mm = sitk.GetArrayFromImage(self.displacement())  # ([Z,] Y, X, D)
+        mm = sitk.GetArrayFromImage(self.displacement)  # ([Z,] Y, X, D)
         for plane, field in enumerate(mm if dim == 3 else mm[None]):
             index = np.stack(np.meshgrid(*map(np.arange, field.shape[1::-1]), [plane], [1.0]), -1)[:, :, 0, 0]
             there = index @ to_mm.T
@@ -154,7 +151,7 @@ class Registration:
         """By name; the displacement twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""
         yield "warped.nii.gz", self.warped
         yield "{}_{}_{}.nii.gz".format("disp", *self.names), self.learn2reg()
-        yield "displacement.nii.gz", self.displacement()
+        yield "displacement.nii.gz", self.displacement
         yield "jacobian.nii.gz", self.jacobian()
         yield "transform.h5", self.transform
         yield "inverse_error.nii.gz", sitk.Resample(self.error, self.fixed)

@@ -171,7 +171,7 @@ def test_itk_and_learn2reg_get_our_own_result_from_the_files(tmp_path, fixed_hea
     result = register(fixed, moving, network(), shape=GRID)
     resting = register(fixed, moving, Analytic(still), shape=GRID)
     assert np.abs(in_voxels(result) - in_voxels(resting))[:, 3:-3, 3:-3, 3:-3].max() > 2  # something moves
-    sitk.WriteImage(result.displacement(), str(tmp_path / "itk.nii.gz"))
+    sitk.WriteImage(result.displacement, str(tmp_path / "itk.nii.gz"))
     nibabel.save(result.learn2reg(), tmp_path / "disp.nii.gz")
 
     assert gap(apply_with_itk(moving, fixed, tmp_path / "itk.nii.gz"), xyz(result.warped)) < 1e-4
@@ -267,10 +267,10 @@ def test_an_untrained_network_lays_the_edges_of_the_fields_of_view_over_each_oth
     net = GradICON(3, down=(4, 8), levels=2)
     result = register(fixed, nibabel.Nifti1Image(values, half), net, shape=GRID)
     assert gap(xyz(result.warped), values.reshape(21, 2, 26, 2, 19, 2).mean((1, 3, 5))) < 1e-4
-    np.testing.assert_allclose(xyz(result.displacement()), 0, atol=1e-4)  # and so do the headers here
+    np.testing.assert_allclose(xyz(result.displacement), 0, atol=1e-4)  # and so do the headers here
     assert result.summary["folding_percent"] == 0
     half[:3, 3] += (100, -20, 3)
-    moved = xyz(register(fixed, nibabel.Nifti1Image(values, half), net, shape=GRID).displacement())
+    moved = xyz(register(fixed, nibabel.Nifti1Image(values, half), net, shape=GRID).displacement)
     np.testing.assert_allclose(moved, np.broadcast_to((-100, 20, 3), (21, 26, 19, 3)), atol=1e-4)
 
 
@@ -528,7 +528,7 @@ def test_the_transform_fits_the_geometry_that_itk_reads(tmp_path, recwarn, heade
     for name in ("fixed", "moving"):
         notes = [note for note in result.summary["notes"] if f"{name}.nii.gz: " in note]
         assert [note for note in notes if message and message in note] or (message is None and not notes)
-    sitk.WriteImage(result.displacement(), str(tmp_path / "itk.nii.gz"))
+    sitk.WriteImage(result.displacement, str(tmp_path / "itk.nii.gz"))
     assert gap(apply_with_itk(moving, fixed, tmp_path / "itk.nii.gz"), xyz(result.warped)) < 1e-3
     sitk.WriteImage(result.warped, str(tmp_path / "warped.nii.gz"))
     written, there = (sitk.ReadImage(str(tmp_path / f"{name}.nii.gz")) for name in ("warped", "fixed"))
@@ -1057,7 +1057,7 @@ def test_real_images(tmp_path, real_data):
         labels=labels["moving"], fixed_labels=labels["fixed"], progress=False,
     )  # fmt: skip
     assert result.summary["similarity"]["after"] > result.summary["similarity"]["before"]
-    sitk.WriteImage(result.displacement(), str(tmp_path / "itk.nii.gz"))
+    sitk.WriteImage(result.displacement, str(tmp_path / "itk.nii.gz"))
     assert gap(apply_with_itk(images["moving"], images["fixed"], tmp_path / "itk.nii.gz"), xyz(result.warped)) < 1e-3
     theirs = apply_with_itk(labels["moving"], images["fixed"], tmp_path / "itk.nii.gz", sitk.sitkNearestNeighbor)
     after = [result.summary["dice"][n]["after"] for n in ("1", "2")]

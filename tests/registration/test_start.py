@@ -43,9 +43,9 @@ def test_a_crop_of_the_same_scan_does_not_move_under_headers():
     whole = scan()
     crop = whole[6:36, 4:40, 3:30]
     result = register(whole, crop, STILL, shape=GRID, start="headers")
-    assert np.abs(xyz(result.displacement())).max() == 0
+    assert np.abs(xyz(result.displacement)).max() == 0
     np.testing.assert_allclose(xyz(result.warped)[6:36, 4:40, 3:30], xyz(crop), atol=1e-3)
-    moved = register(whole, crop, STILL, shape=GRID, start="overlay").displacement()
+    moved = register(whole, crop, STILL, shape=GRID, start="overlay").displacement
     assert np.abs(xyz(moved)).max() > 5  # the crop is stretched over the whole field of view
 
 
@@ -494,13 +494,13 @@ def test_a_registration_that_makes_the_images_less_alike_is_not_used():
     shift = Analytic(lambda x: 0 * x + 0.2)
     with pytest.warns(UserWarning, match=r"less alike \(LNCC 1.000 to .*left as they were"):
         result = registering(image, image, shift, shape=GRID)
-    assert np.abs(sitk.GetArrayViewFromImage(result.displacement())).max() < 1e-10
+    assert np.abs(sitk.GetArrayViewFromImage(result.displacement)).max() < 1e-10
     similarity = result.summary["similarity"]
     assert similarity["before"] == similarity["after"]
     assert "less alike" in result.summary["notes"][-1]
     verdict = result.summary["verdict"]
     assert verdict["verdict"] == "look at it"
     assert verdict["reason"].startswith(result.summary["notes"][-1])
-    assert sitk.GetArrayViewFromImage(register(image, image, shift, shape=GRID).displacement()).any()
+    assert sitk.GetArrayViewFromImage(register(image, image, shift, shape=GRID).displacement).any()
     other = registering(image, image, shift, shape=GRID, similarity="mind")  # LNCC is no judge there
-    assert sitk.GetArrayViewFromImage(other.displacement()).any()
+    assert sitk.GetArrayViewFromImage(other.displacement).any()
