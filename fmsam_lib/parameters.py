@@ -19,7 +19,6 @@ OddPoints = Annotated[Points, AfterValidator(odd)]
 Positive = Annotated[float, Field(gt=0)]
 Sigma = Annotated[float, Field(ge=0.5, lt=1000)]
 NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1), AfterValidator(plain_name)]
 T = TypeVar("T")
 Distinct = Annotated[list[T], AfterValidator(each_once)]
@@ -36,7 +35,6 @@ Similarity = Literal["lncc", "lncc2", "mind"]
 Climb = Literal["batch", "part", "layer", "norms"]
 Method = Literal["none", "ants-syn", "io", "network", "network+io", "network+ema", "network+tail", "network+bn"]
 Corruption = Literal["noise", "bias_field", "gamma", "inversion", "blur", "slices", "misalignment"]
-Modality = Literal["mr", "ct"]
 
 DATA = "folder of data sets; empty: the environment's FMSAM_DATA, else the project's data"
 THREADS = "processor threads; another number may change the last bits of a result"
@@ -106,7 +104,7 @@ class Train(Parameters):
     rho: NotNegative = Field(0.01, description="radius of SAM's ball (adam does not use it)")
     rho_schedule: Literal["constant", "lr"] = Field("constant", description="lr: rho falls with the learning rate")
     climb: Climb = Field("batch", description="how sam climbs: batch; part, layer or norms: see docs/sam.md")
-    late: Share = Field(0.0, description="sam climbs after this share of the steps only")
+    late: NotNegative = Field(0.0, lt=1, description="sam climbs after this share of the steps only")
     every: Count = Field(5, description="sam-every and looksam climb in one step of so many")
     alpha: NotNegative = Field(0.7, description="looksam: how much of the last climb's direction later steps add")
     similarity: Similarity = Field("lncc", description="lncc, lncc2 (inverted contrasts) or mind (two modalities)")
@@ -246,7 +244,7 @@ class Compare(Parameters):
 class Registering(Parameters):
     """How `register` works on a pair; `Register` adds the files."""
 
-    modality: Modality = Field("mr", description="mr or ct: of both images")
+    modality: Literal["mr", "ct"] = Field("mr", description="mr or ct: of both images")
     moving_modality: Literal["", "mr", "ct"] = Field("", description="of the moving image, if it is another")
     start: Name = Field("overlay", description="overlay, headers, rigid, affine or a transform's file")
     shape: Annotated[list[Side], Field(max_length=3)] = Field([], description="grid; empty: the network's own")
