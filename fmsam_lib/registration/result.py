@@ -178,8 +178,7 @@ def displacing(phi: Transform, grid: sitk.Image) -> sitk.DisplacementFieldTransf
     """The network's map as ITK's transform over the grid, in mm; ITK interpolates it linearly, as `phi.map` is."""
     shape, dim = phi.shape, grid.GetDimension()
     steps = voxels(phi.displacement(identity_map(shape)), shape)[0].double().numpy()  # (D, *S) in samples
-    directions = np.array(grid.GetDirection()).reshape(dim, dim) * grid.GetSpacing()
-    mm = np.tensordot(directions[:, : len(shape)], steps, 1).reshape(dim, *grid.GetSize())
+    mm = np.tensordot(index_to_lps(grid)[:dim, : len(shape)], steps, 1).reshape(dim, *grid.GetSize())
     return sitk.DisplacementFieldTransform(placed(mm.transpose(), grid))
 
 
