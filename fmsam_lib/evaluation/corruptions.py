@@ -180,9 +180,7 @@ def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[
     """What is measured of one registration, Dice NaN without labels; [] when its map is not finite."""
     phi_map, folding = identity_map(tuple(pair.fixed.shape[1:])), []
     if net is not None:
-        images = (image[None].to(next(net.parameters()).device) for image in (corrupted.moving, pair.fixed))
-        with torch.no_grad():
-            phi_map = net(*images).map.cpu()
+        phi_map = net.map_of(corrupted.moving, pair.fixed)
         if not phi_map.isfinite().all():
             return []
         folding = [{"metric": "folding_percent", "value": folding_percent(determinants(pair, phi_map)), "unit": "%"}]

@@ -116,11 +116,9 @@ def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tenso
     """A pair's map, the swapped pair's (`back`), the seconds of the one registration; ValueError: one is not finite."""
     start = time.perf_counter()
     if isinstance(method, GradICON):
-        moving, fixed = (image[None].to(next(method.parameters()).device) for image in (pair.moving, pair.fixed))
-        with torch.no_grad():
-            phi_map = method(moving, fixed).map.cpu()
-            seconds = time.perf_counter() - start
-            inverse = method(fixed, moving).map.cpu() if back else None
+        phi_map = method.map_of(pair.moving, pair.fixed)
+        seconds = time.perf_counter() - start
+        inverse = method.map_of(pair.fixed, pair.moving) if back else None
     else:
         try:
             found = method(pair)

@@ -211,6 +211,12 @@ class GradICON(nn.Module):
         with torch.autocast(moving.device.type, HALF[self.precision]):
             return unet(moving, fixed).float()
 
+    @torch.no_grad()
+    def map_of(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        """The map `(1, D, *S)` of two images `(1, *S)`, on the CPU, wherever the network is."""
+        device = next(self.parameters()).device
+        return self(moving[None].to(device), fixed[None].to(device)).map.cpu()
+
     def save(self, path: Path | str, *, half: bool = False) -> None:
         """Settings, weights and training grid in one file, written whole or not at all; `weights.load` reads it.
 

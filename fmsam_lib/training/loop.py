@@ -274,12 +274,10 @@ def ahead(make: Callable[[int], list[Batch]], steps: range, threads: int = 1) ->
             yield batch
 
 
-@torch.no_grad()
 def validate(net: GradICON, pairs: list[Pair]) -> float:
     """Mean Dice over the pairs that have labels, NaN where none has; the network stays as it is."""
     net.eval()
-    device = next(net.parameters()).device
-    maps = [net(pair.moving[None].to(device), pair.fixed[None].to(device)).map.cpu() for pair in pairs]
+    maps = [net.map_of(pair.moving, pair.fixed) for pair in pairs]
     net.train()
     values = [value for value in map(mean_dice, pairs, maps) if not math.isnan(value)]
     return sum(values) / len(values) if values else math.nan

@@ -7,7 +7,6 @@ from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
-import torch
 from IPython.display import display
 
 from fmsam_lib.metrics import mean_dice
@@ -64,11 +63,9 @@ class Watcher:
             self.due = start + max(EVERY, taken / SHARE)
         return asked
 
-    @torch.no_grad()
     def _draw(self, state: State, net: GradICON) -> None:
         net.eval()
-        device = next(net.parameters()).device
-        phi = net(self.pair.moving[None].to(device), self.pair.fixed[None].to(device)).map.cpu().nan_to_num()
+        phi = net.map_of(self.pair.moving, self.pair.fixed).nan_to_num()
         net.train()
         dice = f"{mean_dice(self.pair, phi):.3f}"
         curves = [self._curve("total loss", "total", state, LOSS), self._curve("validation Dice", "dice", state, DICE)]
