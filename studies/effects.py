@@ -123,19 +123,12 @@ def corrupted(study: Path) -> pd.DataFrame:
     rows = []
     for file in sorted(study.glob("*/*/seed*/robustness.csv")):
         run, table = trained_with(file.parent), pd.read_csv(file)
-        dice = (
-            table[(table.metric == "dice") & (table.severity > 0)].groupby(["test_domain", "corruption"]).value.mean()
-        )
-        about = {
-            "study": study.name,
-            "train_domain": trained_on(run.train_domain),
-            "optimizer": file.parent.parent.name,
-        }
-        for (test, kind), value in dice.items():
+        spoilt = table.query("metric == 'dice' and severity > 0").groupby(["test_domain", "corruption"])
+        about = {"study": study.name, "train_domain": trained_on(run.train_domain)}
+        about |= {"optimizer": file.parent.parent.name, "seed": run.seed}
+        for (test, kind), dice in spoilt.value.mean().items():
             seen = test in run.train_domain.split("+")
-            rows.append(
-                about | {"seed": run.seed, "test_domain": test, "seen": seen, "corruption": kind, "dice": value}
-            )
+            rows.append(about | {"test_domain": test, "seen": seen, "corruption": kind, "dice": dice})
     return pd.DataFrame(rows)
 
 
@@ -164,9 +157,8 @@ def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
     """Every effect that was measured: an anatomy and seed a row."""
     shift = networks.train_domain.map(lambda name: "hospital" if "hospital" in name else "modality")
     number = networks.train_domain.str.startswith("all but").map({True: "four", False: "two"})
-    networks = networks.assign(
-        study=networks.study.mask(networks.study == "shifts", shift).mask(networks.study == "domains", number)
-    )
+    study = networks.study.mask(networks.study == "shifts", shift).mask(networks.study == "domains", number)
+    networks = networks.assign(study=study)
     rows, unseen = {}, networks[~networks.seen].set_index(["study", "optimizer"]).sort_index()
     for name, (*keys, measure) in {name: (*of, "dice")[:3] for name, of in EFFECTS.items()}.items():
         if all(key in unseen.index for key in keys):
@@ -203,15 +195,10 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
         told = f"{each.mean():+z.3f}"
         if len(seeds) > 2:
             told += " [{:+z.3f}, {:+z.3f}]".format(*ends(seeds))
-        line = {
-            "difference": "SAM - Adam" if kind == BY_SAM else "with it - without",
-            "of": effect,
-            "change of Dice [90 %]": told,
-        }
-        line |= {
-            f"{name} anatomy": f"{each.loc[at]:+z.3f} ({at})"
-            for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax()))
-        }
+        line = {"difference": "SAM - Adam" if kind == BY_SAM else "with it - without", "of": effect}
+        line |= {"change of Dice [90 %]": told}
+        for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax())):
+            line[f"{name} anatomy"] = f"{each.loc[at]:+z.3f} ({at})"
         lines.append(line | {"anatomies": len(each), "seeds": len(seeds)})
     return pd.DataFrame(lines)
 
@@ -352,9 +339,8 @@ def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
 def arms(networks: pd.DataFrame) -> pd.DataFrame:
     """Every training of chest and knee left out, seed 10, on these two: are the arms alike in their transforms?"""
     rows = networks[networks.study.isin(["unseen", "forms", "settings"]) & (networks.seed == 10) & ~networks.seen]
-    rows = rows[
-        rows.train_domain.isin(["all but chest", "all but knee"]) & ~rows.optimizer.str.contains("+", regex=False)
-    ]
+    rows = rows[rows.train_domain.isin(["all but chest", "all but knee"])]
+    rows = rows[~rows.optimizer.str.contains("+", regex=False)]
     rows = rows.drop_duplicates(["optimizer", "train_domain", "test_domain"])  # the arms that forms shares with unseen
     rows = rows.assign(anatomy=rows.test_domain.map(ANATOMY))
     keys = ["optimizer", "gradients"]
