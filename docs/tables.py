@@ -83,9 +83,8 @@ def unseen() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "unseen.csv").query("metric == 'dice' and on == 'unseen'").set_index("anatomy")
     compute = rows[(rows.baseline == "adam-2x") & (rows.treatment == "sam")]
     steps = pd.read_csv(FIGURES / "effects.csv").query("effect == 'equal steps, 4,000'")
-    steps = over_seeds(steps.pivot(index="seed", columns="anatomy", values="difference").dropna()).reindex(
-        compute.index
-    )
+    steps = over_seeds(steps.pivot(index="seed", columns="anatomy", values="difference").dropna())
+    steps = steps.reindex(compute.index)
     table = pd.DataFrame({"anatomy, never seen": compute.index})
     for name, values in {"Adam, twice the steps": compute.mean_baseline, "SAM": compute.mean_treatment}.items():
         table[name] = values.map("{:.3f}".format).to_numpy()
@@ -317,9 +316,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Put every table of README and docs into its place.")
     arguments.add_argument("--check", action="store_true", help="change nothing; fail where something would change")
     arguments.add_argument("--record", type=Path, metavar="FOLDER", help="a computed study: runs/<study>")
-    arguments.add_argument(
-        "--refit", action="store_true", help="fit the answers of figures/*_pairs.csv again, print them"
-    )
+    arguments.add_argument("--refit", action="store_true", help="fit the kept pairs again, print the answers")
     given = arguments.parse_args()
     if given.refit:
         for path in sorted(FIGURES.glob("*_pairs.csv")):
