@@ -97,12 +97,12 @@ def _noise(space: WeightSpace, at_w: np.ndarray, scales: dict[str, Tensor], sett
         z = torch.randn(len(space.w), generator=generator, dtype=torch.float64).to(space.w.device) / len(space.w) ** 0.5
         around = [rho * scales[prefix] * z for prefix, rho in kinds]
         rises.append([(space.values(eps) + space.values(-eps)) / 2 - at_w for eps in around])
-    return [
-        row(f"{prefix}noise_rise", mean, term, rho, low, high, settings.draws)
-        for i, (prefix, rho) in enumerate(kinds)
-        for k, term in enumerate(TERMS)
-        for mean, low, high in [mean_interval(np.array(rises)[:, i, k])]
-    ]
+    rows, samples = [], np.array(rises)  # (draws, kinds, TERMS)
+    for i, (prefix, rho) in enumerate(kinds):
+        for k, term in enumerate(TERMS):
+            mean, low, high = mean_interval(samples[:, i, k])
+            rows.append(row(f"{prefix}noise_rise", mean, term, rho, low, high, settings.draws))
+    return rows
 
 
 def mean_interval(samples: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
