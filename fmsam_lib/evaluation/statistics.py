@@ -62,7 +62,7 @@ def per_pair(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     A pair with a structure that registration lost has no distance: NaN, and `difference` leaves it out of both methods.
     """
-    keys = [*CELL, "optimizer", "seed", "pair", *(c for c in ("drawn",) if c in results)]
+    keys = [*CELL, "optimizer", "seed", "pair", *results.columns.intersection(["drawn"])]
     rows = results[results.metric == metric]
     if metric in DISTANCES:
         lost = results[results.metric == "missing_in_warped"].assign(metric=metric, value=np.nan)
