@@ -30,7 +30,6 @@ from fmsam_lib.model.spatial import identity_map, voxels
 from fmsam_lib.records import written_whole
 
 UNIGRADICON: dict[str, Any] = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64, 128, 256), "levels": 3}
-UNIGRADICON_SIDE = 175  # samples along each axis of the grid that it was trained on
 THEIR_NAMES = {"down": "downConvs", "up": "upConvs", "norm": "batchNorms", "last": "lastConv"}
 OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
 _BY_CONTENT = (EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
@@ -211,7 +210,7 @@ def from_icon(state: dict[str, Tensor]) -> GradICON:
     net = GradICON(weights["steps.0.last.weight"].dim() - 2, down=down, up=up, levels=levels, last_step=last_step)
     net.load_state_dict(weights)
     if (down, up, levels) == tuple(UNIGRADICON.values()):
-        net.shape = (UNIGRADICON_SIDE,) * net.dim
+        net.shape = (175,) * net.dim  # the grid that uniGradICON was trained on
     return net
 
 
