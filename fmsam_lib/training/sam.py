@@ -220,8 +220,9 @@ class SAM:
             found = [(p.grad, v) for p, v in pairs if p.requires_grad and p.grad is not None]
             length = norm([v for _, v in found if v is not None])
             scale = self.alpha * norm([gradient for gradient, _ in found]) / length if length > 0 else 0.0
-            for gradient, v in ((gradient, v) for gradient, v in found if v is not None):
-                gradient.add_(v.to(gradient.dtype), alpha=scale)
+            for gradient, v in found:
+                if v is not None:
+                    gradient.add_(v.to(gradient.dtype), alpha=scale)
         self.steps += 1
 
     def remember(self) -> None:
@@ -241,7 +242,7 @@ class SAM:
     def state_dict(self) -> dict:
         """What going on to the same weights needs beside the optimizer's own state."""
         rho = [group["rho"] for group in self.groups]
-        return {"steps": self.steps, "rho": rho, "vertical": self.vertical} | {"last": self.logged()}
+        return {"steps": self.steps, "rho": rho, "vertical": self.vertical, "last": self.logged()}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError where `state` is of other parameters."""
