@@ -18,11 +18,11 @@ CACHE_VERSION = 6  # raise it whenever `decode` returns something else than befo
 warn_once = functools.cache(functools.partial(warnings.warn, stacklevel=3))
 
 
-def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None, cache=None) -> Sample:
+def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:
     """`decode`, remembered on disk.
 
-    cache: the folder, else the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or
-    time) and damaged cache entries are decoded anew; a folder that cannot be written means no cache.
+    The folder is the environment's FMSAM_CACHE, else `~/.cache/fmsam`. Changed files (size or time) and damaged cache
+    entries are decoded anew; a folder that cannot be written means no cache.
     """
     options: dict = {"modality": modality, "shape": tuple(shape), "labels": labels and sorted(labels)}
     paths = [Path(os.path.abspath(path)) for path in (image_path, label_path) if path is not None]
@@ -31,7 +31,7 @@ def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], la
         return decode(image_path, label_path, **options)  # has the words for what is missing
     stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((CACHE_VERSION, stamps, options)).encode()).hexdigest()
-    folder = cache or os.environ.get("FMSAM_CACHE") or Path.home() / ".cache" / "fmsam"
+    folder = os.environ.get("FMSAM_CACHE") or Path.home() / ".cache" / "fmsam"
     entry, kinds = Path(folder) / f"{key[:32]}.sample", ("u1", "i8") if len(paths) == 2 else ("",)
     try:
         stored = np.fromfile(entry, dtype=np.uint64)

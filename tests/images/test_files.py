@@ -860,11 +860,12 @@ def test_damaged_cache_is_rebuilt(tmp_path, monkeypatch, damage):
     assert list((tmp_path / "cache").iterdir()) == [entry]  # no leftovers
 
 
-def test_unwritable_cache_warns_once_and_works(tmp_path):
+def test_unwritable_cache_warns_once_and_works(tmp_path, monkeypatch):
     paths = two_files(tmp_path)
     (tmp_path / "file").write_text("")  # a folder cannot be made inside a file, not even by root
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.warns(UserWarning, match=says("keeps no cache", "FMSAM_CACHE")):
-        first = load(*paths, modality="MR", shape=GRID, cache=tmp_path / "file" / "cache")
+        first = load(*paths, modality="MR", shape=GRID)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        same(load(*paths, modality="MR", shape=GRID, cache=tmp_path / "file" / "cache"), first)
+        same(load(*paths, modality="MR", shape=GRID), first)
