@@ -1,6 +1,5 @@
 """What the comparison notebook shows: everything a study's runs have left, and what is missing."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -107,7 +106,7 @@ def _training(folder: Path, job: Job, problems: list[str]) -> dict[str, dict[str
         return {}
     try:
         there = trained_with(run).model_dump()
-        config: dict[str, Any] = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(run / "config.json")  # which can be read, as `trained_with` did
         config["provenance"] = {name: config["provenance"][name] for name in PROVENANCE}
     except (OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"{job.folder}/config.json: this cannot be read, so the run is left out ({error!r})")
