@@ -148,7 +148,7 @@ def _spoilt(image: Tensor, kind: str, severity: float, random: np.random.RandomS
 
 
 def robustness(
-    net: GradICON | None, dataset, kinds: Sequence[str], *, pairs: int, seed: int = 0, progress: bool = True
+    net: GradICON | None, dataset, kinds: Sequence[str], *, pairs: int, progress: bool = True
 ) -> tuple[pd.DataFrame, list[str]]:
     """How registration by `net` (None: none at all) of the first test pairs suffers from each kind of corruption.
 
@@ -166,7 +166,7 @@ def robustness(
         not_finite = [] if clean else ["clean"]
         for kind in kinds:
             for severity in (0.0, *CORRUPTIONS[kind].severities):
-                found = _registered(net, pair, corrupt(pair, kind, severity, seed=seed)) if severity else clean
+                found = _registered(net, pair, corrupt(pair, kind, severity)) if severity else clean
                 if severity and not found:
                     not_finite.append(f"{kind} {severity:g}")
                 about = {"test_domain": dataset.name, "pair": pair.name, "corruption": kind, "severity": severity}
