@@ -10,6 +10,7 @@ Takes 8 minutes on one core.
 """
 
 import argparse
+import dataclasses
 import math
 import tempfile
 
@@ -39,7 +40,7 @@ def row(net, pair, domain: str, kind: str) -> dict | None:
     moving, place = pair.moving, None
     if kind:
         moving, place = corrupt(pair, kind, CORRUPTIONS[kind].severities[-1])
-    seen = fm.Pair(**{**vars(pair), "moving": moving})
+    seen = dataclasses.replace(pair, moving=moving)
     with torch.no_grad():
         phi, psi = net(moving[None], pair.fixed[None]).map, net(pair.fixed[None], moving[None]).map
     before, after = (lncc(image, pair.fixed[None]).item() for image in (moving[None], warp(moving[None], phi)))
