@@ -150,7 +150,7 @@ class Registration:
     def _files(self) -> Iterator[tuple[str, Any]]:
         """By name; the displacement twice, for ITK-family tools and, as `disp_…`, for Learn2Reg's."""
         yield "warped.nii.gz", self.warped
-        yield "{}_{}_{}.nii.gz".format("disp", *self.names), self.learn2reg()
+        yield f"disp_{'_'.join(self.names)}.nii.gz", self.learn2reg()
         yield "displacement.nii.gz", self.displacement
         yield "jacobian.nii.gz", self.jacobian()
         yield "transform.h5", self.transform
