@@ -12,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,11 +74,6 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
     line: dict[str, Any] = {"step": state.step, **{name: value.item() for name, value in loss._asdict().items()}}
     line |= {"dice": None if math.isnan(dice) else dice, "lr": optimizer.param_groups[0]["lr"]}
     return line | {"gradient_evaluations": state.gradients, "skipped": state.skipped} | (sam.logged() if sam else {})
-
-
-def diverged(losses: Sequence[float]) -> bool:
-    """Whether a training's last loss is above ten times its first one, and 10, or NaN."""
-    return not losses[-1] <= 10 * max(1.0, losses[0])  # below 1 pairs of several domains differ as much
 
 
 @contextmanager
@@ -168,14 +163,13 @@ def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
     From the start, with a warning, where the checkpoint cannot be read: that is kept beside, and is of no more use.
     Raises ConfigError for a folder of a training with other parameters or images.
     """
-    older = {"hash_of_images": now.get("hash_of_images")}  # taken for the same where it was not recorded yet
-    path, there = folder / "checkpoint.pt", older | read_json(folder / "config.json", {})
+    path, there = folder / "checkpoint.pt", read_json(folder / "config.json", {})
     if now.keys() <= there.keys():  # else it is damaged: the checkpoint says whose it is
         refuse_another(there, now, folder)
     if not path.exists():
         return State()
     try:
-        saved = older | whole(path)
+        saved = whole(path)
         there = {name: saved[name] for name in now}
     except DAMAGED as error:
         if getattr(error, "errno", None) in (errno.EACCES, errno.EIO, errno.ENOMEM, errno.EPERM, errno.ESTALE):

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError, in_project, read
+from fmsam_lib.images.cache import warn_once
 from fmsam_lib.images.domains import opens_again
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON, give_back_memory
@@ -185,10 +185,8 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
                 times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
                 line = checkpoint.line_of(state, loss, dice, optimizer, sam) | times
                 state.history.append(line)
-                totals = [each["total"] for each in state.history]
-                if first and checkpoint.diverged(totals) and not checkpoint.diverged(totals[:-1] or totals):
-                    told = f"step {state.step}: the loss is {totals[-1]:.3g}, at first it was {totals[0]:.3g}"
-                    warnings.warn(f"{told}; the training diverges: try a smaller lr ({run.lr})", stacklevel=3)
+                if first and line["total"] > 10 * max(1.0, state.history[0]["total"]):  # pairs differ as much below 1
+                    warn_once(f"{folder}: the loss is ten times what it was at first: try a smaller lr ({run.lr})")
                 logged, clock, waited = state.step, time.perf_counter(), 0.0
                 if first:
                     with open(folder / "history.jsonl", "a", encoding="utf-8") as log:
@@ -224,8 +222,7 @@ def device_of(run: Train) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if run.device == "cuda" and gpus < run.processes:
-        found = f"torch finds {gpus}: choose 'cpu' or 'auto'"
-        raise ConfigError(f"expected a GPU for each process, {run.processes}, {found}")
+        raise ConfigError(f"expected a GPU for each of {run.processes} processes, torch finds {gpus}: choose cpu or auto")
     on_gpu = run.device != "cpu" and gpus >= run.processes
     return torch.device(f"cuda:{parallel.rank()}" if on_gpu and run.processes > 1 else "cuda" if on_gpu else "cpu")
 

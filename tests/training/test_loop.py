@@ -310,10 +310,10 @@ def test_training_gives_up_when_nothing_stays_finite(tmp_path):
 
 
 def test_a_training_that_diverges_says_so_once(tmp_path):
-    with pytest.warns(UserWarning, match="the loss is .*, at first it was .*smaller lr") as told:
+    with pytest.warns(UserWarning, match="the loss is ten times what it was at first: try a smaller lr .3") as told:
         _, history = run(tiny(tmp_path, lr=3.0, steps=60))
     assert history[-1]["total"] > 100
-    assert len([w for w in told if "diverges" in str(w.message)]) == 1
+    assert len([w for w in told if "ten times" in str(w.message)]) == 1
 
 
 def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
@@ -527,7 +527,7 @@ def test_an_overflow_halves_the_scale_and_leaves_the_weights(tmp_path):
         train_step(net, micro, settings, adam, SAM(net.parameters(), settings.rho, net=net), state)
     assert (state.skipped, state.in_a_row) == (2, 2)
     assert torch.equal(weights(net), before)
-    state.scale = 2.0**10
+    state.scale = 2.0**5  # a processor with fp16 arithmetic of its own overflows sooner than one without
     train_step(net, micro, settings, adam, SAM(net.parameters(), settings.rho, net=net), state)
     assert (state.in_a_row, state.scaled_well) == (0, 1)
     assert not torch.equal(weights(net), before)
@@ -683,7 +683,7 @@ def test_a_checkpoint_of_another_training_is_refused_without_its_record_too(tmp_
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="expected a GPU for each process, 1, torch finds 0: choose 'cpu' or 'auto'"):
+    with pytest.raises(ConfigError, match="expected a GPU for each of 1 processes, torch finds 0: choose cpu or auto"):
         run(tiny(tmp_path, device="cuda"))
     assert device_of(tiny(tmp_path, device="auto")) == torch.device("cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -897,22 +897,6 @@ def test_other_images_are_another_training(tmp_path, monkeypatch):
     found, fresh = (weights(train(d, **OPTIONS)[0]) for d in (domain, real_domain(tmp_path)))
     assert torch.equal(found, fresh)
     assert not torch.equal(found, weights(resumed))
-
-
-def test_a_training_of_before_images_were_recorded_goes_on(tmp_path, domain, monkeypatch):
-    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
-    with interrupted_in_step(8, monkeypatch):
-        train(domain, out=tmp_path, **OPTIONS)
-    record, kept = (
-        json.loads((tmp_path / "config.json").read_text()),
-        torch.load(tmp_path / "checkpoint.pt", weights_only=True),
-    )
-    assert record.pop("hash_of_images") == kept.pop("hash_of_images") == ""  # all is synthetic
-    (tmp_path / "config.json").write_text(json.dumps(record))
-    torch.save(kept, tmp_path / "checkpoint.pt")
-    resumed, _ = train(domain, out=tmp_path, **OPTIONS)
-    assert json.loads((tmp_path / "config.json").read_text())["resumed"][0]["step"] == 5
-    assert torch.equal(weights(resumed), weights(train(domain, **OPTIONS)[0]))
 
 
 def test_the_callers_threads_are_as_before_afterwards(domain, monkeypatch):
