@@ -92,7 +92,7 @@ def written_whole(path: Path | str, *, synced: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial = path.with_name(f".{path.name[:99]}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         yield partial
         if synced:

@@ -123,6 +123,7 @@ def corrupted(study: Path) -> pd.DataFrame:
     rows = []
     for file in sorted(study.glob("*/*/seed*/robustness.csv")):
         run, table = trained_with(file.parent), pd.read_csv(file)
+        table = table[~table.optimizer.str.contains("+", regex=False)]  # the network alone
         spoilt = table.query("metric == 'dice' and severity > 0").groupby(["test_domain", "corruption"])
         about = {"study": study.name, "train_domain": trained_on(run.train_domain)}
         about |= {"optimizer": file.parent.parent.name, "seed": run.seed}

@@ -84,14 +84,14 @@ def gaps(results: pd.DataFrame) -> list[str]:
     twice = results[results.duplicated([*GRID, "pair", "label", "metric"])]
     for row in twice.head(1).itertuples():
         first = f"{row.metric} of {row.optimizer} on {row.pair}"
-        found.append(f"{len(twice)} values are there twice, first {first}: are results of several studies mixed?")
+        found.append(f"{len(twice)} values are there twice, first {first}: are studies mixed, or a pair listed twice?")
     for (metric, optimizer), number in results[results.value.isna()].groupby(["metric", "optimizer"]).size().items():
         found.append(f"{metric} of {optimizer}: {number} values are NaN; they are left out of means")
     trained = results[results.train_domain != ""]
     there = set(trained[GRID].itertuples(index=False, name=None))
     for train, test, optimizer, seed in itertools.product(*(trained[name].unique() for name in GRID)):
         if (train, test, optimizer, seed) not in there:
-            found.append(f"no result of {optimizer}, seed {seed:g}, trained on {train}, tested on {test}")
+            found.append(f"no result of {optimizer}, seed {int(seed)}, trained on {train}, tested on {test}")
     if trained.seed.nunique() == 1:
         found.append("one seed only: intervals are over test pairs and say nothing of another training")
     labelled = set(results.test_domain[results.metric == "dice"])

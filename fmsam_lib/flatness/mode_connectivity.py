@@ -167,7 +167,7 @@ def from_one_start(baseline: str, treatment: str) -> tuple[list[str], list[Train
     one, other = (run.model_dump() for run in runs)
     differing = [f"{name}: {one[name]!r} and {other[name]!r}" for name in ALIKE if one[name] != other[name]]
     now = identity(runs[0], None, start := starting(runs[0]).eval())["start"]  # `weights` may be another file by now
-    there = [read_json(folder / "config.json", {}).get("start", now) for folder in folders]
+    there = [read_json(folder / "config.json", {}).get("start") for folder in folders]
     differing += [f"first weights (hash): {began} there, {now} now" for began in there if began != now]
     if differing:
         raise ConfigError("expected two runs from one start with one loss, got\n- " + "\n- ".join(differing))

@@ -5,7 +5,9 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 
 import dataclasses
 import itertools
+import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -62,16 +64,11 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, su
 
 def opens_again(domain) -> bool:
     """Whether another process finds the same domain by its name, shape and folder of data sets, with seed 0."""
-
-    def about(opened) -> list[tuple]:
-        parts = [opened, *getattr(opened, "domains", [])]
-        return [(type(part), part.name, part.shape, part.data, part.seed, part.subjects) for part in parts]
-
-    try:
-        how: dict = {"shape": domain.shape, "data": domain.data or None, "subjects": domain.subjects}
-        return about(open_domain(domain.name, **how)) == about(domain)
-    except (AttributeError, DataError):
+    parts = getattr(domain, "domains", [domain])
+    if not all(type(part) in (SyntheticDomain, FileDomain) for part in parts):
         return False
+    here = all((p.shape, p.seed, p.subjects) == (domain.shape, 0, domain.subjects) for p in parts)
+    return here and {p.data for p in parts} <= {"", domain.data} and domain.name == "+".join(p.name for p in parts)
 
 
 def readable(dataset, numbers: Iterable[int], problems: list[str]) -> Iterator[Pair]:
@@ -145,6 +142,9 @@ class FileDomain:
             listed = listed and [pair for pair in listed if all(manifest.subject[i] in kept for i in pair)]
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
         self.training_pairs, self.test_count = listed, len(manifest.test_pairs)
+        named = Counter(map(stem, manifest.subject))  # of several of one name each has its folders in front
+        places = {i: os.path.relpath(i.with_name(stem(i)), manifest.folder) for i in manifest.subject}
+        self.called = {i: stem(i) if named[stem(i)] == 1 else way.replace(os.sep, "_") for i, way in places.items()}
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
         self.hashed: list = []  # what the files of `samples` were when they were last hashed for a training
 
@@ -211,7 +211,7 @@ class FileDomain:
         steps = (s.affine[:3, : len(n)] if mm else np.linalg.pinv(s.unit_of_index[:, :3]) / n for s in (fixed, moving))
         spacing, moving_spacing = (tuple(np.linalg.norm(columns, axis=0).tolist()) for columns in steps)
         return Pair(
-            name=f"{stem(fixed_path)}<-{stem(moving_path)}", labels=self.labels, unit=self.unit,
+            name=f"{self.called[fixed_path]}<-{self.called[moving_path]}", labels=self.labels, unit=self.unit,
             moving=moving.image, moving_label=moving.label, moving_mask=moving_mask, moving_landmarks=moving_points,
             fixed=fixed.image, fixed_label=fixed.label, fixed_mask=fixed_mask, fixed_landmarks=fixed_points,
             spacing=spacing, moving_spacing=moving_spacing,

@@ -118,8 +118,7 @@ def _file(weights: Path | str) -> Path:
         return Path(weights)
     path = SHIPPED / f"{weights}.pt"
     if path.with_suffix(".sha256").read_text(encoding="utf-8").split()[:1] != [sha256(path)]:
-        found = "a file that was changed: install anew"
-        raise ValueError(f"expected the weights that came with fmsam in {path}, got {found}")
+        raise ValueError(f"expected the weights that came with fmsam in {path}, got a changed file: install anew")
     return path
 
 

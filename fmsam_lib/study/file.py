@@ -27,6 +27,8 @@ class Once(yaml.SafeLoader):
 def placed(study: str, runs: Path) -> tuple[Path, Path]:
     """The file of a study, given by its name in `studies/` or by its path, and the folder for its results."""
     by_path = Path(study).suffix in (".yaml", ".yml")
+    if not by_path and study != Path(study).name:
+        raise ConfigError(f"expected a path that ends in .yaml, or a name in studies/, got {study}")
     path = Path(study).resolve() if by_path else PROJECT / "studies" / f"{study}.yaml"
     return path, runs.resolve() / (path.stem if by_path else study)
 
@@ -47,8 +49,8 @@ def read_study(path: Path | str) -> Study:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of {', '.join(Study.model_fields)}, got {values!r}")
     study = read(Study, values, source=str(path))
-    if TRAINING in study.test_domains:
-        raise ConfigError(f"{path}: expected test_domains other than {TRAINING}, the images trained on: rename it")
+    if taken := sorted({TRAINING, "seen", "unseen"} & {*study.test_domains, *study.train_domains}):
+        raise ConfigError(f"{path}: expected other domains than {', '.join(taken)}, as tables have rows of that name")
     read(Between, study.between, source=f"{path}, section between")  # also where notebook 35 is not run
     every = study.model_copy(update={"optimizers": list(dict.fromkeys([*study.optimizers, *study.variants]))})
     try:

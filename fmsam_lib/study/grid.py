@@ -78,6 +78,7 @@ class Study(Parameters):
         groups, turns = info.data.get("groups", {}), info.data.get("only") or left_out
         if unknown := [one for one in turns if one not in left_out]:
             raise ValueError(f"expected in only some of leave_one_out, not {', '.join(unknown)}")
+        each_once([*always, *(name for one in left_out for name in groups.get(one, [one]))])  # else it stays in a turn
         kept = [[name for other in left_out if other != one for name in groups.get(other, [other])] for one in turns]
         others = ["+".join(each_once([*names, *always])) for names in kept]
         if not (given or others):

@@ -48,9 +48,11 @@ def main() -> int:
     arguments.add_argument("--cores", type=int, default=cores, help="of this machine to use (default: all allowed)")
     arguments.add_argument("--profile", type=profile, help="slurm, or the folder of another Snakemake profile")
     given = arguments.parse_args()
-    study_file, root = placed(given.study, Path(given.runs))
     data = str(data_folder(given.data).resolve())
     try:
+        if given.cores < 1:
+            raise ConfigError(f"expected --cores of 1 or more, got {given.cores}")
+        study_file, root = placed(given.study, Path(given.runs))
         return computed(study_file, root, data, given.cores, given.profile)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -92,10 +92,11 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def identity(run: Train, dataset, net: GradICON) -> dict:
-    """What makes two trainings the same: parameters, hashes of first weights and images, the seed of the pairs."""
+    """What makes two trainings the same: parameters, hashes of first weights, frozen ones and images, pairs' seed."""
     starts = vars(net).setdefault("starts", {})  # by folder: who trained on in one before has lost its first weights
     if run.out not in starts or not Path(run.out, "checkpoint.pt").exists():
-        values = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values())
+        frozen = " ".join(name for name, p in net.named_parameters() if not p.requires_grad)
+        values = b"".join(value.cpu().numpy().tobytes() for value in net.state_dict().values()) + frozen.encode()
         starts[run.out] = hashlib.sha256(values).hexdigest()[:12]
     of_domain = {"domain_seed": getattr(dataset, "seed", 0), "hash_of_images": hash_of_images(dataset)}
     return {"parameters": run.model_dump(), "start": starts[run.out]} | of_domain
@@ -152,7 +153,7 @@ def save(folder: Path, now: dict, parts: dict[str, Any], state: State) -> None:
 
     parts: what has a `state_dict`, by name, None where a training has none: network, optimizer, SAM, averages.
     """
-    states = {name: part and part.state_dict() for name, part in parts.items()}
+    states = {name: None if part is None else part.state_dict() for name, part in parts.items()}
     with written_whole(folder / "checkpoint.pt", synced=True) as partial:
         torch.save(now | states | {"state": vars(state)}, partial)
 

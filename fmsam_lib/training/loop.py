@@ -66,6 +66,8 @@ def train(
         raise ConfigError(f"expected a domain, got {domain!r}: fm.open_domain(name, shape=(64, 64)) opens one")
     given = {"train_domain": domain.name, "shape": domain.shape, "data": getattr(domain, "data", "")}
     given["subjects"] = getattr(domain, "subjects", 0)
+    if os.path.isfile(own := os.path.expanduser(str(options.get("weights", "")))):
+        options["weights"] = os.path.abspath(own)  # from the current folder, as `out`
     if net is not None:
         if not any(p.requires_grad for p in net.parameters()):
             raise ConfigError("expected weights to train, got all of them frozen: net.requires_grad_() frees them")
@@ -84,7 +86,7 @@ def train(
 
 
 def starting(run: Train) -> GradICON:
-    """The network that `run` starts from: that of the file `run.weights`, else random weights by the seed alone.
+    """The network that `run` starts from: that of the file `run.weights`, else random ones by the seed (torch's, too).
 
     Raises: ValueError as `weights.load`; ConfigError where the file's network is 2-D and the run 3-D, or the reverse.
     """
@@ -154,8 +156,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
     threads = GPU_THREADS if device.type == "cuda" else 1
     net.recorded = Recorded(net, run) if device.type == "cuda" and run.processes == 1 else None
     batches = ahead(lambda step: make_batches(dataset, run, step), range(state.step, run.updates), threads)
-    logged, clock, waited = state.step, time.perf_counter(), 0.0
-    shown: dict[str, float] = {}  # beside the bar
+    logged, clock, waited, shown = state.step, time.perf_counter(), 0.0, dict[str, float]()  # shown beside the bar
     label = f"{run.train_domain} {run.optimizer}"
     bar = tqdm(total=run.updates, initial=state.step, disable=not progress, desc=label, unit="step")
     with closing(batches), bar:
@@ -199,8 +200,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             if first and (state.step % CHECKPOINT_EVERY == 0 or last or stop):
                 checkpoint.save(folder, now, parts, state)
             if stop:
-                todo = "run this again, and it goes on from there"
-                raise Stopped(f"The training stopped after step {state.step} of {run.updates}: {todo}.")
+                raise Stopped(f"The training stopped after step {state.step} of {run.updates}: run it again to go on.")
     net.to("cpu")
     if first:
         read = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)
@@ -222,7 +222,7 @@ def device_of(run: Train) -> torch.device:
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if run.device == "cuda" and gpus < run.processes:
-        raise ConfigError(f"expected a GPU for each of {run.processes} processes, torch finds {gpus}: choose cpu or auto")
+        raise ConfigError(f"expected a GPU for each process, {run.processes}, torch finds {gpus}: choose cpu or auto")
     on_gpu = run.device != "cpu" and gpus >= run.processes
     return torch.device(f"cuda:{parallel.rank()}" if on_gpu and run.processes > 1 else "cuda" if on_gpu else "cpu")
 
@@ -249,8 +249,7 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     Depends on the seed and the step alone, so that a resumed training sees the same.
     """
     number, own = numbered(run, step), run.batch // run.processes
-    first = number * run.batch + parallel.rank() * own
-    numbers = range(first, first + own)
+    numbers = range(number * run.batch, (number + 1) * run.batch)[parallel.rank() * own :][:own]
     images = with_masks([dataset.training_pair(i) for i in numbers])
     if run.augment:
         generators = (torch.Generator().manual_seed(i) for i in numbers)

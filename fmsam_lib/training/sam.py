@@ -148,7 +148,7 @@ class SAM:
             for generator, state in zip(generators, first or [], strict=True):
                 generator.set_state(state)
             yield
-        if math.isnan(self.step_norm):  # there was no climb
+        if math.isnan(self.step_norm) and any(p.grad is not None for p in moved):  # there was no climb
             torch._foreach_mul_([p.grad for p in moved if p.grad is not None], math.nan)
         weights.clear()  # their memory goes before LookSAM takes some
         self.gradient_norm_there = norm([p.grad for p in moved if p.grad is not None])
@@ -245,7 +245,7 @@ class SAM:
         return {"steps": self.steps, "rho": rho, "vertical": self.vertical, "last": self.logged()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises ValueError where `state` is of other parameters."""
+        """Raises ValueError where the number of groups, or LookSAM's kept direction, does not fit the parameters."""
         vertical = state["vertical"]
         fits = vertical is None or len(vertical) == len(self.params)
         fits = fits and all(v is None or v.shape == p.shape for v, p in zip(vertical or [], self.params, strict=False))

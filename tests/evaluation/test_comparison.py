@@ -115,7 +115,7 @@ def note(found, *words):
 def test_gaps_says_what_is_missing_twice_or_nan():
     rows = made_up(tests=("T", "U"))
     assert gaps(rows) == []
-    assert note(gaps(pd.concat([rows, rows.head(1)])), "1 values are there twice", "mixed?")
+    assert note(gaps(pd.concat([rows, rows.head(1)])), "1 values are there twice", "listed twice?")
     broken = rows.copy()
     broken.loc[broken.optimizer == "sam", "value"] = np.nan
     assert note(gaps(broken), "dice of sam: 64 values are NaN")

@@ -344,3 +344,12 @@ def test_neither_mode_nor_memory_layout_changes_a_measure():
     found = measures(net, batch, LOSS, ALL)
     assert [a.equals(b) for a, b in zip(found, expected, strict=True)] == [True, True]
     assert not all(p.is_contiguous() for p in net.parameters())
+
+
+def test_measures_are_the_same_where_gradients_are_switched_off():
+    net, batch = network(2, levels=2), images(2)
+    expected, _ = measures(net, batch, LOSS, ALL)
+    with torch.no_grad():
+        found, _ = measures(net, batch, LOSS, ALL)
+    assert expected.value.abs().max() > 0
+    assert found.equals(expected)

@@ -564,3 +564,16 @@ def test_synthetic_pairs_have_titles_for_people():
             domain.test_pair(index)
     pair = domain.training_pair(0)
     assert pair.title == pair.name
+
+
+def test_files_of_one_name_in_a_folder_each_make_pairs_of_other_names(tmp_path):
+    names = [f"case{i}/mr.nii.gz" for i in range(4)]
+    for number, name in enumerate(names):
+        save(tmp_path / "Cases" / name, image(number, GRID))
+    listed = [{"fixed": names[i], "moving": names[i + 1]} for i in (0, 2)]
+    entries = [{"image": name, "subject": name[:5]} for name in names]
+    dataset(tmp_path / "Cases", train=(), test=(), write=False, test_entries=None, registration_val=listed)
+    path = tmp_path / "Cases" / "Cases_dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": {}, "test": entries}))
+    domain = open_domain("Cases", shape=(8, 8, 8), data=tmp_path)
+    assert [domain.test_pair(i).name for i in range(2)] == ["case0_mr<-case1_mr", "case2_mr<-case3_mr"]

@@ -159,7 +159,7 @@ def test_shipped_networks_have_names_and_are_those_that_were_shipped(tmp_path, m
     with pytest.raises(ConfigError, match=r"expected one of 2d, got '2dd' \(did you mean 2d\?\)"):
         weights.pretrained("2dd")
     (tmp_path / "2d.pt").write_bytes((tmp_path / "2d.pt").read_bytes() + b"x")
-    with pytest.raises(ValueError, match="got a file that was changed"):
+    with pytest.raises(ValueError, match="got a changed file: install anew"):
         load("2d")
 
 

@@ -114,7 +114,9 @@ def test_corrupted_dice_is_the_mean_over_severities_and_pairs(script, tmp_path, 
     rows = [("SpineMR2D", p, "noise", s, "dice", v) for p, s, v in (("a", 0, 0.9), ("a", 0.1, 0.8), ("b", 0.1, 0.6))]
     rows += [("SpineMR2D", "a", "noise", 0.1, "folding_percent", 5.0)]
     columns = ["test_domain", "pair", "corruption", "severity", "metric", "value"]
-    pd.DataFrame(rows, columns=columns).to_csv(folder / "robustness.csv", index=False)
+    alone = pd.DataFrame(rows, columns=columns)
+    both = pd.concat([alone.assign(optimizer="sam"), alone.assign(optimizer="sam+ema", value=0.1)])
+    both.to_csv(folder / "robustness.csv", index=False)
     (line,) = script.corrupted(tmp_path / "shifts").to_dict("records")
     assert line["dice"] == pytest.approx(0.7)
     assert (line["study"], line["optimizer"], line["seen"], line["corruption"]) == ("shifts", "sam", True, "noise")

@@ -105,6 +105,10 @@ def test_a_group_of_domains_is_left_out_as_a_whole(tmp_path):
     study = study_of(tmp_path, groups=groups, leave_one_out=["head", "chest"], only=["chest"], train_domains=None)
     assert study.train_domains == ["brain-mr"]
     assert study.left_out("brain-mr") == "chest"
+    told = {"leave_one_out": ["head", "chest"], "only": ["chest"], "train_domains": None}
+    for stays in ({"always": ["lung-ct"]}, {"groups": {"head": ["brain-mr", "lung-ct"], "chest": ["lung-ct"]}}):
+        with pytest.raises(ConfigError, match="expected each once, got lung-ct"):
+            study_of(tmp_path, **{"groups": groups} | told | stays)
 
 
 def test_a_study_without_landscape_runs_no_notebook_of_it(tmp_path):
@@ -305,8 +309,8 @@ def test_flatness_is_not_measured_on_a_data_set_that_is_left_out(tmp_path, measu
         ),
         ({"variants": {"v": {"optimizer": "sam", "roh": 1.0}}}, r"(?s)run brain-mr/v/seed0.*did you mean rho\?"),
         (
-            {"test_domains": ["brain-mr", "training"]},
-            "expected test_domains other than training, the images trained on",
+            {"test_domains": ["brain-mr", "training", "unseen"]},
+            "expected other domains than training, unseen, as tables have rows of that name",
         ),
         ({"landscape": None, "between": {"pear": 1}}, r"(?s)section between .*pear: unknown; .*did you mean pairs"),
         ({"leave_one_out": ["brain-mr"]}, "expected two domains or more in leave_one_out, not brain-mr alone"),
@@ -386,6 +390,9 @@ def test_an_unknown_study_lists_the_known_ones(capsys, monkeypatch):
     assert main() == 2
     known = sorted(path.stem for path in (PROJECT / "studies").glob("*.yaml"))
     assert f"known studies: {', '.join(known)}" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["study", "quick", "--cores", "0"])  # Snakemake would wait for ever
+    assert main() == 2
+    assert "expected --cores of 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_parameter_files_are_rewritten_only_when_they_change(tmp_path):

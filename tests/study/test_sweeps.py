@@ -55,6 +55,8 @@ def test_a_study_file_lies_anywhere(tmp_path, monkeypatch):
         assert placed(name, Path("out")) == (tmp_path / "my.study #1.yaml", tmp_path / "out/my.study #1")
     for name in ("quick", "2025.10"):
         assert placed(name, Path("out")) == (PROJECT / f"studies/{name}.yaml", tmp_path / "out" / name)
+    with pytest.raises(ConfigError, match=r"a path that ends in .yaml, or a name in studies/, got .*quick"):
+        placed(str(PROJECT / "studies/quick"), Path("out"))
 
 
 @pytest.mark.parametrize("change", [{"seeds": [1]}, {"evaluate": {"pairs": 3}}, {"optimizers": ["adam"]}])

@@ -683,7 +683,7 @@ def test_a_checkpoint_of_another_training_is_refused_without_its_record_too(tmp_
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigError, match="expected a GPU for each of 1 processes, torch finds 0: choose cpu or auto"):
+    with pytest.raises(ConfigError, match="expected a GPU for each process, 1, torch finds 0: choose cpu or auto"):
         run(tiny(tmp_path, device="cuda"))
     assert device_of(tiny(tmp_path, device="auto")) == torch.device("cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -971,3 +971,32 @@ def test_unigradicons_own_architecture_is_a_few_parameters(tmp_path):
     assert load(tmp_path / "weights.pt").settings["up"] == small.settings["up"] == [4, 6]
     with pytest.raises(ConfigError, match="as many channels up as down, 2, got 1"):
         tiny(tmp_path, up=[4])
+
+
+def test_what_is_frozen_is_a_part_of_the_training(tmp_path, domain):
+    def net():
+        torch.manual_seed(3)
+        return GradICON(2, down=(4,), last_step=False)
+
+    train(domain, net=net(), out=tmp_path, steps=2, batch=2)
+    partly = net()
+    partly.steps[0].requires_grad_(False)
+    with pytest.raises(ConfigError, match="other parameters or images"):
+        train(domain, net=partly, out=tmp_path, steps=2, batch=2)
+
+
+def test_weights_are_those_of_the_current_folder(tmp_path, domain, monkeypatch):
+    net, _ = train(domain, out=tmp_path / "first", **OPTIONS)
+    monkeypatch.chdir(tmp_path)
+    again, _ = train(domain, weights="first/weights.pt", lr=1e-9, **{**OPTIONS, "steps": 1})
+    one, other = (torch.nn.utils.parameters_to_vector(n.parameters()) for n in (again, net))
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_compiled_network_is_trained_as_itself(tmp_path, domain):
+    torch.manual_seed(3)
+    net = GradICON(2, down=(4,), last_step=False)
+    compiled = torch.compile(copy.deepcopy(net), backend="eager")
+    both = {"plain": net, "compiled": compiled}
+    totals = [train(domain, net=n, out=tmp_path / name, steps=2, batch=2)[1][-1]["total"] for name, n in both.items()]
+    assert totals[0] == pytest.approx(totals[1], abs=1e-5)

@@ -655,6 +655,17 @@ def test_one_gradient_that_is_not_finite_leaves_none_that_looks_fine(value, opti
     assert all(torch.isnan(p.grad).all() for p in net.parameters())
 
 
+def test_a_loop_may_go_back_through_finite_losses_alone():
+    net, loss = model()
+    loss().backward()
+    saved = state(net)
+    net[0].bias.grad[3] = float("nan")
+    with SAM(net.parameters(), rho=0.3, net=net).perturbed():
+        net.zero_grad()
+    assert same(net, saved)
+    assert all(p.grad is None for p in net.parameters())
+
+
 def test_the_second_gradient_not_finite_is_not_kept_by_looksam():
     net, loss = smooth()
     sam = SAM(net.parameters(), 0.1, every=5, alpha=0.7)
