@@ -77,8 +77,12 @@ def _row(metric: str, value: float, unit: str, label: str = "") -> dict:
 
 def _check(pair: Pair, phi_map: Tensor | None, inverse: Tensor | None) -> None:
     shape = tuple(pair.fixed.shape[1:])
-    if len(pair.spacing) != len(shape):
-        raise ValueError(f"{pair.name}: expected a spacing for each of {len(shape)} axes, got {pair.spacing}")
+    if len(pair.spacing) != len(shape) or not all(0 < step < math.inf for step in pair.spacing):
+        raise ValueError(f"{pair.name}: expected a spacing above 0 for each of {len(shape)} axes, got {pair.spacing}")
+    for name in ("moving", "moving_label", "fixed_label", "fixed_mask"):
+        if (image := getattr(pair, name)) is not None and image.shape != pair.fixed.shape:
+            told = f"{name} of the shape of fixed, {tuple(pair.fixed.shape)}"
+            raise ValueError(f"{pair.name}: expected {told}, got {tuple(image.shape)}")
     if phi_map is None and inverse is not None:
         raise ValueError(f"{pair.name}: got an inverse, but no map that it is the inverse of; give both")
     expected, maps = (1, len(shape), *shape), {"phi_map": phi_map, "inverse": inverse}

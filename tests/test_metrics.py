@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from dataclasses import replace
@@ -457,8 +458,13 @@ def test_bad_maps_are_refused():
         measure(toy_pair(), None, identity)
     with pytest.raises(ValueError, match="expected a finite inverse"):
         measure(toy_pair(), identity, identity * math.nan)
-    with pytest.raises(ValueError, match=r"expected a spacing for each of 3 axes, got \(1.0, 2.0\)"):
+    with pytest.raises(ValueError, match=r"expected a spacing above 0 for each of 3 axes, got \(1.0, 2.0\)"):
         measure(toy_pair(spacing=(1.0, 2.0)), None)
+    with pytest.raises(ValueError, match=r"expected a spacing above 0 for each of 3 axes, got \(1.0, 0.0, 2.0\)"):
+        measure(toy_pair(spacing=(1.0, 0.0, 2.0)), None)
+    flat = toy_pair().moving_label[0]  # it would be compared by broadcasting
+    with pytest.raises(ValueError, match=r"expected moving_label of the shape of fixed, \(1, 24, 20, 22\), got"):
+        measure(dataclasses.replace(toy_pair(), moving_label=flat), None)
 
 
 def test_regularity_is_that_of_the_fixed_mask():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from fmsam_lib.checking import ConfigError, read
+from fmsam_lib.checking import ConfigError, plain, read
 from fmsam_lib.flatness.landscape import TRAINING
 from fmsam_lib.model.weights import OFFICIAL, load, shipped
 from fmsam_lib.parameters import Between, Evaluate, Landscape, Train
@@ -40,11 +40,11 @@ def read_study(path: Path | str) -> Study:
     """
     path = Path(path)
     try:
-        values = Once(path.read_text(encoding="utf-8")).get_single_data()
+        values = plain(Once(path.read_text(encoding="utf-8")).get_single_data())
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
         raise ConfigError(f"no study file {path}; known studies: {known}") from None
-    except (OSError, yaml.YAMLError, ValueError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of {', '.join(Study.model_fields)}, got {values!r}")

@@ -56,7 +56,7 @@ def train(
 
         net, history = train(open_domain("brain-mr", shape=(64, 64)), optimizer="sam", rho=0.01, steps=400)
 
-    net: the network to train further, in place; None: a new one, or that of the option `weights`.
+    net: the network to train further, in place, BatchNorm in training mode; None: a new one, or that of `weights`.
     out: the run's folder, where a training that was interrupted goes on (see `fit`); None: nothing is kept.
     options: fields of `parameters.Train`, each with its default there; shape and data are the domain's.
 

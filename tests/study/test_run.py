@@ -385,6 +385,12 @@ def test_a_study_file_that_is_no_text_is_refused(tmp_path):
             read_study(tmp_path / f"{name}.yaml")
 
 
+def test_a_study_file_that_contains_itself_is_no_study(tmp_path):
+    (tmp_path / "s.yaml").write_text("train: &a {down: *a}\n")
+    with pytest.raises(ConfigError, match="is not valid YAML in UTF-8: maximum recursion depth"):
+        read_study(tmp_path / "s.yaml")
+
+
 def test_an_unknown_study_lists_the_known_ones(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study", "quikc"])
     assert main() == 2
