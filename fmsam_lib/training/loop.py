@@ -200,7 +200,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             if first and (state.step % CHECKPOINT_EVERY == 0 or last or stop):
                 checkpoint.save(folder, now, parts, state)
             if stop:
-                raise Stopped(f"The training stopped after step {state.step} of {run.updates}: run it again to go on.")
+                raise Stopped(f"The training stopped after step {state.step} of {run.updates}: run this again to go on")
     net.to("cpu")
     if first:
         read = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)
