@@ -1,6 +1,6 @@
 """Train the networks that come with fmsam and write them with their checksums.
 
-    FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d     # each 15 to 90 minutes on one core; goes on
+    FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d     # each 15 to 60 minutes on one core; goes on
     FMSAM_DATA=... python studies/ship.py --judge          # Dice of all of them: figures/pretrained.csv
 
 They see synthetic images and those real sets whose licences allow any use: CardiacSunnybrook2D (CC0), FetalHeadUS
@@ -26,8 +26,8 @@ FINE = COARSE | {"lr": 0.001}
 STAGES = {  # of Adam's steps
     2: [((64, 64), COARSE | {"batch": 4, "steps": 6000}), ((128, 128), FINE | {"batch": 4, "steps": 600})],
     3: [
-        ((32, 32, 32), COARSE | {"lr": 0.002, "batch": 2, "steps": 6000, "sigma": 3.0}),
-        ((64, 64, 64), FINE | {"batch": 1, "steps": 2000}),
+        ((32, 32, 32), COARSE | {"batch": 2, "steps": 4000, "sigma": 3.0}),
+        ((64, 64, 64), FINE | {"batch": 1, "steps": 1000}),
     ],
 }
 OPTIMIZERS = {"": {"optimizer": "adam"}, "-sam": {"optimizer": "sam", "rho": 0.001, "rho_schedule": "lr"}}
