@@ -265,11 +265,12 @@ def test_weights_of_something_else(tried, tmp_path):
     tried(case, CHANGES, share=0.5)
 
 
-def test_cache_files(tried, tmp_path):
+def test_cache_files(tried, tmp_path, monkeypatch):
     """What is remembered is either whole or made again."""
     values = np.random.default_rng(0).normal(size=(6, 7, 5)).astype(np.float32)
     path, folder = save(tmp_path / "image.nii", values), tmp_path / "remembered"
-    options = {"modality": "MR", "shape": SHAPE, "cache": folder}
+    options = {"modality": "MR", "shape": SHAPE}
+    monkeypatch.setenv("FMSAM_CACHE", str(folder))
     right = cache.load(path, **options).image
     (entry,) = folder.iterdir()
     whole = entry.read_bytes()

@@ -17,7 +17,7 @@ def test_every_help_is_measured_once_on_what_was_not_seen(tmp_path, monkeypatch)
         monkeypatch.setattr(script, name, value)
     folder = tmp_path / "study" / "heart-mr" / "adam-2x" / "seed10"
     domain = fm.open_domain("heart-mr", shape=(32, 32))
-    net, _ = fm.train(domain, out=folder, seed=10, steps=20, down=[4, 8], levels=2, lr=0.01, progress=False)
+    net, _ = fm.train(domain, out=folder, seed=10, steps=80, down=[4, 8], levels=2, lr=0.01, progress=False)
     pd.DataFrame({"test_domain": ["heart-mr", "brain-mr"]}).to_csv(folder / "results.csv", index=False)
 
     script.measure(tmp_path / "study", [10], ["adam-2x"])
