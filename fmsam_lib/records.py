@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ import pandas as pd
 PACKAGE = Path(__file__).resolve().parent
 # The checkout with notebooks and studies; of an installed package the folder that one works in.
 PROJECT = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
+warn_once = cache(partial(warnings.warn, stacklevel=3))
 PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-landscapes", "matplotlib")
 
 

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +11,9 @@ import torch
 
 from fmsam_lib.images.files import parts
 from fmsam_lib.images.grid import Sample, decode
-from fmsam_lib.records import written_whole
+from fmsam_lib.records import warn_once, written_whole
 
 CACHE_VERSION = 6  # raise it whenever `decode` returns something else than before
-warn_once = functools.cache(functools.partial(warnings.warn, stacklevel=3))
 
 
 def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:

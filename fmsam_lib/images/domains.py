@@ -5,7 +5,6 @@ Whoever trains or evaluates sees no file and no manifest, only `open_domain` and
 
 import dataclasses
 import itertools
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,10 +64,9 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, su
 def opens_again(domain) -> bool:
     """Whether another process finds the same domain by its name, shape and folder of data sets, with seed 0."""
     parts = getattr(domain, "domains", [domain])
-    if not all(type(part) in (SyntheticDomain, FileDomain) for part in parts):
-        return False
-    here = all((p.shape, p.seed, p.subjects) == (domain.shape, 0, domain.subjects) for p in parts)
-    return here and {p.data for p in parts} <= {"", domain.data} and domain.name == "+".join(p.name for p in parts)
+    known = all(type(part) in (SyntheticDomain, FileDomain) and part.data in ("", domain.data) for part in parts)
+    alike = known and {(p.shape, p.seed, p.subjects) for p in parts} == {(domain.shape, 0, domain.subjects)}
+    return alike and domain.name == "+".join(part.name for part in parts)
 
 
 def readable(dataset, numbers: Iterable[int], problems: list[str]) -> Iterator[Pair]:
@@ -142,9 +140,9 @@ class FileDomain:
             listed = listed and [pair for pair in listed if all(manifest.subject[i] in kept for i in pair)]
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
         self.training_pairs, self.test_count = listed, len(manifest.test_pairs)
-        named = Counter(map(stem, manifest.subject))  # of several of one name each has its folders in front
-        places = {i: os.path.relpath(i.with_name(stem(i)), manifest.folder) for i in manifest.subject}
-        self.called = {i: stem(i) if named[stem(i)] == 1 else way.replace(os.sep, "_") for i, way in places.items()}
+        named, n = Counter(map(stem, manifest.subject)), len(manifest.folder.parts)
+        front = {i: [*i.parts[n:-1]] if named[stem(i)] > 1 else [] for i in manifest.subject}  # folders, of equal names
+        self.called = {i: "_".join([*folders, stem(i)]) for i, folders in front.items()}
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
         self.hashed: list = []  # what the files of `samples` were when they were last hashed for a training
 

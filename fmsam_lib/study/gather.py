@@ -22,7 +22,7 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.records import DataError, read_json, sources
 from fmsam_lib.study.grid import Study, grid
 from fmsam_lib.study.notebooks import NOTEBOOKS, Job, jobs
-from fmsam_lib.training.checkpoint import MAY_DIFFER, trained_with
+from fmsam_lib.training.checkpoint import MAY_DIFFER, diverged, trained_with
 
 PROVENANCE = ("time", "commit", "sources", "cpu", "cores", "packages")  # what the report shows of a run's
 
@@ -84,7 +84,7 @@ def gather(study: Study, folder: Path | str) -> Found:
     problems = list(dict.fromkeys([*problems, *_unlike(study, configs, by)]))
     notes = gaps(found["results"])
     for (domain, optimizer, seed), loss in found["history"].groupby(ABOUT).total:
-        if not (last := loss.iloc[-1]) <= 10 * max(1.0, first := loss.iloc[0]):  # as the training warned
+        if diverged(first := loss.iloc[0], last := loss.iloc[-1]):
             notes.append(f"{optimizer}, seed {seed}, trained on {domain} diverged: loss {first:.3g}, then {last:.3g}")
     for weights in sorted({config["parameters"]["weights"] for config in configs.values()} - {"", *OFFICIAL}):
         with suppress(ValueError):  # a file that is gone does not say what it was trained on, nor do the official ones

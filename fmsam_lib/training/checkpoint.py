@@ -76,6 +76,11 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
     return line | {"gradient_evaluations": state.gradients, "skipped": state.skipped} | (sam.logged() if sam else {})
 
 
+def diverged(first: float, last: float) -> bool:
+    """Whether a training's last loss is NaN or above ten times its first and above 10: below 1 pairs differ so."""
+    return not last <= 10 * max(1.0, first)
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process, however that ends; of several, the first one holds it."""
@@ -92,7 +97,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def identity(run: Train, dataset, net: GradICON) -> dict:
-    """What makes two trainings the same: parameters, hashes of first weights, frozen ones and images, pairs' seed."""
+    """What makes two trainings the same: parameters, hashes of weights, of what is frozen, of images, pairs' seed."""
     starts = vars(net).setdefault("starts", {})  # by folder: who trained on in one before has lost its first weights
     if run.out not in starts or not Path(run.out, "checkpoint.pt").exists():
         frozen = " ".join(name for name, p in net.named_parameters() if not p.requires_grad)

@@ -18,13 +18,13 @@ import torch
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError, in_project, read
-from fmsam_lib.images.cache import warn_once
 from fmsam_lib.images.domains import opens_again
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON, give_back_memory
 from fmsam_lib.model.weights import golden, load
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Train
+from fmsam_lib.records import warn_once
 from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.augmentation import augment
@@ -186,8 +186,8 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
                 times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
                 line = checkpoint.line_of(state, loss, dice, optimizer, sam) | times
                 state.history.append(line)
-                if first and line["total"] > 10 * max(1.0, state.history[0]["total"]):  # pairs differ as much below 1
-                    warn_once(f"{folder}: the loss is ten times what it was at first: try a smaller lr ({run.lr})")
+                if first and checkpoint.diverged(state.history[0]["total"], line["total"]):
+                    warn_once(f"{label}, seed {run.seed}: the loss grew tenfold or more: try a smaller lr ({run.lr})")
                 logged, clock, waited = state.step, time.perf_counter(), 0.0
                 if first:
                     with open(folder / "history.jsonl", "a", encoding="utf-8") as log:
