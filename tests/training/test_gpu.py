@@ -110,6 +110,8 @@ def test_the_network_maps_as_on_a_processor(shape, device, monkeypatch):
     ids=str,
 )
 def test_a_recorded_gradient_is_the_gradient(shape, changes, device):
+    if device == "cpu" and len(shape) == 3 and changes.get("precision") == "fp16":
+        pytest.skip("half a minute on a processor, which has no quick way to compute in fp16")
     run = settings(shape, **changes)
     net = network(run)
     there, again = copy.deepcopy(net).to(device), copy.deepcopy(net).to(device)
