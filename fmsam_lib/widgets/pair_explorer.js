@@ -87,18 +87,20 @@ function cut(pair, axis, at, n, strength, view) {
   for (const name of ["fixed", "moving", "warped"]) plane[name] = new Uint8Array(size);
   if (pair.fixedLabel) plane.fixedLabel = new Uint32Array(size);
   if (pair.movingLabel) for (const name of ["movingLabel", "warpedLabel"]) plane[name] = new Uint32Array(size);
+  const unmoved = view === "side by side"; // the only view that shows it
   if (view === "deformation grid") plane.phi = [x, y].map(() => new Float32Array(size));
   if (view === "Jacobian") plane.jacobian = new Float32Array(size);
-  for (let q = 0; q < size; q++) {
-    position[x] = q % columns;
-    position[y] = Math.floor(q / columns);
+  for (let p = 0; p < size; p++) { // up first, where samples lie closer together in memory: half the time
+    position[x] = Math.floor(p / rows);
+    position[y] = p % rows;
+    const q = position[y] * columns + position[x];
     const index = position[0] * pair.strides[0] + position[1] * pair.strides[1] + position[2];
     follow(pair, n, strength, index, position, to);
     plane.fixed[q] = pair.fixed[index];
-    plane.moving[q] = pair.moving[index];
+    if (unmoved) plane.moving[q] = pair.moving[index];
     plane.warped[q] = look(pair, to) + 0.5;
     if (plane.fixedLabel) plane.fixedLabel[q] = pair.fixedLabel[index];
-    if (plane.movingLabel) plane.movingLabel[q] = pair.movingLabel[index];
+    if (plane.movingLabel && unmoved) plane.movingLabel[q] = pair.movingLabel[index];
     if (plane.movingLabel) plane.warpedLabel[q] = nearest(pair, to);
     if (plane.phi) [x, y].forEach((a, i) => { plane.phi[i][q] = to[a] * pair.spacing[a]; });
     if (plane.jacobian) plane.jacobian[q] = determinant(pair, n, strength, position);
