@@ -80,6 +80,16 @@ function determinant({ shape, strides, steps, scales, dim, fixed }, n, strength,
   return d[0] * (d[4] * d[8] - d[5] * d[7]) - d[1] * (d[3] * d[8] - d[5] * d[6]) + d[2] * (d[3] * d[7] - d[4] * d[6]);
 }
 
+// A square grid on the moving image, one part for each of its directions: how places there are counted in squares.
+function grid({ shape, spacing }, directions, size) {
+  const extent = directions.map((a) => (shape[a] - 1) * spacing[a]);
+  const apart = Math.max(Math.max(...extent) / 20, ...directions.map((a) => 2 * spacing[a]));
+  return directions.map((a, i) => {
+    const arrays = { values: new Float32Array(size), numbers: new Int32Array(size) };
+    return { a, scale: spacing[a] / apart, offset: extent[i] / apart, ...arrays };
+  });
+}
+
 // The plane across an axis through a position, as arrays whose rows go up: what all its pictures are made of.
 function cut(pair, axis, at, n, strength, view) {
   const [x, y] = [0, 1, 2].filter((a) => a !== axis), columns = pair.shape[x], rows = pair.shape[y];
@@ -88,7 +98,7 @@ function cut(pair, axis, at, n, strength, view) {
   if (pair.fixedLabel) plane.fixedLabel = new Uint32Array(size);
   if (pair.movingLabel) for (const name of ["movingLabel", "warpedLabel"]) plane[name] = new Uint32Array(size);
   const unmoved = view === "side by side"; // the only view that shows it
-  if (view === "deformation grid") plane.phi = [x, y].map(() => new Float32Array(size));
+  if (view === "deformation grid") plane.grid = grid(pair, [x, y], size);
   if (view === "Jacobian") plane.jacobian = new Float32Array(size);
   for (let p = 0; p < size; p++) { // up first, where samples lie closer together in memory: half the time
     position[x] = Math.floor(p / rows);
@@ -102,7 +112,10 @@ function cut(pair, axis, at, n, strength, view) {
     if (plane.fixedLabel) plane.fixedLabel[q] = pair.fixedLabel[index];
     if (plane.movingLabel && unmoved) plane.movingLabel[q] = pair.movingLabel[index];
     if (plane.movingLabel) plane.warpedLabel[q] = nearest(pair, to);
-    if (plane.phi) [x, y].forEach((a, i) => { plane.phi[i][q] = to[a] * pair.spacing[a]; });
+    for (const { a, scale, offset, values, numbers } of plane.grid ?? []) {
+      values[q] = scale * to[a] + offset;
+      numbers[q] = Math.floor(values[q]);
+    }
     if (plane.jacobian) plane.jacobian[q] = determinant(pair, n, strength, position);
   }
   return plane;
@@ -176,14 +189,7 @@ function show(pair, { canvas, what, scratch }, plane, { at, squares, blend, labe
   };
   context.imageSmoothingEnabled = width < columns;
   context.drawImage(scratch, 0, 0, width, height);
-  if (plane.phi) {
-    const extent = [x, y].map((a) => (pair.shape[a] - 1) * pair.spacing[a]);
-    const apart = Math.max(Math.max(...extent) / 20, 2 * pair.spacing[x], 2 * pair.spacing[y]);
-    plane.phi.forEach((phi, i) => {
-      const values = phi.map((mm) => (mm + extent[i]) / apart);
-      stroke(border(plane, values.map(Math.floor), { values }), GRID_LINE, 0.9);
-    });
-  }
+  for (const { numbers, values } of plane.grid ?? []) stroke(border(plane, numbers, { values }), GRID_LINE, 0.9);
   if (what !== "moving") outline("fixedLabel", FIXED_LINE, false);
   if (what !== "fixed") outline(what === "moving" ? "movingLabel" : "warpedLabel", WARPED_LINE, true);
   if (crosshair) {
