@@ -64,6 +64,7 @@ EFFECTS = {
     (BY_SAM, "BatchNorm's weights alone"): (("forms", "adam-2x"), ("forms", "norms-0.07")),
     (BY_SAM, "relative to the weights (ASAM)"): (("forms", "adam-2x"), ("forms", "asam-0.08")),
     (BY_SAM, "in the last quarter alone"): (("forms", "adam-2x"), ("forms", "late-0.01")),
+    (BY_SAM, "in one step of five"): (("forms", "adam-2x"), ("forms", "every-5")),
     (BY_SAM, "15 subjects a set"): (("few", "adam-2x-subjects=15"), ("few", "sam-subjects=15")),
     (BY_SAM, "5 subjects a set"): (("few", "adam-2x-subjects=5"), ("few", "sam-subjects=5")),
     (BY_SAM, "trained on one anatomy"): (("alone", "adam-2x"), ("alone", "sam")),
