@@ -50,11 +50,9 @@ def test_a_notebook_that_lost_its_tag_does_not_run_on_its_defaults(name):
     for cell in notebook.cells:
         cell.metadata.tags = []
     given = papermill.parameterize.parameterize_notebook(notebook, {default[1]: "x"})
-    kernel = {"In": [""]}
+    kernel = {"In": [cell.source for cell in given.cells if cell.cell_type == "code"][:3]}
     with pytest.raises(ConfigError, match=f"given {default[1]} came before the cell of defaults"):
-        for cell in [cell for cell in given.cells if cell.cell_type == "code"][:3]:
-            kernel["In"].append(cell.source)
-            exec(cell.source, kernel)
+        exec("\n".join(kernel["In"]), kernel)
 
 
 def pictures(notebook):
