@@ -37,7 +37,8 @@ ARMS = 5  # fewer say little about a rank
 RISE, SMALL_RISE = "rise 0.01", "rise 0.001"
 KINDS = ("seen", "unseen")
 FORMS = {"layer-0.0014": "SAM by layer", "part-0.0064": "SAM by part", "sam-0.01": "SAM, rho 0.01"}
-FORMS |= {"adam-part": "Adam by part", "adam-4x": "Adam, four times the steps", "sam-2x": "SAM, twice the steps"}
+FORMS |= {"every-5": "SAM in one step of five", "adam-part": "Adam by part", "sam-2x": "SAM, twice the steps"}
+FORMS |= {"adam-4x": "Adam, four times the steps"}
 # Adam at equal compute; with as small batches in BatchNorm
 CONTROL = {"SAM by part": "Adam by part", "SAM, twice the steps": "Adam, four times the steps"}
 
