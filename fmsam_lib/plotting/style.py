@@ -131,7 +131,7 @@ def open_up(axes: Axes) -> None:
 def legend(figure: Figure, optimizers: list[str], more: list[Line2D] | None = None) -> None:
     """The optimizers, and more handles after them, above the figure."""
     handles = [Line2D([], [], label=name_of(o), linewidth=2, **look(o, optimizers)) for o in optimizers] + (more or [])
-    columns = 5 if sum(len(str(h.get_label())) + 8 for h in handles[:5]) < 110 else 3
+    columns = 5 if sum(len(str(h.get_label())) + 8 for h in handles[:5]) < 100 else 3
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.5)
 
 
