@@ -3,6 +3,9 @@
 import ast
 import importlib.util
 import json
+import locale
+import os
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -38,6 +41,27 @@ def test_all_but_computing_a_study_is_imported_where_posix_modules_are_missing()
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_on_windows_a_study_says_what_to_use(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"needs Linux or macOS; on Windows, use WSL"):
+        runpy.run_module("fmsam_lib.study", run_name="__main__")
+
+
+def test_in_another_locale_a_study_starts_again_in_utf8(monkeypatch):
+    asked = []
+
+    def execve(program, arguments, environment):
+        asked.append((program, arguments, environment["PYTHONUTF8"]))
+        raise SystemExit  # what comes after is the new program's
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "fmsam_lib.study", "smoke"])
+    monkeypatch.setattr(locale, "getpreferredencoding", lambda do_setlocale=True: "ANSI_X3.4-1968")
+    with pytest.raises(SystemExit):
+        runpy.run_module("fmsam_lib.study", run_name="__main__")
+    assert asked == [(sys.executable, [sys.executable, "-X", "utf8", "-m", "fmsam_lib.study", "smoke"], "1")]
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
