@@ -12,11 +12,15 @@ notebooks = Path(workflow.basedir) / "notebooks"  # no rule's inputs: a checkout
 jobs = {(job["folder"], job["notebook"]): job for job in work}
 python, there = shlex.quote(sys.executable), shlex.quote(str(notebooks))
 # The kernel `python3` is that of profiles/jupyter, which starts this interpreter, whatever a person's own is. Notebooks
-# come as standard input: papermill would fill in what stands in braces in a path.
+# come as standard input: papermill would fill in what stands in braces in a path. What the notebooks do not put on the
+# disk themselves is put there before a job is done: a power cut would leave it empty.
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --kernel python3 --cwd {there} --log-level ERROR --no-progress-bar"
 template = shlex.quote(str(notebooks.parent / "studies/report.html.j2"))
 to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-prompt --template-file {template}"
-compared = "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"
+compared = (
+    "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"
+    " && sync {log:q} report.html"
+)
 
 
 wildcard_constraints:
@@ -48,7 +52,7 @@ for name, first in {job["notebook"]: job for job in work}.items():
             mem_mb=first["resources"]["mem_mb"],
             runtime=first["resources"]["runtime"],
         shell:
-            "{papermill} - {log:q} -f {wildcards.folder:q}/{rule}.yaml < {there}/{rule}.ipynb"
+            "{papermill} - {log:q} -f {wildcards.folder:q}/{rule}.yaml < {there}/{rule}.ipynb && sync {log:q}"
 
 
 rule compare:

@@ -140,9 +140,10 @@ def by_kind(table: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for kind, mine in rows.groupby("corruption", sort=False):
         means = {name: by_anatomy(mine[mine.optimizer == name].dice).mean() for name in ("adam-2x", "sam")}
-        each = by_anatomy((mine[mine.optimizer == "sam"].dice - mine[mine.optimizer == "adam-2x"].dice).dropna())
+        both = by_anatomy((mine[mine.optimizer == "sam"].dice - mine[mine.optimizer == "adam-2x"].dice).dropna())
+        seeds, each = both.groupby("seed").mean(), both.groupby("anatomy").mean()
         line = {"corruption": kind.replace("_", " "), "Adam, twice the steps": f"{means['adam-2x']:.3f}"}
-        line |= {"SAM": f"{means['sam']:.3f}", "SAM - Adam": f"{each.mean():+z.3f}"}
+        line |= {"SAM": f"{means['sam']:.3f}", "SAM - Adam [90 %]": with_interval(each.mean(), seeds)}
         line |= {"lowest anatomy": f"{each.min():+z.3f}", "highest anatomy": f"{each.max():+z.3f}"}
         lines.append(line)
     return pd.DataFrame(lines)
@@ -189,16 +190,18 @@ def ends(seeds: pd.Series) -> tuple[float, float]:
     return scipy.stats.t.interval(LEVEL, len(seeds) - 1, seeds.mean(), seeds.sem())
 
 
+def with_interval(mean: float, seeds: pd.Series) -> str:
+    """A difference in words, with the t interval over seeds where there are three or more."""
+    return f"{mean:+z.3f}" + (" [{:+z.3f}, {:+z.3f}]".format(*ends(seeds)) if len(seeds) > 2 else "")
+
+
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """An effect a row: the mean over anatomies, with a t interval over seeds where there are three or more."""
     lines = []
     for (kind, effect), mine in complete(table).groupby(["kind", "effect"], sort=False):
         seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
-        told = f"{each.mean():+z.3f}"
-        if len(seeds) > 2:
-            told += " [{:+z.3f}, {:+z.3f}]".format(*ends(seeds))
         line = {"difference": "SAM - Adam" if kind == BY_SAM else "with it - without", "of": effect}
-        line |= {"change of Dice [90 %]": told}
+        line |= {"change of Dice [90 %]": with_interval(each.mean(), seeds)}
         for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax())):
             line[f"{name} anatomy"] = f"{each.loc[at]:+z.3f} ({at})"
         lines.append(line | {"anatomies": len(each), "seeds": len(seeds)})

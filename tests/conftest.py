@@ -1,6 +1,10 @@
 import importlib.util
 import os
+import shutil
+import struct
+import subprocess
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +44,36 @@ def _same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small ext4, mounted, and `power_cut()`: what is not on it when the block begins is gone when it ends.
+
+    The cut is ext4's own switch (FS_IOC_SHUTDOWN, without a flush). A file that takes another's name is not written out
+    first (noauto_da_alloc), as on harsher file systems.
+    """
+    fcntl = pytest.importorskip("fcntl")
+    image, mounted = tmp_path / "image", tmp_path / "disk"
+    mounted.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(256 << 20)
+    mount = ["mount", "-o", "loop,noauto_da_alloc,commit=1", str(image), str(mounted)]
+
+    @contextmanager
+    def power_cut():
+        top = os.open(mounted, os.O_RDONLY)
+        fcntl.ioctl(top, 0x8004587D, struct.pack("I", 2))
+        os.close(top)
+        yield
+        subprocess.run(["umount", str(mounted)], check=True)
+        subprocess.run(mount, check=True)
+
+    made = shutil.which("mkfs.ext4") and subprocess.run(["mkfs.ext4", "-q", str(image)]).returncode == 0
+    if not made or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system, which mkfs.ext4 makes")
+    yield mounted, power_cut
+    subprocess.run(["umount", str(mounted)], check=True)
 
 
 @pytest.fixture(scope="session")

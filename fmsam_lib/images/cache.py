@@ -69,7 +69,7 @@ def _store(entry: Path, sample: Sample) -> None:
             record[name] = np.asarray(value)
     record["checksum"] = _checksum(record.view(np.uint64))
     try:
-        with written_whole(entry) as part:  # no reader ever meets half an entry
+        with written_whole(entry, synced=False) as part:  # no reader ever meets half an entry
             record.tofile(part)
     except OSError as error:
         warn_once(f"{entry.parent} keeps no cache: {error.strerror}. Set FMSAM_CACHE to a writable folder.")

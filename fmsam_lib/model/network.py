@@ -201,15 +201,12 @@ class GradICON(nn.Module):
             coarse_moving, coarse_fixed = pyramid[scale]
             if phi.fields:
                 coarse_moving = look_up(coarse_moving, phi.grid(coarse_fixed.shape[2:]))
-            compute = functools.partial(self._half, unet) if self.precision in HALF else unet
+            half = self.precision in HALF
+            compute = torch.autocast(moving.device.type, HALF[self.precision])(unet.__call__) if half else unet
             if self.save_memory and torch.is_grad_enabled() and i < steps - 1:
                 compute = functools.partial(computed_twice, compute, unet)
-            phi = phi.then(compute(coarse_moving, coarse_fixed))
+            phi = phi.then(compute(coarse_moving, coarse_fixed).to(own))
         return phi
-
-    def _half(self, unet: nn.Module, moving: Tensor, fixed: Tensor) -> Tensor:
-        with torch.autocast(moving.device.type, HALF[self.precision]):
-            return unet(moving, fixed).float()
 
     @torch.no_grad()
     def map_of(self, moving: Tensor, fixed: Tensor) -> Tensor:
@@ -228,7 +225,7 @@ class GradICON(nn.Module):
         saved = {"settings": self.settings, "weights": weights, "shape": self.shape and [*map(int, self.shape)]}
         about = {k: value for k, value in self.about.items() if not rounded or k != "golden"}  # it maps elsewhere
         saved |= {"about": about} if about else {}
-        with written_whole(path, synced=True) as partial, open(partial, "wb") as file:
+        with written_whole(path) as partial, open(partial, "wb") as file:
             torch.save(saved, file)  # given a path, it would write that path's name into the file
 
 

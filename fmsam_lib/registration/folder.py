@@ -42,6 +42,9 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
     try:
         yield staging
         new = sorted(os.listdir(staging), key=lambda name: name == SUMMARY)
+        for name in new:  # on the disk before they have their names, or a power cut would leave them empty
+            with open(staging / name, "rb+") as written:
+                os.fsync(written.fileno())
         named = read_json(folder / SUMMARY, {}).get("files")
         old = {name for name in map(str, named if isinstance(named, list) else []) if RESULT.fullmatch(name)}
         (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete

@@ -119,7 +119,7 @@ def jobs(study: Study, root: Path, data: str, study_file: Path, stamps: dict[str
 def write_if_new(path: Path, text: str) -> None:
     """Write a file unless it says the same already, so that its date tells when it last changed."""
     if not path.exists() or path.read_bytes() != text.encode():
-        with written_whole(path) as partial:
+        with written_whole(path, synced=False) as partial:
             partial.write_text(text, encoding="utf-8")
 
 

@@ -77,8 +77,9 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
 
 
 def diverged(first: float, last: float) -> bool:
-    """Whether a training's last loss is NaN or above ten times its first and above 10: below 1 pairs differ so."""
-    return not last <= 10 * max(1.0, first)
+    """Whether a training's last loss is NaN or above ten times its first, of which less than 1 counts as 1, since pairs
+    differ so, and more than 10 as 10: no sound training begins there."""
+    return not last <= 10 * min(max(1.0, first), 10.0)
 
 
 @contextmanager
@@ -159,7 +160,7 @@ def save(folder: Path, now: dict, parts: dict[str, Any], state: State) -> None:
     parts: what has a `state_dict`, by name, None where a training has none: network, optimizer, SAM, averages.
     """
     states = {name: None if part is None else part.state_dict() for name, part in parts.items()}
-    with written_whole(folder / "checkpoint.pt", synced=True) as partial:
+    with written_whole(folder / "checkpoint.pt") as partial:
         torch.save(now | states | {"state": vars(state)}, partial)
 
 

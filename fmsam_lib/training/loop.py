@@ -210,6 +210,7 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             for name, averaged in averages.networks([(batch.moving, batch.fixed) for batch in ended]).items():
                 averaged.shape, averaged.about = net.shape, about | {"golden": golden(averaged)}
                 averaged.save(folder / f"weights_{name}.pt")
+        checkpoint.record(folder, run, now, net, state)  # the history's lines may not be on the disk yet
         net.about = about | {"golden": golden(net)}
         net.save(folder / "weights.pt")  # last: it says that the training is done
     return state.history

@@ -1,7 +1,9 @@
 """Where results go, checked before the work: names, paths, permission and room as the file system has them."""
 
+import json
 import os
 import subprocess
+import time
 
 import pytest
 from hypothesis import given
@@ -74,3 +76,15 @@ def test_a_short_name_stays_beside_a_long_one(tmp_path):
     with staged(tmp_path) as staging:
         (staging / f"disp_{a}_{b}.nii.gz").touch()
     assert os.listdir(tmp_path) == [f"disp_{a}_{b}.nii.gz"]
+
+
+def test_after_a_power_cut_a_summary_stands_beside_whole_results(disk):
+    mounted, power_cut = disk
+    with staged(mounted) as staging:
+        (staging / "warped.nii.gz").write_bytes(bytes(100_000))
+        (staging / "summary.json").write_text('{"files": ["warped.nii.gz", "summary.json"]}')
+    time.sleep(2)  # names reach the disk after a second, what is in the files much later
+    with power_cut():
+        pass
+    assert (mounted / "warped.nii.gz").read_bytes() == bytes(100_000)
+    assert json.loads((mounted / "summary.json").read_text())["files"]

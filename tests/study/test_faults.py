@@ -129,6 +129,28 @@ def test_a_full_disk_ends_in_a_sentence_and_with_room_again_the_study_goes_on(st
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
+def test_after_power_cuts_a_study_goes_on_to_the_same(study, undisturbed, disk):
+    """At moments of a seed, while it trains, evaluates and reports; then at its end, when all is newly written."""
+    rng = random.Random(21)
+    mounted, power_cut = disk
+    for what in ["10_train", "10_train", "10_train", "20_evaluate", "40_compare", None]:
+        process = study("--runs", str(mounted), run=subprocess.Popen)
+        children = workers(process, what) if what else []
+        if what:
+            time.sleep(rng.uniform(0, 8))
+        else:
+            process.communicate()
+        with power_cut():
+            process.kill()
+            process.communicate()
+            psutil.wait_procs(children, timeout=20)
+    process = study("--runs", str(mounted))
+    assert (process.returncode, process.stderr) == (0, "")
+    assert results(mounted / "one") == undisturbed
+    assert all(path.stat().st_size for end in ("ipynb", "html") for path in mounted.rglob(f"*.{end}"))
+
+
 @pytest.fixture(scope="module")
 def whole(study, tmp_path_factory):
     """A study that is computed, for faults that strike afterwards; every test leaves it so."""

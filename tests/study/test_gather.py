@@ -220,11 +220,12 @@ def test_values_that_are_nan_are_named_in_the_notes(make):
     assert found.notes == ["hd95 of sam: 1 values are NaN; they are left out of means"]
 
 
-def test_a_training_that_diverged_is_named_in_the_notes(make):
+@pytest.mark.parametrize(("first", "told"), [(2.0, "2"), (2e7, "2e+07")])  # the second before it was first logged
+def test_a_training_that_diverged_is_named_in_the_notes(make, first, told):
     study, root = make()
-    lines = [{"step": step, "total": total, "seconds": 0.1} for step, total in ((10, 2.0), (20, 2e4))]
+    lines = [{"step": step, "total": total, "seconds": 0.1} for step, total in ((10, first), (20, 2e4))]
     (root / "a/sam/seed0/history.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert gather(study, root).notes == ["sam, seed 0, trained on a diverged: loss 2, then 2e+04"]
+    assert gather(study, root).notes == [f"sam, seed 0, trained on a diverged: loss {told}, then 2e+04"]
 
 
 def test_what_the_weights_to_start_from_have_seen_is_a_note(make):

@@ -20,6 +20,7 @@ from tests.study.test_sweeps import STUDY
 PAPERMILL = """
 import pathlib, sys, yaml
 notebook, given = pathlib.Path(sys.argv[sys.argv.index("-") + 1]), sys.argv[sys.argv.index("-f") + 1]
+notebook.touch()
 values = yaml.safe_load(pathlib.Path(given).read_text())
 for name in MAKES[notebook.stem]:
     pathlib.Path(values.get("out", "."), name).write_text("")

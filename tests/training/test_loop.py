@@ -312,7 +312,7 @@ def test_training_gives_up_when_nothing_stays_finite(tmp_path):
 def test_a_training_that_diverges_says_so_once(tmp_path):
     with pytest.warns(UserWarning, match="seed 0: the loss grew tenfold or more: try a smaller lr .3") as told:
         _, history = run(tiny(tmp_path, lr=3.0, steps=60))
-    assert history[-1]["total"] > 100
+    assert min(line["total"] for line in history) > 100  # the first logged one, too
     assert len([w for w in told if "tenfold" in str(w.message)]) == 1
 
 
