@@ -46,6 +46,5 @@ def gather_statistics(net: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) ->
     pairs: moving and fixed images, `(N, 1, *S)` each.
     """
     both = (torch.stack([torch.cat([moving, fixed]), torch.cat([fixed, moving])]) for moving, fixed in pairs)
-    unpack = net.register_forward_pre_hook(lambda net, given: tuple(given[0]))  # `update_bn` hands on one tensor
-    update_bn(both, net)
-    unpack.remove()
+    with net.register_forward_pre_hook(lambda net, given: tuple(given[0])):  # `update_bn` hands on one tensor
+        update_bn(both, net)

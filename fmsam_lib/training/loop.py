@@ -74,7 +74,8 @@ def train(
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
-    with TemporaryDirectory() if out is None else nullcontext(os.path.abspath(os.path.expanduser(out))) as folder:
+    kept = out and os.path.abspath(os.path.expanduser(out))  # "" is no folder
+    with TemporaryDirectory() if out is None else nullcontext(kept) as folder:
         run = read(Train, options | given | {"out": folder}, source="the options of train")
         if run.processes > 1 and net is not None:
             raise ConfigError("several processes cannot start from `net`: save it and give the file as `weights`")

@@ -97,3 +97,11 @@ def test_several_processes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected averages in one process"):
         run(tmp_path, processes=2)
     assert not shutil.os.path.exists(tmp_path / "config.json")
+
+
+def test_statistics_that_fail_leave_the_network_as_usable_as_before():
+    net = GradICON(2, down=(4, 4), levels=1, last_step=False)
+    images = torch.rand(2, 1, 16, 16)
+    with pytest.raises(RuntimeError):
+        gather_statistics(net, [(images, images[..., :8])])
+    net(images, images)

@@ -927,6 +927,8 @@ def test_a_network_is_trained_further_in_place(tmp_path, domain):
 def test_options_that_cannot_be_right_are_refused(domain):
     with pytest.raises(ConfigError, match=r"(?s)2 problems in the options of train.*rho.*step: unknown.*mean steps\?"):
         train(domain, rho=-1.0, step=3)
+    with pytest.raises(ConfigError, match="out: expected at least one character, got ''"):
+        train(domain, out="")
     with pytest.raises(
         ConfigError, match="expected data, shape from the domain and the network given, got options too"
     ):
