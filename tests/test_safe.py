@@ -152,7 +152,7 @@ def test_a_variant_has_a_plain_name(tmp_path, name):
 
 
 def test_a_shell_makes_words_of_names_not_commands(tmp_path):
-    """Every command of a study's dry run, run with `printf` in Python's place."""
+    """Every command of a study's dry run, run with `printf` in the place of Python and `sync`."""
     study = study_of(tmp_path, train_domains=NAMES, test_domains=NAMES, description="$(touch x) {x}")
     work = jobs(study, tmp_path, "$(touch x)", tmp_path / "s.yaml")
     plan(work, tmp_path)
@@ -166,7 +166,8 @@ def test_a_shell_makes_words_of_names_not_commands(tmp_path):
     said = []
     for command in commands:
         (tmp_path / "empty").mkdir(exist_ok=True)
-        shell = ["bash", "-c", re.sub(f"{re.escape(python)} -m (papermill|jupyter)", r"printf '%s\\n' \1", command)]
+        stand_in = re.sub(f"{re.escape(python)} -m (?=papermill|jupyter)|(?<=&& )(?=sync )", r"printf '%s\\n' ", command)
+        shell = ["bash", "-c", stand_in]
         words = subprocess.run(shell, cwd=tmp_path / "empty", capture_output=True, text=True, check=True).stdout
         assert not [*(tmp_path / "empty").iterdir()], command
         said.append(next(word for word in words.splitlines() if word.endswith(".ipynb")))
