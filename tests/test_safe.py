@@ -166,8 +166,8 @@ def test_a_shell_makes_words_of_names_not_commands(tmp_path):
     said = []
     for command in commands:
         (tmp_path / "empty").mkdir(exist_ok=True)
-        stand_in = re.sub(f"{re.escape(python)} -m (?=papermill|jupyter)|(?<=&& )(?=sync )", r"printf '%s\\n' ", command)
-        shell = ["bash", "-c", stand_in]
+        runs = f"{re.escape(python)} -m (?=papermill|jupyter)|(?<=&& )(?=sync )"
+        shell = ["bash", "-c", re.sub(runs, r"printf '%s\\n' ", command)]
         words = subprocess.run(shell, cwd=tmp_path / "empty", capture_output=True, text=True, check=True).stdout
         assert not [*(tmp_path / "empty").iterdir()], command
         said.append(next(word for word in words.splitlines() if word.endswith(".ipynb")))
