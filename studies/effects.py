@@ -70,6 +70,7 @@ EFFECTS = {
     (BY_SAM, "trained on one anatomy"): (("alone", "adam-2x"), ("alone", "sam")),
     (BY_SAM, "trained on one anatomy, rho 0.01"): (("alone", "adam-2x"), ("alone", "sam-0.01")),
     (BY_SAM, "both with half the penalty"): (("settings", "lambda-0.75"), ("settings", "sam-lambda-0.75")),
+    (BY_SAM, "both without augmentation"): (("settings", "plain"), ("settings", "sam-plain")),
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
