@@ -90,8 +90,7 @@ def _cpu() -> str:
 def written_whole(path: Path | str, *, synced: bool = True) -> Iterator[Path]:
     """A path to write to that takes `path`'s place when the block ends well, and is removed when not.
 
-    synced: it is on the disk before it has its name; else a power cut soon after may leave a file without its content.
-    This takes milliseconds, which thousands of files that are easily made again need not spend.
+    synced: it is on the disk before it has its name, which takes milliseconds; else a power cut may leave it empty.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

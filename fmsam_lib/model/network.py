@@ -190,7 +190,8 @@ class GradICON(nn.Module):
             expected = f"both images of one shape (N, 1, {'X, Y, Z'[: 3 * self.dim - 2]}), at least 16 samples"
             got = f"got {tuple(moving.shape)} and {tuple(fixed.shape)}: resample or pad smaller ones"
             raise ValueError(f"expected {expected} a side, {got}")
-        own = torch.float32 if self.precision in HALF else next(self.parameters()).dtype
+        half = HALF.get(self.precision)
+        own = torch.float32 if half else next(self.parameters()).dtype
         if not (moving.dtype == fixed.dtype == own or torch.is_autocast_enabled(fixed.device.type)):
             raise ValueError(f"expected {own} as in the weights, got {moving.dtype}, {fixed.dtype}: try net.float()")
         pyramid = [(moving, fixed)]
@@ -201,8 +202,7 @@ class GradICON(nn.Module):
             coarse_moving, coarse_fixed = pyramid[scale]
             if phi.fields:
                 coarse_moving = look_up(coarse_moving, phi.grid(coarse_fixed.shape[2:]))
-            half = self.precision in HALF
-            compute = torch.autocast(moving.device.type, HALF[self.precision])(unet.__call__) if half else unet
+            compute = torch.autocast(moving.device.type, half)(unet.__call__) if half else unet
             if self.save_memory and torch.is_grad_enabled() and i < steps - 1:
                 compute = functools.partial(computed_twice, compute, unet)
             phi = phi.then(compute(coarse_moving, coarse_fixed).to(own))

@@ -71,7 +71,8 @@ def _boxes(parts: tuple[Part, ...], ranges: list, edge: float) -> list[tuple[sli
         touched = (high > centre - r) & (low < centre + r)  # (parts, n)
         bounds.append((touched.argmax(axis=1).tolist(), (len(low) - touched[:, ::-1].argmax(axis=1)).tolist()))
         empty |= ~touched.any(axis=1)
-    return [None if gone else tuple(slice(first[k], last[k]) for first, last in bounds) for k, gone in enumerate(empty)]
+    boxes = [tuple(slice(first[k], last[k]) for first, last in bounds) for k in range(len(parts))]
+    return [None if nothing else box for nothing, box in zip(empty, boxes, strict=True)]
 
 
 def _outside(part: Part, q: Tensor) -> Tensor:

@@ -77,9 +77,8 @@ def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SA
 
 
 def diverged(first: float, last: float) -> bool:
-    """Whether a training's last loss is NaN or above ten times its first, of which less than 1 counts as 1, since pairs
-    differ so, and more than 10 as 10: no sound training begins there."""
-    return not last <= 10 * min(max(1.0, first), 10.0)
+    """Whether a training's last loss is NaN or above ten times its first, which counts as 1 at least and 10 at most."""
+    return not last <= 10 * min(max(1.0, first), 10.0)  # below 1 pairs differ so; above 10 it has diverged already
 
 
 @contextmanager
