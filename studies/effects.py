@@ -71,6 +71,8 @@ EFFECTS = {
     (BY_SAM, "trained on one anatomy, rho 0.01"): (("alone", "adam-2x"), ("alone", "sam-0.01")),
     (BY_SAM, "both with half the penalty"): (("settings", "lambda-0.75"), ("settings", "sam-lambda-0.75")),
     (BY_SAM, "both without augmentation"): (("settings", "plain"), ("settings", "sam-plain")),
+    (BY_SAM, "without augmentation, equal steps, 4,000"): (("settings", "adam-plain"), ("settings", "sam-plain")),
+    (BY_SAM, "both with twice the channels"): (("settings", "wide"), ("settings", "sam-wide")),
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
@@ -84,6 +86,7 @@ EFFECTS = {
     (OTHER, "no synthetic images"): (("unseen", "adam-2x"), ("real", "adam-2x")),
     (OTHER, "8,000 gradients, not 4,000"): (("unseen", "adam"), ("unseen", "adam-2x")),
     (OTHER, "16,000 gradients, not 8,000"): (("unseen", "adam-2x"), ("unseen", "adam-4x")),
+    (OTHER, "8,000 gradients, not 4,000, no augmentation"): (("settings", "adam-plain"), ("settings", "plain")),
 }
 ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
 HELPS = {  # network, means and amount: of the baseline, and of the treatment
