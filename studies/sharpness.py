@@ -39,8 +39,13 @@ KINDS = ("seen", "unseen")
 FORMS = {"layer-0.0014": "SAM by layer", "part-0.0064": "SAM by part", "sam-0.01": "SAM, rho 0.01"}
 FORMS |= {"every-5": "SAM in one step of five", "adam-part": "Adam by part", "sam-2x": "SAM, twice the steps"}
 FORMS |= {"adam-4x": "Adam, four times the steps"}
+DRAWN = ("SAM", *(name for name in FORMS.values() if name.startswith("SAM")))
+PLAIN, WIDE = "no augmentation", "twice the channels"
+FORMS |= {"adam-plain": f"Adam, {PLAIN}", "plain": f"Adam, twice the steps, {PLAIN}", "sam-plain": f"SAM, {PLAIN}"}
+FORMS |= {"wide": f"Adam, twice the steps, {WIDE}", "sam-wide": f"SAM, {WIDE}"}
 # Adam at equal compute; with as small batches in BatchNorm
 CONTROL = {"SAM by part": "Adam by part", "SAM, twice the steps": "Adam, four times the steps"}
+CONTROL |= {f"SAM, {of}": f"Adam, twice the steps, {of}" for of in (PLAIN, WIDE)}
 
 
 def measured(folder: Path) -> list[dict]:
@@ -125,7 +130,8 @@ def draw(table: pd.DataFrame) -> None:
     table = table.replace({"optimizer": FORMS})
     others = [name for name in style.optimizers_of(table) if not name.lower().startswith("adam")]
     pairs = [(CONTROL.get(name, EQUAL_COMPUTE), name) for name in others]
-    pairs, lines = [*pairs, ("adam", "sam"), ("adam", EQUAL_COMPUTE)], []
+    pairs += [("adam", "sam"), (f"Adam, {PLAIN}", f"SAM, {PLAIN}"), ("adam", EQUAL_COMPUTE)]
+    lines = []
     for (baseline, treatment), kind in itertools.product(pairs, KINDS):
         rows = differences(table, baseline, treatment).query("kind == @kind")
         if len(rows):
@@ -133,11 +139,12 @@ def draw(table: pd.DataFrame) -> None:
             lines.append({"compared": versus, "domains": kind, **line(rows)})
     write_csv(pd.DataFrame(lines), PROJECT / "figures" / "table_sharpness.csv")
     write_csv(flatter(table), PROJECT / "figures" / "table_flatter.csv")
+    drawn = [name for name in others if style.name_of(name) in DRAWN]
     picture, panels = style.panels(2, 2, 3.6, sharex=True, sharey=True)
     for ax, kind in zip(panels, KINDS, strict=True):
-        for name in others:
+        for name in drawn:
             rows = differences(table, CONTROL.get(name, EQUAL_COMPUTE), name).query("kind == @kind")
-            ax.plot(2.0**rows.ratio, rows.dice, **style.look(name, others) | {"linestyle": ""}, markersize=5)
+            ax.plot(2.0**rows.ratio, rows.dice, **style.look(name, drawn) | {"linestyle": ""}, markersize=5)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set_title(f"{kind} domains", fontsize=10)
@@ -147,7 +154,7 @@ def draw(table: pd.DataFrame) -> None:
     than = "of Adam at equal compute"  # of the forms by part and at twice the steps: Adam likewise
     panels[0].set_ylabel(f"Dice, minus that {than}")
     picture.supxlabel(f"sharpness on the domain, divided by that {than}  (← flatter)", fontsize=10)
-    style.legend(picture, others)
+    style.legend(picture, drawn)
     picture.savefig(f"{OUT}.png", dpi=slices.DPI, metadata={"Software": None})
 
 
