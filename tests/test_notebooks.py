@@ -1,6 +1,5 @@
 """Every notebook, run by papermill with small parameters, on results rather than on its having run."""
 
-import itertools
 import json
 import re
 import shutil
@@ -15,6 +14,7 @@ import SimpleITK
 import torch
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.evaluation.statistics import mean_interval
@@ -40,9 +40,9 @@ def execute(name, into, **parameters):
 
 def printed(notebook):
     """Everything the notebook shows as text; a stream that the kernel sent in pieces is whole again."""
-    streams = [itertools.groupby(cell.get("outputs", []), lambda o: o.get("name", id(o))) for cell in notebook.cells]
-    shown = [[o.get("text") or o.get("data", {}).get("text/plain", "") for o in of] for s in streams for _, of in s]
-    return "\n".join(map("".join, shown))
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    return "\n".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
