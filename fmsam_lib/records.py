@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).resolve().parent
 # The checkout with notebooks and studies; of an installed package the folder that one works in.
 PROJECT = PACKAGE.parent if (PACKAGE.parent / "notebooks").is_dir() else Path.cwd()
 warn_once = cache(partial(warnings.warn, stacklevel=3))
-PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "loss-landscapes", "matplotlib")
+PACKAGES = ("torch", "numpy", "scipy", "pandas", "monai", "nibabel", "SimpleITK", "loss-landscapes", "matplotlib")
 
 
 class DataError(ValueError):

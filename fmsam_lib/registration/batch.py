@@ -17,16 +17,18 @@ from fmsam_lib.registration.folder import LONGEST, ROLES, SUMMARY, fitting
 TABLE = "pairs.csv"
 COLUMNS = ["name", "status", "similarity_before", "similarity_after", "folding_percent", "sdlogj"]
 COLUMNS += ["dice_before", "dice_after", "seconds", "verdict", "reason"]
+RegisterOne = Callable[[dict[str, str], Path], Any]
 
 
 def register_all(
-    pairs: str | Path, out: str | Path, register_one: Callable[[dict[str, str], Path], Any], options: dict[str, Any]
+    pairs: str | Path, out: str | Path, register_one: RegisterOne, options: dict[str, Any], *, quiet: bool = False
 ) -> int:
     """Register each pair of the CSV file `pairs` into `<out>/<name>/`; 0, or 1 where a pair failed, which it names.
 
     register_one: takes the paths of a pair's files, by their names in `ROLES`, and its folder; leaves `summary.json`.
     options: all else that the results depend on. What is there of the same files (by cell and `stamps`) and options,
     as its summary says, is not made again. `<out>/pairs.csv` comes at the end, a line a pair, from the summaries.
+    quiet: only failures are printed.
 
     Raises DataError, before the work, as `read_pairs`.
     """
@@ -44,11 +46,13 @@ def register_all(
             lines.append({**summary, **dice, "name": name, "status": "done"})
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             lines.append({"name": name, "status": "failed", "verdict": {"reason": str(error) or repr(error)}})
-        print(f"{name}: {lines[-1]['status']}", flush=True)
+        if not quiet:
+            print(f"{name}: {lines[-1]['status']}", flush=True)
     table = pd.json_normalize(lines, sep="_").rename(columns=lambda column: column.removeprefix("verdict_"))
     write_csv(table, out / TABLE, COLUMNS)
     failed = ["{name}: {verdict[reason]}".format(**line) for line in lines if line["status"] == "failed"]
-    print("\n- ".join([f"{len(failed)} of {len(lines)} pairs failed; {out / TABLE}", *failed]))
+    if failed or not quiet:
+        print("\n- ".join([f"{len(failed)} of {len(lines)} pairs failed; {out / TABLE}", *failed]))
     return 1 if failed else 0
 
 

@@ -60,7 +60,8 @@ def _main(argv: list[str]) -> int:
         options = run.model_dump(include={*Registering.model_fields, "weights"})
         named = {name: options[name] for name in ("weights", "start") if os.path.isfile(options[name])}
         options |= {name: [file, *stamps(Path(file))] for name, file in named.items()}  # of one name, but another file
-        return register_all(more["pairs"], run.out, lambda files, out: _register(run, network, files, out), options)
+        each = functools.partial(_register, run, network)
+        return register_all(more["pairs"], run.out, each, options, quiet=more["quiet"])
     files = {role: getattr(run, role) for role in ROLES if getattr(run, role)}
     summary = _register(run, network, files, run.out, progress=not more["quiet"])
     if not more["quiet"]:

@@ -61,7 +61,8 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
 
 def check_room(folder: str | Path, size: int) -> None:
     """Before the work: raises DataError unless `size` bytes have room in `folder`, and our names in its path."""
-    taken, limit = len(os.fsencode(Path(folder).resolve())) + 200, os.pathconf(folder, "PC_PATH_MAX")
+    taken = len(os.fsencode(Path(folder).resolve())) + 200
+    limit = os.pathconf(folder, "PC_PATH_MAX") if hasattr(os, "pathconf") else 32_767  # Windows' longest
     if taken > limit:
         raise data_error(folder, f"at most {limit - 200} bytes in the path", f"{taken - 200}", "Choose a shorter one.")
     if size > (free := shutil.disk_usage(folder).free):

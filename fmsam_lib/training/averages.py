@@ -32,11 +32,12 @@ class Averages(nn.ModuleDict):
             cast(AveragedModel, self["tail"]).update_parameters(net)
 
     def networks(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, GradICON]:
-        """The averaged networks by name, BatchNorm's statistics gathered from these training pairs."""
-        found = {name: cast(GradICON, average.module).cpu() for name, average in self.items()}
+        """The averaged networks by name, on the CPU, BatchNorm's statistics gathered from these training pairs."""
+        found = {name: cast(GradICON, average.module) for name, average in self.items()}
         for net in found.values():
+            net.precision = "float32"
             gather_statistics(net, pairs)
-            net.eval()
+            net.eval().cpu()
         return found
 
 
@@ -47,4 +48,4 @@ def gather_statistics(net: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]]) ->
     """
     both = (torch.stack([torch.cat([moving, fixed]), torch.cat([fixed, moving])]) for moving, fixed in pairs)
     with net.register_forward_pre_hook(lambda net, given: tuple(given[0])):  # `update_bn` hands on one tensor
-        update_bn(both, net)
+        update_bn(both, net, device=next(net.parameters()).device)

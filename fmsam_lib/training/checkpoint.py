@@ -27,7 +27,7 @@ from fmsam_lib.images.files import parts
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import DAMAGED, sha256, whole
 from fmsam_lib.parameters import Train
-from fmsam_lib.records import provenance, read_json, write_json, written_whole
+from fmsam_lib.records import provenance, read_json, warn_once, write_json, written_whole
 from fmsam_lib.training import distributed as parallel
 from fmsam_lib.training.losses import Loss
 from fmsam_lib.training.sam import SAM
@@ -85,14 +85,16 @@ def diverged(first: float, last: float) -> bool:
 def alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process, however that ends; of several, the first one holds it."""
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            if parallel.rank() == 0:
+        if parallel.rank() == 0:
+            try:
                 if fcntl:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for left in (file for name in WRITES for file in folder.glob(f"{name}*.partial")):
-                    left.unlink()  # by one that was killed while it wrote
-        except BlockingIOError:
-            raise ConfigError(f"another process is training in {folder}: wait for it or end it") from None
+            except BlockingIOError:
+                raise ConfigError(f"another process is training in {folder}: wait for it or end it") from None
+            except OSError as error:
+                warn_once(f"{folder}: this disk keeps no locks ({error.strerror}); never train here twice at once")
+            for left in (file for name in WRITES for file in folder.glob(f"{name}*.partial")):
+                left.unlink()  # by one that was killed while it wrote
         yield
 
 

@@ -58,7 +58,7 @@ def train(
 
     net: the network to train further, in place, BatchNorm in training mode; None: a new one, or that of `weights`.
     out: the run's folder, where a training that was interrupted goes on (see `fit`); None: nothing is kept.
-    options: fields of `parameters.Train`, each with its default there; shape and data are the domain's.
+    options: fields of `parameters.Train`, each with its default there; not what the domain and `net` tell.
 
     Raises: ConfigError for options that cannot be right, or not in several processes; else as `starting` and `fit`.
     """
@@ -71,6 +71,8 @@ def train(
     if net is not None:
         if not any(p.requires_grad for p in net.parameters()):
             raise ConfigError("expected weights to train, got all of them frozen: net.requires_grad_() frees them")
+        if net.dim != len(domain.shape):
+            raise ConfigError(f"expected a {len(domain.shape)}-D network for {domain.name}, got a {net.dim}-D one")
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
@@ -106,7 +108,7 @@ def fit(net: GradICON, dataset, run: Train, *, progress: bool = True, watch: Wat
 
     Writes there what `checkpoint` names and, at the end, `weights.pt`. A training that was interrupted goes on from its
     checkpoint to the same weights, on a CPU bit for bit, since every step's batch depends on `run.seed` and the step
-    alone; one that is done is not repeated.
+    alone; the steps of one that is done are not repeated.
 
     With `run.processes` above 1, that many are started on this machine (see `distributed.launch`); each begins with
     `starting(run)` and opens `run.train_domain` itself, and `net` receives the result.
@@ -204,8 +206,8 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
                 raise Stopped(f"The training stopped after step {state.step} of {run.updates}: run this again to go on")
     net.to("cpu")
     if first:
-        read = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)
-        about = {"seen": seen(dataset, read)}
+        numbers = range(numbered(run, 0) * run.batch, numbered(run, run.updates) * run.batch)
+        about = {"seen": seen(dataset, numbers)}
         if averages is not None:
             ended = [batch for step in range(run.updates)[-STATISTICS:] for batch in make_batches(dataset, run, step)]
             for name, averaged in averages.networks([(batch.moving, batch.fixed) for batch in ended]).items():

@@ -167,6 +167,14 @@ def test_a_pair_that_fails_is_named_and_the_others_done(tmp_path, table, capsys)
     assert names(again) == ["a_b"]
 
 
+def test_quiet_tells_of_failures_alone(tmp_path, table, capsys):
+    out, path = tmp_path / "out", table(PAIRS)
+    assert register_all(path, out, Registering({"a_b": ValueError("no image")}), OPTIONS, quiet=True) == 1
+    assert capsys.readouterr().out == f"1 of 2 pairs failed; {out / 'pairs.csv'}\n- a_b: no image\n"
+    assert register_all(path, out, Registering(), OPTIONS, quiet=True) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_interrupted_and_run_again_the_table_is_the_same(tmp_path, table):
     path = table(PAIRS)
     register_all(path, tmp_path / "whole", Registering(), OPTIONS)

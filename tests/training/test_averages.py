@@ -1,5 +1,6 @@
 """Averages of the weights against sums written out from the weights of every step."""
 
+import copy
 import json
 import shutil
 
@@ -52,6 +53,16 @@ def test_averages_are_those_of_the_weights_of_every_step(tmp_path, optimizer):
         torch.nn.utils.vector_to_parameters(vector(net), copied.parameters())
         gather_statistics(copied, [(batch.moving, batch.fixed) for batch in batches])
         assert all(torch.equal(a, b) for a, b in zip(net.buffers(), copied.buffers(), strict=True))
+
+
+def test_statistics_are_gathered_in_full_precision():
+    net, pairs = GradICON(2, down=(4, 4), levels=1), [tuple(torch.rand(2, 2, 1, 16, 16)) for _ in range(3)]
+    expected = copy.deepcopy(net)
+    gather_statistics(expected, pairs)
+    net.precision = "bf16"
+    for averaged in Averages(net, 4).networks(pairs).values():
+        assert averaged.precision == "float32"
+        assert all(torch.equal(a, b) for a, b in zip(averaged.buffers(), expected.buffers(), strict=True))
 
 
 def test_of_the_first_weights_little_is_left():

@@ -377,6 +377,16 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
             run(tiny(tmp_path, steps=1))
 
 
+def test_a_disk_without_locks_is_told_and_trained_on(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"this disk keeps no locks \(No locks available\); never train here twice"):
+        run(tiny(tmp_path, steps=1))
+    assert (tmp_path / "weights.pt").exists()
+
+
 def test_fine_tuning_goes_on_from_a_file(tmp_path):
     first, _ = run(tiny(tmp_path / "first"))
     file = str(tmp_path / "first" / "weights.pt")
@@ -957,6 +967,11 @@ def test_several_processes_refuse_a_network_that_they_cannot_start_from(domain):
 def test_a_network_that_is_frozen_is_not_trained(domain):
     with pytest.raises(ConfigError, match=r"expected weights to train, got all of them frozen: net.requires_grad_\(\)"):
         train(domain, net=GradICON(2, down=(4,), last_step=False).requires_grad_(False), steps=2, batch=2)
+
+
+def test_a_network_of_the_other_dimension_is_not_trained(domain):
+    with pytest.raises(ConfigError, match="expected a 2-D network for brain-mr, got a 3-D one"):
+        train(domain, net=GradICON(3, down=(4,), last_step=False), steps=2)
 
 
 def test_a_name_is_no_domain():
