@@ -120,7 +120,8 @@ def line(net: nn.Module, loss: LossOf, direction: Sequence[Tensor], *, radius: f
         return found.reshape(half, -1)
 
     values = np.concatenate([outwards(-radius)[::-1], [loss(space.net)], outwards(radius)])
-    return _rows(alpha=np.repeat(alphas, len(TERMS)), values=values)
+    about = {"alpha": np.repeat(alphas, len(TERMS)), "term": [*TERMS] * points}
+    return pd.DataFrame(about | {"value": values.ravel()})
 
 
 def places(radius: float, points: int) -> np.ndarray:
@@ -136,18 +137,18 @@ def plane(
 
     (loss-landscapes' planes shift every second row by a step and leave out the start.)
     """
-    grid, rows = places(radius, points), []
-    space, first, second = WeightSpace(net), vector(along), vector(across)
-    for beta in tqdm(grid.tolist(), desc="plane", unit="row", leave=False):
-        for alpha in grid.tolist():
-            with space.at(first, alpha, origin=space.w + beta * second) as there:
-                rows.append(loss(there))
-    alphas, betas = (np.repeat(axis.ravel(), len(TERMS)) for axis in np.meshgrid(grid, grid))
-    return _rows(alpha=alphas, beta=betas, values=np.array(rows))
+    space, first, second, grid = WeightSpace(net), vector(along), vector(across), places(radius, points)
+    return surface(lambda alpha, beta: space.at(first, alpha, origin=space.w + beta * second), loss, grid, grid)
 
 
-def _rows(*, values: np.ndarray, **columns: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(columns | {"term": TERMS * (values.size // len(TERMS)), "value": values.ravel()})
+def surface(at: Callable[[float, float], Any], loss: LossOf, alphas: np.ndarray, betas: np.ndarray) -> pd.DataFrame:
+    """The loss at every (alpha, beta), where `at` puts a network for the time of a block; rows as `plane`."""
+    rows = []
+    for beta in tqdm(betas.tolist(), desc="plane", unit="row", leave=False):
+        for alpha in alphas.tolist():
+            with at(alpha, beta) as net:
+                rows += [(alpha, beta, *term) for term in zip(TERMS, loss(net), strict=True)]
+    return pd.DataFrame(rows, columns=["alpha", "beta", "term", "value"])
 
 
 def landscape(net: GradICON, batch: Batch, where: str, trained: Train, settings: Landscape) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
-from fmsam_lib.flatness.landscape import TRAINING, LossOf, batches_of, loss_of
+from fmsam_lib.flatness.landscape import TRAINING, LossOf, batches_of, loss_of, surface
 from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
@@ -127,12 +127,7 @@ class Solutions:
 
     def plane(self, loss: LossOf, alphas: np.ndarray, betas: np.ndarray) -> pd.DataFrame:
         """The loss at every (alpha, beta), statistics interpolated; rows alpha, beta, term, value."""
-        rows = []
-        for beta in tqdm(betas.tolist(), desc="plane of the solutions", unit="row", leave=False):
-            for alpha in alphas.tolist():
-                with self.at(alpha, beta) as net:
-                    rows += [(alpha, beta, *term) for term in zip(TERMS, loss(net), strict=True)]
-        return pd.DataFrame(rows, columns=["alpha", "beta", "term", "value"]).assign(kind="plane")
+        return surface(self.at, loss, alphas, betas).assign(kind="plane")
 
 
 def trajectories(solutions: Solutions, trainings: Iterable[tuple[str, Path, int]]) -> pd.DataFrame:

@@ -18,8 +18,7 @@ def ends_with_launcher() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] == ["attached"]:
-        threading.Thread(target=ends_with_launcher, daemon=True).start()
+    threading.Thread(target=ends_with_launcher, daemon=True).start()
     run = Train.model_validate_json(sys.argv[1])
     if on_gpu := device_of(run).type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

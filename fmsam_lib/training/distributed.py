@@ -33,7 +33,7 @@ def launch(run: Train) -> None:
     Raises: RuntimeError when one fails (they say why on stderr).
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(run.processes)]
-    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", run.model_dump_json(), "attached"]
+    command = [sys.executable, *torchrun, "-m", "fmsam_lib.training", run.model_dump_json()]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:  # they end with the pipe, so with this process
         process.wait()
     if process.returncode:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial.distance import mahalanobis
 from torch import Tensor
 
 PAIRS = 32  # of each training domain
@@ -32,7 +33,7 @@ def seen(dataset, numbers: range) -> dict[str, dict]:
         table = np.array([statistics(image) for pair in pairs for image in (pair.moving, pair.fixed)])
         covariance = np.cov(table.T) + np.diag(0.05 * table.var(axis=0) + 1e-6)
         of = {"mean": table.mean(axis=0).tolist(), "inverse": np.linalg.inv(covariance).tolist()}
-        found[domain.name] = of | {"reach": max(_apart(row, of) for row in table)}
+        found[domain.name] = of | {"reach": float(max(mahalanobis(row, of["mean"], of["inverse"]) for row in table))}
     return found
 
 
@@ -42,9 +43,5 @@ def unlike(images: list[Tensor], domains: dict[str, dict]) -> tuple[float, str]:
     The Mahalanobis distance of `statistics`, of the image that is farther: above 1 no training image was as far.
     """
     rows = [statistics(image) for image in images]
-    return min((max(_apart(row, of) for row in rows) / of["reach"], name) for name, of in domains.items())
-
-
-def _apart(row: np.ndarray, of: dict) -> float:
-    offset = row - np.array(of["mean"])
-    return float(np.sqrt(offset @ np.array(of["inverse"]) @ offset))
+    away = {name: [mahalanobis(row, of["mean"], of["inverse"]) for row in rows] for name, of in domains.items()}
+    return min((float(max(away[name])) / of["reach"], name) for name, of in domains.items())

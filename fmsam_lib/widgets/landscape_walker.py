@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from fmsam_lib.checking import ConfigError
-from fmsam_lib.flatness.landscape import batch_with, loss_of, random_direction
+from fmsam_lib.flatness.landscape import batch_with, loss_of, random_direction, surface
 from fmsam_lib.flatness.mode_connectivity import Solutions
 from fmsam_lib.flatness.weight_space import WeightSpace, vector
 from fmsam_lib.metrics import mean_dice
@@ -70,11 +70,8 @@ class Walk:
             centre, radius = (corners.min(0) + corners.max(0)) / 2, 0.7 * np.ptp(corners, axis=0).max()
         self.end = [*self.places.values()][-1]
         self.alphas, self.betas = (np.linspace(middle - radius, middle + radius, points) for middle in centre)
-        self.losses = np.array([[self._terms(alpha, beta)[0] for alpha in self.alphas] for beta in self.betas])
-
-    def _terms(self, alpha: float, beta: float) -> np.ndarray:
-        with self.weights(alpha, beta) as net:
-            return self.loss(net)
+        rows = surface(self.weights, self.loss, self.alphas, self.betas)
+        self.losses = rows[rows.term == "total"].value.to_numpy().reshape(points, points)
 
     def at(self, alpha: float, beta: float) -> tuple[torch.Tensor, dict[str, float]]:
         """The pair's map `(1, D, *S)` by the weights at a point, and the loss's terms and Dice by name."""
