@@ -212,10 +212,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame) -> None:
-    """An effect a row, below the heading of its kind: anatomies as points, their mean as a bar, its value beside it.
-
-    Points of one seed are hollow; three or more seeds have an interval.
-    """
+    """An effect a row, below the heading of its kind: anatomies as points, their mean as a bar, its value beside it."""
     rows = [(kind, name) for kind, mine in table.groupby("kind", sort=False) for name in ("", *mine.effect.unique())]
     picture = slices.Picture(figsize=(8, min(0.24 * len(rows) + 1.4, slices.MOST_HIGH)), layout="constrained")
     ax, looks = picture.subplots(), dict(zip(sorted(UNSEEN.groups), [*style.LOOKS.values()][3:], strict=False))
@@ -224,9 +221,8 @@ def draw(table: pd.DataFrame) -> None:
     for y, (kind, name) in enumerate(rows):
         mine = table[(table.kind == kind) & (table.effect == name)]
         each, seeds = mine.groupby("anatomy").difference.mean(), mine.groupby("seed").difference.mean()
-        fill = {"markerfacecolor": "white", "markeredgewidth": 0.8} if len(seeds) == 1 else {}
         for anatomy, difference in each.items():
-            ax.plot(difference, y, markersize=4.5, **looks[anatomy] | fill | {"linestyle": ""})
+            ax.plot(difference, y, markersize=4.5, **looks[anatomy] | {"linestyle": ""})
         if name:
             ax.plot(each.mean(), y, marker="|", markersize=13, markeredgewidth=3, color="black")
             if len(seeds) > 2:
@@ -238,7 +234,7 @@ def draw(table: pd.DataFrame) -> None:
         label.set_fontweight("normal" if name else "bold")
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.5, -0.5)
-    told = "change of Dice on anatomies never seen (grey: ±0.01; line: 90 % over seeds; hollow: one seed)"
+    told = "change of Dice on anatomies never seen (grey: ±0.01; line: 90 % over seeds)"
     ax.set_xlabel(told, fontsize=10, x=0.35)
     ax.spines[["top", "right", "left"]].set_visible(False)
     for name, look in looks.items():
@@ -377,8 +373,7 @@ def main() -> None:
     table = effects(networks, helps)
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
     lines = shown(table)
-    write_csv(lines[lines.seeds > 2], FIGURES / "table_effects.csv")
-    write_csv(lines[lines.seeds < 3], FIGURES / "table_effects_one_seed.csv")
+    write_csv(lines, FIGURES / "table_effects.csv")
     write_csv(arms(networks), FIGURES / "table_arms.csv")
     if SPOILT.exists():
         write_csv(by_kind(pd.read_csv(SPOILT).query("study == 'shifts'")), FIGURES / "table_corrupted.csv")
