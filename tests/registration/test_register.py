@@ -925,7 +925,13 @@ def test_the_command_registers_and_says_what_came_out(tmp_path, pair, capsys):
 
 def test_pairs_are_registered_again_from_a_start_that_changed(tmp_path, pair, monkeypatch):
     asked, start = [], tmp_path / "s.tfm"
-    monkeypatch.setattr(command, "register_all", lambda pairs, out, one, options: asked.append(options) or 0)
+
+    def register_all(pairs, out, one, options, *, quiet):
+        assert not quiet
+        asked.append(options)
+        return 0
+
+    monkeypatch.setattr(command, "register_all", register_all)
     for angle in (0.1, 0.25):
         sitk.WriteTransform(sitk.Euler3DTransform((0, 0, 0), angle, 0, 0), str(start))
         options = ("--pairs", "pairs.csv", "--out", tmp_path, "--weights", pair["weights"], "--start", start)
