@@ -1,6 +1,6 @@
 """What helps more than SAM on an anatomy never seen? The networks of a study, each on the anatomy that it has not seen.
 
-    FMSAM_DATA=... python studies/helps.py runs/unseen --seeds 10    # half an hour a seed; goes on where it stopped
+    FMSAM_DATA=... python studies/helps.py runs/unseen --seeds 10    # 45 minutes a seed; goes on where it stopped
 
 For every data set of that anatomy: the network as it is, instance optimisation of each test pair (10 and 50 steps), and
 fine-tuning on 2, 5 and 20 subjects of its training images with Adam (400 steps) and with SAM (200, as many gradients).
