@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import mannwhitneyu
 
 import fmsam_lib as fm
-from fmsam_lib.evaluation.corruptions import CORRUPTIONS, corrupt, placed
+from fmsam_lib.evaluation.corruptions import CORRUPTIONS, corrupt
 from fmsam_lib.images.domains import readable
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.spatial import identity_map, warp
@@ -45,8 +45,8 @@ def row(net, pair, domain: str, kind: str) -> dict | None:
         phi, psi = net(moving[None], pair.fixed[None]).map, net(pair.fixed[None], moving[None]).map
     before, after = (lncc(image, pair.fixed[None]).item() for image in (moving[None], warp(moving[None], phi)))
     verdict, _ = judge(net, seen, phi, psi, {"before": before, "after": after})
-    whole = phi if place is None else placed(place, phi)
-    still = identity_map(SHAPE) if place is None else place
+    still = identity_map(SHAPE)
+    whole, still = (phi, still) if place is None else (place(phi), place(still))
     dice, first = mean_dice(pair, whole), mean_dice(pair, still)
     if math.isnan(dice):
         return None

@@ -150,10 +150,8 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
 
 
 def _injected(cell: str) -> bool:
-    """Whether papermill wrote the cell: the notebooks' own say more on the first line and give the types."""
-    return cell.split("\n", 1)[0].strip() == "# Parameters" and not any(
-        isinstance(node, ast.AnnAssign) for node in ast.parse(cell).body
-    )
+    """Whether papermill wrote the cell: the notebooks' own say more on the first line."""
+    return cell.split("\n", 1)[0].strip() == "# Parameters"
 
 
 def _assigned(cell: str) -> Iterator[str]:

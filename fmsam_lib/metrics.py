@@ -110,11 +110,8 @@ def _warped(label: Tensor, phi_map: Tensor) -> Tensor:
     Nearest neighbour alone would still find the outermost samples up to half a voxel outside; for a structure that
     the image cuts off that makes up to 0.03 of Dice (synthetic lungs, 48^3).
     """
-    index = torch.from_numpy(np.indices(label.shape, np.float32))  # (D, *S)
-    last = index.amax(dim=tuple(range(1, index.dim())), keepdim=True)
-    displacement = torch.from_numpy(learn2reg_field(phi_map)).movedim(-1, 0)
-    inside = ((displacement >= -index) & (displacement <= last - index)).all(dim=0)
-    return warp_label(label[None, None], phi_map)[0, 0] * inside
+    inside = ((phi_map >= 0) & (phi_map <= 1)).all(dim=1)
+    return (warp_label(label[None, None], phi_map) * inside)[0, 0]
 
 
 def dice(a: Tensor, b: Tensor) -> float:

@@ -1,7 +1,6 @@
 """What each notebook takes: one pydantic model each, with default, limits and help beside every field.
 
-In: values. Out: `checking.read` makes a model of them. The notebooks' parameter cells repeat these defaults, and a test
-holds both equal.
+`checking.read` makes a model of values. The notebooks' parameter cells repeat the defaults; a test holds both equal.
 """
 
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -157,7 +156,6 @@ class Train(Parameters):
 
     @property
     def updates(self) -> int:
-        """Optimizer steps in all."""
         return self.stages[1]
 
 
@@ -266,9 +264,7 @@ class Register(Registering):
     fixed_labels: str = Field("", description="label image of the fixed image, for Dice before and after")
     fixed_mask: str = Field("", description="where the fixed image counts, for instance optimisation and the measures")
     moving_mask: str = Field("", description="where the moving image counts")
-    weights: str = Field(
-        "unigradicon", description="2d, 3d, unigradicon, multigradicon (downloaded) or a file of weights"
-    )
+    weights: str = Field("unigradicon", description="2d, 3d, unigradicon, multigradicon (downloaded) or a file")
     out: str = Field("", description="folder for the results")
     threads: Threads = Field(0, ge=0, description="processor threads; 0: as many as the machine has")
 
@@ -287,6 +283,14 @@ class RegisterYourOwn(Register):
         if bool(self.fixed) != bool(self.moving):
             raise ValueError("expected fixed and moving, or neither for a synthetic pair; got one of them")
         return self
+
+
+class Fair(Parameters):
+    """Notebook 06: Adam and SAM side by side, and a verdict."""
+
+    steps: Count = Field(150, description="training steps of Adam and of SAM")
+    seeds: Several = Field(3, description="first weights and order of the pairs; every arm is trained with each")
+    rho: Positive = Field(0.01, description="SAM's radius")
 
 
 class Doubt(Parameters):

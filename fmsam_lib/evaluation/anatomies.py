@@ -48,13 +48,6 @@ def unseen(
     return means.assign(difference=means.treatment - means.baseline)
 
 
-def answer(
-    results: pd.DataFrame, pairs: pd.DataFrame, groups: dict[str, list[str]], methods: tuple[str, str], metric="dice"
-) -> pd.DataFrame:
-    """`answer_of` the pairs of anatomies never seen; methods: baseline and treatment. Raises ValueError as `unseen`."""
-    return answer_of(unseen(results, pairs, groups, methods, metric), methods, metric)
-
-
 def answer_of(rows: pd.DataFrame, methods: tuple[str, str], metric="dice") -> pd.DataFrame:
     """A line for every anatomy of the rows that `unseen` gives, for `THESE` and for `NEW`; the columns `COLUMNS`.
 

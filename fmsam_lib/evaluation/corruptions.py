@@ -7,7 +7,7 @@ test pairs, the moving image noisier, more blurred, more turned away and so on, 
 import copy
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,18 +46,7 @@ CORRUPTIONS = {
 }
 
 
-class Corrupted(NamedTuple):
-    """The moving image as it is registered now.
-
-    moving: `(1, *S)` in [0, 1]. place: `(1, D, *S)`, where its samples lie in the pair's own moving image, unit
-    coordinates; None where they lie as they did.
-    """
-
-    moving: Tensor
-    place: Tensor | None
-
-
-def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupted:
+def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> tuple[Tensor, Callable | None]:
     """The pair's moving image `I`, `(1, *S)` in [0, 1], spoilt in one way; severity 0 is `I` itself, to the bit.
 
     - noise: `I + s n`, n independent standard normal numbers; the intensities range from 0 to 1.
@@ -71,7 +60,8 @@ def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupt
       the field of view's shortest side per degree; zeros where it looks outside.
 
     Noise, field, slices and direction are drawn from seed, kind and the pair's name: a greater severity is more of the
-    same. The result is cut to [0, 1].
+    same. The result is cut to [0, 1]. With it comes a function from points of it, `phi(x)` of a registration, to those
+    of the pair's own moving image, `(N, D, *P)` in unit coordinates; None where they lie as they did.
 
     Raises ValueError for an unknown kind, with the known ones, or a severity that is negative, not finite or, of a
     share, above 1; for misalignment of a pair without spacing.
@@ -82,30 +72,17 @@ def corrupt(pair: Pair, kind: str, severity: float, *, seed: int = 0) -> Corrupt
         bound = "1" if CORRUPTIONS[kind].most == 1 else "anything finite"
         raise ValueError(f"{kind}: expected a severity from 0 to {bound}, got {severity:g}; 0 is the clean image")
     if severity == 0:
-        return Corrupted(pair.moving, None)
+        return pair.moving, None
     entropy = [zlib.crc32(kind.encode()), zlib.crc32(pair.name.encode()), seed]
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))  # the kind that MONAI takes
     if kind == "misalignment":
         place = misalignment(tuple(pair.moving.shape[1:]), pair.moving_spacing or pair.spacing, severity, random)
-        return Corrupted(warp(pair.moving[None], place)[0], place)
-    return Corrupted(_spoilt(pair.moving, kind, severity, random).clamp(0, 1).as_subclass(Tensor), None)
+        return warp(pair.moving[None], place(identity_map(tuple(pair.moving.shape[1:]))))[0], place
+    return _spoilt(pair.moving, kind, severity, random).clamp(0, 1).as_subclass(Tensor), None
 
 
-def placed(place: Tensor, points: Tensor) -> Tensor:
-    """The affine map `place` `(1, D, *S)` at any points `(N, D, *P)`, outside its grid too.
-
-    With points `phi(x)` of a registration of the corrupted image: `place(phi(x))`, where x lies in the original one.
-    """
-    dim = place.shape[1]
-    points_of = place[0].movedim(0, -1)  # (*S, D)
-    origin = points_of[(0,) * dim]
-    ends = [points_of[tuple(-1 if axis == a else 0 for a in range(dim))] for axis in range(dim)]
-    matrix = torch.stack([end - origin for end in ends], 1)  # from corner to corner is one unit
-    return torch.einsum("ij,nj...->ni...", matrix, points) + origin.view(1, -1, *[1] * (points.dim() - 2))
-
-
-def misalignment(shape: tuple[int, ...], spacing, degrees: float, random: np.random.RandomState) -> Tensor:
-    """`place(x) = c + (R (x - c) + shift)` in the spacing's unit, as a map `(1, D, *shape)` in unit coordinates.
+def misalignment(shape: tuple[int, ...], spacing, degrees: float, random: np.random.RandomState) -> Callable:
+    """`place(x) = c + (R (x - c) + shift)` in the spacing's unit, of points `(N, D, *P)` in unit coordinates.
 
     `R = exp(angle K)`, K a random unit rotation's generator: any axis in 3-D, either sense in 2-D.
     """
@@ -120,9 +97,13 @@ def misalignment(shape: tuple[int, ...], spacing, degrees: float, random: np.ran
     direction = torch.from_numpy(random.standard_normal(dim))
     shift = SHIFT_PER_DEGREE * degrees * side.min() * direction / direction.norm()
     matrix = turned * side / side[:, None]  # to mm, turned, and back
-    offset = (shift / side).view(1, -1, *[1] * dim)
-    from_centre = identity_map(tuple(shape), torch.float64) - 0.5
-    return (0.5 + torch.einsum("ij,nj...->ni...", matrix, from_centre) + offset).float()
+    offset = 0.5 + shift / side
+
+    def place(points: Tensor) -> Tensor:
+        turned = torch.einsum("ij,nj...->ni...", matrix, points.double() - 0.5)
+        return (turned + offset.view(1, -1, *[1] * (points.dim() - 2))).float()
+
+    return place
 
 
 def _spoilt(image: Tensor, kind: str, severity: float, random: np.random.RandomState) -> Any:
@@ -162,11 +143,11 @@ def robustness(
     problems: list[str] = []
     bar = tqdm(range(min(pairs, dataset.test_count)), disable=not progress, desc=dataset.name, unit="pair")
     for pair in readable(dataset, bar, problems):
-        clean = _registered(net, pair, Corrupted(pair.moving, None))
+        clean = _registered(net, pair, pair.moving)
         not_finite = [] if clean else ["clean"]
         for kind in kinds:
             for severity in (0.0, *CORRUPTIONS[kind].severities):
-                found = _registered(net, pair, corrupt(pair, kind, severity)) if severity else clean
+                found = _registered(net, pair, *corrupt(pair, kind, severity)) if severity else clean
                 if severity and not found:
                     not_finite.append(f"{kind} {severity:g}")
                 about = {"test_domain": dataset.name, "pair": pair.name, "corruption": kind, "severity": severity}
@@ -176,13 +157,13 @@ def robustness(
     return pd.DataFrame(rows, columns=COLUMNS), problems
 
 
-def _registered(net: GradICON | None, pair: Pair, corrupted: Corrupted) -> list[dict]:
+def _registered(net: GradICON | None, pair: Pair, moving: Tensor, place: Callable | None = None) -> list[dict]:
     """What is measured of one registration, Dice NaN without labels; [] when its map is not finite."""
     phi_map, folding = identity_map(tuple(pair.fixed.shape[1:])), []
     if net is not None:
-        phi_map = net.map_of(corrupted.moving, pair.fixed)
+        phi_map = net.map_of(moving, pair.fixed)
         if not phi_map.isfinite().all():
             return []
         folding = [{"metric": "folding_percent", "value": folding_percent(determinants(pair, phi_map)), "unit": "%"}]
-    whole = phi_map if corrupted.place is None else placed(corrupted.place, phi_map)
+    whole = place(phi_map) if place else phi_map
     return [{"metric": "dice", "value": mean_dice(pair, whole), "unit": "1"}, *folding]

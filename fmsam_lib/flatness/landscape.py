@@ -6,6 +6,7 @@ batch with one fixed draw of the penalty's points, the same for every network th
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Landscape, Train
 from fmsam_lib.records import read_json
 from fmsam_lib.training.losses import Batch, batch_of, jittered_points, objective, with_masks
-from fmsam_lib.training.sam import dot, norm
+from fmsam_lib.training.sam import norm
 
 RUN = ["train_domain", "test_domain", "optimizer", "seed"]
 COLUMNS = [*RUN, "kind", "direction", "alpha", "beta", "term", "value"]
@@ -97,11 +98,6 @@ def random_direction(net: nn.Module, *, seed: int, normalisation: Normalisation 
     return direction
 
 
-def cosine(a: list[Tensor], b: list[Tensor]) -> float:
-    """Of the angle between two directions, over all parameters as one vector: 0 for orthogonal ones."""
-    return dot(a, b) / (norm(a) * norm(b))
-
-
 def line(net: nn.Module, loss: LossOf, direction: Sequence[Tensor], *, radius: float, points: int) -> pd.DataFrame:
     """The loss from `-radius` to `radius` along one direction; rows `alpha, term, value`.
 
@@ -168,6 +164,7 @@ def landscape(net: GradICON, batch: Batch, where: str, trained: Train, settings:
             parts.append(rows.assign(kind="line", direction=i))
         square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=settings.plane_points)
         parts.append(square.assign(kind="plane"))
-    angles = [(i, j, cosine(drawn[i], drawn[j])) for j in range(len(drawn)) for i in range(j)]
+    pairs = itertools.combinations([*enumerate(map(vector, drawn))], 2)  # cosines, of all parameters as one vector
+    angles = [(i, j, float(torch.cosine_similarity(a, b, dim=0))) for (i, a), (j, b) in pairs]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))
     return pd.concat(parts, ignore_index=True).assign(test_domain=where)

@@ -125,10 +125,6 @@ class Solutions:
             mix_buffers(net, self.corners, self.shares(alpha, beta))
             yield net
 
-    def plane(self, loss: LossOf, alphas: np.ndarray, betas: np.ndarray) -> pd.DataFrame:
-        """The loss at every (alpha, beta), statistics interpolated; rows alpha, beta, term, value."""
-        return surface(self.at, loss, alphas, betas).assign(kind="plane")
-
 
 def trajectories(solutions: Solutions, trainings: Iterable[tuple[str, Path, int]]) -> pd.DataFrame:
     """Where the trainings went on the plane, from their `snapshots/`: rows optimizer, step, alpha, beta, value.
@@ -143,13 +139,6 @@ def trajectories(solutions: Solutions, trainings: Iterable[tuple[str, Path, int]
             seen[int(file.stem.removeprefix("step"))] = torch.load(file, weights_only=True)
         rows += [(optimizer, step, *solutions.place(seen[step])) for step in sorted(seen)]
     return pd.DataFrame(rows, columns=["optimizer", "step", "alpha", "beta", "value"]).assign(kind="trajectory")
-
-
-def extent(places: pd.DataFrame, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates of a grid that shows all places (rows alpha, beta) with a fifth of their extent round them."""
-    low, high = places[["alpha", "beta"]].min(), places[["alpha", "beta"]].max()
-    alphas, betas = np.linspace(low - 0.2 * (high - low), high + 0.2 * (high - low), points).T
-    return alphas, betas
 
 
 def from_one_start(baseline: str, treatment: str) -> tuple[list[str], list[Train], list[GradICON]]:
@@ -181,12 +170,15 @@ def between(settings: Between) -> pd.DataFrame:
     with unchanged(*nets):
         solutions = Solutions(*nets)
         tracks = trajectories(solutions, [(n, Path(run.out), run.updates) for n, run in zip(names, runs, strict=True)])
-        axes = extent(tracks, settings.plane_points)
+        low, high = tracks[["alpha", "beta"]].min(), tracks[["alpha", "beta"]].max()
+        margin = 0.2 * (high - low)
+        axes = np.linspace(low - margin, high + margin, settings.plane_points).T
         batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
         parts = [tracks.assign(test_domain="")]
         for domain, batch in tqdm(batches.items(), desc="between the solutions", unit="domain"):
             loss = loss_of(batch, **runs[0].loss())
             on_path = path(nets[1], nets[2], loss, points=settings.path_points, anew=[batches[TRAINING]])
-            parts += [part.assign(test_domain=domain) for part in (on_path, solutions.plane(loss, *axes))]
+            on_plane = surface(solutions.at, loss, *axes).assign(kind="plane")
+            parts += [part.assign(test_domain=domain) for part in (on_path, on_plane)]
     about = {"train_domain": runs[0].train_domain, "seed": runs[0].seed, "baseline": names[0], "treatment": names[1]}
     return pd.concat(parts, ignore_index=True).assign(**about)

@@ -24,9 +24,6 @@ from fmsam_lib.records import written_whole
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 FUNCTIONAL_CONV = {2: F.conv2d, 3: F.conv3d}
-CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-BATCH_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-AVG_POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 Channels = tuple[int, ...]
@@ -49,10 +46,10 @@ class UNet(nn.Module):
         above = (*up[1:], 0)  # what comes up from the next coarser depth, beside its skip
         self.down = nn.ModuleList(CONV[dim](i, o, 3, padding=1, stride=2) for i, o in itertools.pairwise((2, *down)))
         self.up = nn.ModuleList(
-            CONV_TRANSPOSE[dim](skip + coarse, out, kernel_size=4, padding=1, stride=2)
+            getattr(nn, f"ConvTranspose{dim}d")(skip + coarse, out, kernel_size=4, padding=1, stride=2)
             for skip, coarse, out in zip(down, above, up, strict=True)
         )
-        self.norm = nn.ModuleList(BATCH_NORM[dim](out) for out in up)
+        self.norm = nn.ModuleList(getattr(nn, f"BatchNorm{dim}d")(out) for out in up)
         self.last = CONV[dim](2 + up[0], dim, kernel_size=3, padding=1)
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
@@ -138,7 +135,7 @@ def keep_layout(x: Tensor) -> Tensor:
 
 def halve(x: Tensor) -> Tensor:
     """Means of two samples along every axis; an odd one out, or a single one, stays itself."""
-    return AVG_POOL[x.dim() - 2](x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)
+    return getattr(F, f"avg_pool{x.dim() - 2}d")(x, [min(2, n) for n in x.shape[2:]], ceil_mode=True)
 
 
 def fit_channels(x: Tensor, channels: int) -> Tensor:

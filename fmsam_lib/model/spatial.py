@@ -71,12 +71,6 @@ def warp_label(label: Tensor, phi_map: Tensor) -> Tensor:
     return numbers[warp_label(ranks - background, phi_map) + background]
 
 
-def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """The map `outer(inner(x))`, both `(N, D, *S)`; outside its grid `outer`'s displacement is the border's."""
-    displacement = outer - identity_map(tuple(outer.shape[2:]), outer.dtype, outer.device)
-    return inner + sample(displacement, inner)
-
-
 def voxels(points: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Unit coordinates or displacements `(N, D, *P)` in samples of a grid of `shape`."""
     scale = torch.tensor([n - 1 for n in shape], dtype=points.dtype, device=points.device)
@@ -97,5 +91,6 @@ def jacobian_determinant(phi_map: Tensor) -> Tensor:
 
 
 def inverse_error(phi_map: Tensor, psi_map: Tensor) -> Tensor:
-    """How far `phi(psi(x))` lands from `x`, `(N, D, *S)` in unit coordinates; 0 for exact inverses."""
-    return compose(phi_map, psi_map) - identity_map(tuple(psi_map.shape[2:]), psi_map.dtype, psi_map.device)
+    """How far `phi(psi(x))` lands from `x`, `(N, D, *S)` in unit coordinates; outside, phi moves as at the border."""
+    identity = identity_map(tuple(psi_map.shape[2:]), psi_map.dtype, psi_map.device)
+    return psi_map + sample(phi_map - identity, psi_map) - identity

@@ -89,10 +89,6 @@ class Registration:
         """The displacement at the fixed image's voxels that ITK-family tools apply: LPS mm, float32 vectors."""
         return field_of(self.transform, self.fixed)
 
-    def jacobian(self) -> sitk.Image:
-        """How many times larger the surroundings of each fixed voxel are in the moving image; below 0 is a fold."""
-        return growth(self.displacement)
-
     def learn2reg(self) -> nibabel.Nifti1Image:
         """Learn2Reg's form `(*S, D)`, float32, voxels: `map_coordinates(moving, identity + disp)` is the warped image.
 
@@ -152,7 +148,7 @@ class Registration:
         yield "warped.nii.gz", self.warped
         yield f"disp_{'_'.join(self.names)}.nii.gz", self.learn2reg()
         yield "displacement.nii.gz", self.displacement
-        yield "jacobian.nii.gz", self.jacobian()
+        yield "jacobian.nii.gz", growth(self.displacement)
         yield "transform.h5", self.transform
         yield "inverse_error.nii.gz", sitk.Resample(self.error, self.fixed)
         if self.inverse is not None:

@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter1d, uniform_filter1d
 from torch import Tensor
 
 from fmsam_lib.model.network import GradICON
@@ -197,19 +198,16 @@ def separable(x: Tensor, band) -> Tensor:
 @torch.inference_mode(False)  # a band made under inference mode could not take part in training later
 def gaussian_band(n: int, *, sigma: float, dtype, device) -> Tensor:
     """`(n, n)` symmetric matrix whose product is the Gaussian mean along an axis of n samples, zero outside."""
-    radius = int(2 * sigma)
-    distance = torch.arange(n, dtype=torch.float64).view(-1, 1) - torch.arange(n, dtype=torch.float64)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    weights = torch.exp(-0.5 * (distance / sigma) ** 2) * (distance.abs() <= radius)
-    return (weights / torch.exp(-0.5 * (offsets / sigma) ** 2).sum()).to(dtype=dtype, device=device)
+    weights = gaussian_filter1d(np.eye(n), sigma, mode="constant", radius=int(2 * sigma))
+    return torch.from_numpy(weights).to(dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def box_band(n: int, *, radius: int, dtype, device) -> Tensor:
     """`(n, n)` matrix whose product is the mean over `2 radius + 1` samples along an axis of n, the border repeated."""
-    window = torch.arange(n).view(-1, 1) + torch.arange(-radius, radius + 1)
-    return F.one_hot(window.clamp(0, n - 1), n).double().mean(1).to(dtype=dtype, device=device)
+    weights = uniform_filter1d(np.eye(n), 2 * radius + 1, axis=0, mode="nearest")
+    return torch.from_numpy(weights).to(dtype=dtype, device=device)
 
 
 def gradicon_penalty(phi_ab: Transform, phi_ba: Transform, points: Tensor, *, delta: float = 1e-3) -> Tensor:

@@ -43,13 +43,8 @@ class SAM:
     random_seed: a control: climb in a random direction of the same radius, `eps = rho u / |u|` with u normal
         (adaptive: `eps = rho w u / |u|`); depends on this seed and the step alone, in a stream of its own.
 
-    every, alpha: climb in one step of `every` (alpha = 0: plain steps in between, SAM-k of Liu et al.; alpha > 0:
-        LookSAM). The loop then asks:
-
-        if sam.due:
-            with sam.perturbed(): ...         # as above
-        else:
-            sam.between()                     # LookSAM: bends the gradient in .grad
+    every, alpha: climb in one step of `every`, when `sam.due` (alpha = 0: plain steps in between, SAM-k of Liu et al.;
+        alpha > 0: LookSAM); in the others call `sam.between()`, with which LookSAM bends the gradient in `.grad`.
 
     On every way out of the block, exceptions and any number of Ctrl-C included, the weights are copied back from a
     saved clone, in place: bit for bit what they were. The clone (LookSAM: and the kept direction) is the only copy of

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import optimize, stats
 
-from fmsam_lib.evaluation.anatomies import COLUMNS, NEW, THESE, answer, unseen
+from fmsam_lib.evaluation.anatomies import COLUMNS, NEW, THESE, answer_of, unseen
 
 # anatomy: its sets, with how many pairs and, where these form a ring of subjects, how many subjects
 DESIGN = {
@@ -43,6 +43,11 @@ def simulated(rng, effect=0.0, seeds=5, seed_sd=0.005, on_set_sd=0.002, subject_
                     about |= {"label": "1", "metric": "dice", "unit": ""}
                     results += [about | {"pair": p, "value": v} for p, v in zip(names, values, strict=True)]
     return pd.DataFrame(results).astype({"seed": "Int64"}), pd.DataFrame(pairs)
+
+
+def answer(results, pairs, groups, methods):
+    """From a study's tables to the answer, as the report goes."""
+    return answer_of(unseen(results, pairs, groups, methods, "dice"), methods)
 
 
 @pytest.mark.parametrize(

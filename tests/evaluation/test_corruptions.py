@@ -13,13 +13,12 @@ from fmsam_lib.evaluation.corruptions import (
     SHIFT_PER_DEGREE,
     corrupt,
     misalignment,
-    placed,
     robustness,
 )
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON
-from fmsam_lib.model.spatial import compose, identity_map, warp
+from fmsam_lib.model.spatial import identity_map, sample, warp
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms.pairs import make_pair
 from fmsam_lib.records import DataError
@@ -61,8 +60,8 @@ def test_severity_0_is_the_clean_image_to_the_bit(kind, brain):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_arguments_give_the_same_image_and_others_another(kind, brain):
     severity = CORRUPTIONS[kind].severities[1]
-    first, again, other = (corrupt(brain, kind, severity, seed=seed).moving for seed in (3, 3, 4))
-    renamed = corrupt(dataclasses.replace(brain, name="someone else"), kind, severity, seed=3).moving
+    first, again, other = (corrupt(brain, kind, severity, seed=seed)[0] for seed in (3, 3, 4))
+    renamed = corrupt(dataclasses.replace(brain, name="someone else"), kind, severity, seed=3)[0]
     assert torch.equal(first, again)
     assert torch.equal(first, other) == (kind not in RANDOM)
     assert torch.equal(first, renamed) == (kind not in RANDOM)
@@ -85,7 +84,7 @@ def test_2d_and_3d_images_stay_plain_images_in_range_and_the_pair_as_it_was(kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_greater_severity_is_further_from_the_clean_image(kind, domain):
     pair = make_pair(domain, seed=0, index=1, shape=(64, 64))
-    images = [corrupt(pair, kind, severity).moving for severity in (0, *CORRUPTIONS[kind].severities)]
+    images = [corrupt(pair, kind, severity)[0] for severity in (0, *CORRUPTIONS[kind].severities)]
     distance = [float((image - pair.moving).abs().mean()) for image in images]
     assert (np.diff(distance) > 0.003).all(), distance
 
@@ -100,15 +99,15 @@ def test_severities_begin_above_0_and_grow():
 
 def test_noise_has_its_standard_deviation_and_one_pattern():
     pair = grey(shape=(200, 200))
-    weak, strong = (corrupt(pair, "noise", std).moving - 0.5 for std in (0.05, 0.1))
+    weak, strong = (corrupt(pair, "noise", std)[0] - 0.5 for std in (0.05, 0.1))
     assert weak.std().item() == pytest.approx(0.05, rel=0.02)  # of 40,000 numbers: four standard errors are 1.4 %
     assert abs(weak.mean().item()) < 0.001
     torch.testing.assert_close(strong, 2 * weak, atol=1e-6, rtol=0)
 
 
 def test_the_bias_field_multiplies_smoothly_and_doubles_in_the_logarithm():
-    weak, strong = (corrupt(grey(0.05), "bias_field", severity).moving / 0.05 for severity in (0.2, 0.4))
-    dark = corrupt(grey(0.025), "bias_field", 0.2).moving / 0.025
+    weak, strong = (corrupt(grey(0.05), "bias_field", severity)[0] / 0.05 for severity in (0.2, 0.4))
+    dark = corrupt(grey(0.025), "bias_field", 0.2)[0] / 0.025
     torch.testing.assert_close(dark, weak)  # a factor, whatever the image
     torch.testing.assert_close(strong.log(), 2 * weak.log(), atol=1e-5, rtol=0)
     assert weak.max() - weak.min() > 0.05
@@ -123,7 +122,7 @@ def test_the_bias_fields_coefficients_fill_the_range_of_the_severity():
     legendre = np.polynomial.legendre.legvander2d(*(axis.ravel() for axis in np.meshgrid(x, x, indexing="ij")), [3, 3])
     found = []
     for seed in range(20):
-        field = corrupt(grey(0.05), "bias_field", 0.2, seed=seed).moving / 0.05
+        field = corrupt(grey(0.05), "bias_field", 0.2, seed=seed)[0] / 0.05
         coefficients = np.linalg.lstsq(legendre, field.double().log().numpy().ravel(), rcond=None)[0]
         found += [c for c in coefficients if abs(c) > 1e-6]
     assert -0.2 <= min(found) < -0.18
@@ -134,28 +133,28 @@ def test_the_bias_fields_coefficients_fill_the_range_of_the_severity():
 def test_gamma_is_a_power_between_the_images_own_lowest_and_highest_value():
     image = random_image()
     image[0, 0, :2] = torch.tensor([0.0, 1.0])
-    torch.testing.assert_close(corrupt(of(image), "gamma", 1).moving, image**2, atol=1e-6, rtol=0)
-    torch.testing.assert_close(corrupt(of(image), "gamma", 0.5).moving, image ** math.sqrt(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(corrupt(of(image), "gamma", 1)[0], image**2, atol=1e-6, rtol=0)
+    torch.testing.assert_close(corrupt(of(image), "gamma", 0.5)[0], image ** math.sqrt(2), atol=1e-6, rtol=0)
     narrow = 0.2 + 0.5 * image
     expected = 0.2 + 0.5 * image**4
-    torch.testing.assert_close(corrupt(of(narrow), "gamma", 2).moving, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(corrupt(of(narrow), "gamma", 2)[0], expected, atol=1e-6, rtol=0)
 
 
 def test_inversion_goes_straight_to_the_negative():
     image = random_image()
-    torch.testing.assert_close(corrupt(of(image), "inversion", 1).moving, 1 - image)
-    torch.testing.assert_close(corrupt(of(image), "inversion", 0.25).moving, 0.25 + 0.5 * image)
-    torch.testing.assert_close(corrupt(of(image), "inversion", 0.5).moving, torch.full_like(image, 0.5))
+    torch.testing.assert_close(corrupt(of(image), "inversion", 1)[0], 1 - image)
+    torch.testing.assert_close(corrupt(of(image), "inversion", 0.25)[0], 0.25 + 0.5 * image)
+    torch.testing.assert_close(corrupt(of(image), "inversion", 0.5)[0], torch.full_like(image, 0.5))
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (24, 20, 16)])
 def test_blur_leaves_constants_and_spreads_a_point_by_sigma(shape):
     constant = grey(0.7, shape)
-    torch.testing.assert_close(corrupt(constant, "blur", 3.0).moving, constant.moving, atol=1e-6, rtol=0)
+    torch.testing.assert_close(corrupt(constant, "blur", 3.0)[0], constant.moving, atol=1e-6, rtol=0)
     point = torch.zeros(1, *shape)
     centre = [n // 2 for n in shape]
     point[(0, *centre)] = 1
-    blurred = corrupt(of(point), "blur", 1.5).moving[0].double()
+    blurred = corrupt(of(point), "blur", 1.5)[0][0].double()
     for axis, n in enumerate(shape):
         along = (torch.arange(n) - centre[axis]).double() ** 2
         weights = blurred.sum([a for a in range(len(shape)) if a != axis])
@@ -168,13 +167,13 @@ def test_blur_leaves_constants_and_spreads_a_point_by_sigma(shape):
 def test_slices_are_missing_whole_the_exact_share_and_the_same_ones_again(shape):
     pair, missing = grey(0.5, shape), []
     for share in CORRUPTIONS["slices"].severities:
-        planes = corrupt(pair, "slices", share).moving[0].reshape(-1, shape[-1])
+        planes = corrupt(pair, "slices", share)[0][0].reshape(-1, shape[-1])
         assert set(planes.unique().tolist()) == {0.0, 0.5}
         assert ((planes == 0).all(0) | (planes == 0.5).all(0)).all()
         missing.append(set(torch.where(planes[0] == 0)[0].tolist()))
         assert len(missing[-1]) == share * shape[-1]
     assert all(few < more for few, more in itertools.pairwise(missing))
-    assert (corrupt(pair, "slices", 1.0).moving == 0).all()
+    assert (corrupt(pair, "slices", 1.0)[0] == 0).all()
 
 
 def in_mm(points, shape, spacing):
@@ -183,13 +182,18 @@ def in_mm(points, shape, spacing):
     return (points[0].flatten(1).double().T - 0.5) * side, side
 
 
+def misaligned(pair, degrees):
+    """Where every sample of the misaligned image lies in the clean one, `(1, D, *S)`."""
+    return corrupt(pair, "misalignment", degrees)[1](identity_map(tuple(pair.moving.shape[1:])))
+
+
 @pytest.mark.parametrize(
     ("shape", "spacing"), [((20, 30), (3.0, 1.0)), ((20, 24, 28), (1.0, 2.0, 0.7)), ((16, 16, 16), (1.0, 1.0, 1.0))]
 )
 @pytest.mark.parametrize("degrees", [5.0, 40.0])
 def test_misalignment_is_rigid_in_mm_by_the_stated_angle_and_shift(shape, spacing, degrees):
     pair = Pair("pair", torch.rand(1, *shape), torch.zeros(1, *shape), spacing=spacing)
-    place = corrupt(pair, "misalignment", degrees).place
+    place = misaligned(pair, degrees)
     assert place.shape == (1, len(shape), *shape)
     before, side = in_mm(identity_map(shape), shape, spacing)
     after, _ = in_mm(place, shape, spacing)
@@ -208,7 +212,7 @@ def test_misalignment_is_rigid_in_mm_by_the_stated_angle_and_shift(shape, spacin
 def test_misalignment_is_rigid_in_the_moving_images_own_mm():
     shape, own = (20, 30), (3.0, 1.0)
     pair = Pair("pair", torch.rand(1, *shape), torch.zeros(1, *shape), spacing=(1.0, 1.0), moving_spacing=own)
-    turned, _ = in_mm(corrupt(pair, "misalignment", 40.0).place, shape, own)
+    turned, _ = in_mm(misaligned(pair, 40.0), shape, own)
     before, _ = in_mm(identity_map(shape), shape, own)
     for points in (before, turned):
         points -= points[0].clone()
@@ -222,7 +226,7 @@ def test_a_point_turns_to_its_known_place():
         def standard_normal(self, size):
             return np.array([[0.0, -1.0], [1.0, 0.0]]) if size == (2, 2) else np.array([1.0, 0.0])
 
-    place = misalignment((11, 21), (2.0, 1.0), 90.0, Drawn())  # 20 mm by 20 mm
+    place = misalignment((11, 21), (2.0, 1.0), 90.0, Drawn())(identity_map((11, 21)))  # 20 mm by 20 mm
     shift = 90 * SHIFT_PER_DEGREE  # of the shortest side
     torch.testing.assert_close(place[0, :, 5, 10], torch.tensor([0.5 + shift, 0.5]))  # the centre
     torch.testing.assert_close(place[0, :, 10, 10], torch.tensor([0.5 + shift, 1.0]))  # from the end of x to that of y
@@ -231,13 +235,13 @@ def test_a_point_turns_to_its_known_place():
 
 def test_misalignment_keeps_its_direction_and_goes_further(volume):
     shape = tuple(volume.moving.shape[1:])
-    few, many = (corrupt(volume, "misalignment", degrees).place for degrees in (0.1, 0.2))
+    few, many = (misaligned(volume, degrees) for degrees in (0.1, 0.2))
     torch.testing.assert_close(many - identity_map(shape), 2 * (few - identity_map(shape)), atol=2e-5, rtol=0)
 
 
 def test_the_misaligned_image_is_the_clean_one_seen_through_place(brain):
-    moving, place = corrupt(brain, "misalignment", 20.0)
-    torch.testing.assert_close(moving, warp(brain.moving[None], place)[0])
+    moving, _ = corrupt(brain, "misalignment", 20.0)
+    torch.testing.assert_close(moving, warp(brain.moving[None], misaligned(brain, 20.0))[0])
     assert float((moving - brain.moving).abs().mean()) > 0.02
 
 
@@ -254,8 +258,8 @@ def inverse_of(place):
 def test_the_ideal_registration_of_a_misaligned_image_has_the_clean_pairs_dice(name, request):
     pair = request.getfixturevalue(name)
     identity = identity_map(tuple(pair.fixed.shape[1:]))
-    place = corrupt(pair, "misalignment", 30.0).place
-    whole = placed(place, inverse_of(place))  # also where the inverse leaves the grid
+    place = misaligned(pair, 30.0)
+    whole = corrupt(pair, "misalignment", 30.0)[1](inverse_of(place))  # also where the inverse leaves the grid
     torch.testing.assert_close(whole, identity.expand_as(whole), atol=1e-5, rtol=0)
     assert mean_dice(pair, whole) == pytest.approx(mean_dice(pair, identity), abs=0.01)
     itself = dataclasses.replace(pair, fixed_label=pair.moving_label)
@@ -263,12 +267,12 @@ def test_the_ideal_registration_of_a_misaligned_image_has_the_clean_pairs_dice(n
     assert mean_dice(itself, place) < 0.7
 
 
-def test_placed_is_composition_and_place_itself_at_its_own_samples(volume):
-    place = corrupt(volume, "misalignment", 40.0).place
+def test_points_between_the_samples_go_where_their_neighbours_do(volume):
+    _, place = corrupt(volume, "misalignment", 40.0)
     identity = identity_map(tuple(volume.moving.shape[1:]))
-    torch.testing.assert_close(placed(place, identity), place, atol=1e-6, rtol=0)
     inside = 0.5 + 0.8 * (identity - 0.5) + 0.02 * torch.sin(9 * identity)
-    torch.testing.assert_close(placed(place, inside), compose(place, inside), atol=1e-5, rtol=0)
+    among = inside + sample(place(identity) - identity, inside)
+    torch.testing.assert_close(place(inside), among, atol=1e-5, rtol=0)
 
 
 def states():
@@ -278,7 +282,7 @@ def states():
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_global_is_drawn_from_or_matters(kind, brain):
     severity = CORRUPTIONS[kind].severities[0]
-    first = corrupt(brain, kind, severity).moving
+    first = corrupt(brain, kind, severity)[0]
     before = states()
     corrupt(brain, kind, severity)
     after = states()
@@ -288,7 +292,7 @@ def test_nothing_global_is_drawn_from_or_matters(kind, brain):
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
-    assert torch.equal(corrupt(brain, kind, severity).moving, first)
+    assert torch.equal(corrupt(brain, kind, severity)[0], first)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +342,7 @@ def test_without_registration_only_misalignment_lowers_dice():
         clean = mean_dice(pair, identity_map((32, 32)))
         assert (of_pair.drop("misalignment") == clean).all()
         assert of_pair["misalignment", 0.0] == clean
-        turned = mean_dice(pair, corrupt(pair, "misalignment", 40.0).place)
+        turned = mean_dice(pair, misaligned(pair, 40.0))
         assert of_pair["misalignment", 40.0] == pytest.approx(turned, abs=0.01)
         assert turned < clean - 0.1
 
@@ -380,7 +384,7 @@ def test_each_corruption_is_registered_once_and_measured_by_its_own_map():
     assert (Folds.runs, problems) == (1 + 4 + 4, [])
     pair = dataset.test_pair(0)
     for kind, severity, value in rows[rows.metric == "folding_percent"][["corruption", "severity", "value"]].values:
-        dark = corrupt(pair, kind, severity).moving.mean() < 0.5
+        dark = corrupt(pair, kind, severity)[0].mean() < 0.5
         assert value == (100.0 if dark else 0.0)
     assert {0.0, 100.0} <= set(values(rows, "folding_percent"))
     mirrored = pair.moving_label.flip(1)
@@ -402,7 +406,7 @@ def test_a_trained_maps_dice_is_that_of_place_after_phi():
     dataset = open_domain("brain-mr", shape=(32, 32))
     rows, _ = robustness(net(Shifts), dataset, ["misalignment"], pairs=1, progress=False)
     pair = dataset.test_pair(0)
-    place = corrupt(pair, "misalignment", 20.0).place
+    place = misaligned(pair, 20.0)
     corner, matrix = place[0, :, 0, 0], torch.stack([place[0, :, -1, 0], place[0, :, 0, -1]], 1)
     matrix = matrix - corner[:, None]
     whole = torch.einsum("ij,njxy->nixy", matrix, identity_map((32, 32)) + 0.1) + corner.view(1, 2, 1, 1)

@@ -11,14 +11,13 @@ from torch import nn
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.flatness import mode_connectivity as module
-from fmsam_lib.flatness.landscape import TRAINING, batches_of, loss_of
+from fmsam_lib.flatness.landscape import TRAINING, batches_of, loss_of, surface
 from fmsam_lib.flatness.mode_connectivity import (
     BEYOND,
     COLUMNS,
     Solutions,
     barrier,
     between,
-    extent,
     mix_buffers,
     path,
     trajectories,
@@ -315,7 +314,7 @@ def test_shares_are_barycentric():
 def test_every_value_of_the_plane_is_in_its_place(sides):
     solutions = triangle()
     alphas, betas = np.linspace(-1, 6, sides[0]), np.linspace(-0.5, 3, sides[1])
-    table = solutions.plane(bowls, alphas, betas)
+    table = surface(solutions.at, bowls, alphas, betas)
     for i, term in enumerate(TERMS):
         rows = of(table, term)
         assert rows.alpha.tolist() == alphas.tolist() * sides[1]
@@ -329,7 +328,7 @@ def test_the_planes_start_is_exact_and_its_corners_are_the_solutions(study):
     loss = loss_of(batches_of(run, ["heart-mr"], pairs=2)["heart-mr"], **run.loss())
     solutions = Solutions(*nets)
     for net, (alpha, beta) in zip(nets, solutions.places, strict=True):
-        values = solutions.plane(loss, np.array([alpha]), np.array([beta])).value.tolist()
+        values = surface(solutions.at, loss, np.array([alpha]), np.array([beta])).value.tolist()
         if net is nets[0]:
             assert values == loss(net).tolist()
         np.testing.assert_allclose(values, loss(net), rtol=2e-4, atol=1e-7)
@@ -346,10 +345,11 @@ def test_three_networks_on_one_line_are_refused(steps):
         Solutions(*on_one_line(*steps))
 
 
-def test_the_plane_shows_all_places_and_a_fifth_more():
-    alphas, betas = extent(pd.DataFrame({"alpha": [0.0, 5.0, 2.0], "beta": [-1.0, 0.0, 3.0]}), 7)
-    assert (len(alphas), alphas[0], alphas[-1]) == (7, -1.0, 6.0)
-    assert (len(betas), betas[0], betas[-1]) == (7, pytest.approx(-1.8), pytest.approx(3.8))
+@pytest.mark.parametrize("axis", ["alpha", "beta"])
+def test_the_plane_shows_all_places_and_a_fifth_more(table, axis):
+    low, high = table[table.kind == "trajectory"][axis].agg(["min", "max"])
+    shown = table[table.kind == "plane"][axis].agg(["min", "max"]).tolist()
+    assert shown == pytest.approx([low - 0.2 * (high - low), high + 0.2 * (high - low)])
 
 
 # --- trajectories ---

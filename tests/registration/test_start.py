@@ -16,6 +16,7 @@ from fmsam_lib.records import DataError
 from fmsam_lib.registration.apply import apply
 from fmsam_lib.registration.command import main
 from fmsam_lib.registration.register import register as registering
+from fmsam_lib.registration.result import growth
 from tests.conftest import Analytic, xyz
 
 register = functools.partial(registering, keep_worse=True)  # made-up transforms make noise less alike
@@ -168,7 +169,7 @@ def test_the_jacobian_is_the_change_of_volume():
     fixed, moving = scan(), scan(seed=1, spacing=(1.2, 1.1, 1.3))
     result = register(fixed, moving, Analytic(lambda x: -0.1 * x), shape=GRID)
     expected = 0.9**3 * (1.2 * 1.1 * 1.3) / (1.0 * 1.2 * 1.5)
-    np.testing.assert_allclose(xyz(result.jacobian())[3:-3, 3:-3, 3:-3], expected, rtol=1e-3)
+    np.testing.assert_allclose(xyz(growth(result.displacement))[3:-3, 3:-3, 3:-3], expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("mm", [1e-3, 1.0, 1e3])
@@ -237,7 +238,7 @@ def test_a_start_of_a_file_that_mirrors_or_folds_is_a_reason(tmp_path, kind):
         given.SetParameters(np.random.default_rng(0).normal(0, 12, len(given.GetParameters())).tolist())
     sitk.WriteTransform(given, str(tmp_path / "given.tfm"))
     found = register(image, scan(seed=1), STILL, shape=GRID, start=str(tmp_path / "given.tfm"))
-    assert (xyz(found.jacobian()).min() <= 0) == (kind != "neither")
+    assert (xyz(growth(found.displacement)).min() <= 0) == (kind != "neither")
     verdict = found.summary["verdict"]
     assert (verdict["verdict"] == "look at it") == (kind != "neither")
     assert ("given.tfm mirrors or folds " in verdict["reason"]) == (kind != "neither")
@@ -248,7 +249,7 @@ def test_the_jacobian_is_right_up_to_the_border(size):
     """A network that moves nothing leaves the overlay alone, which is affine: one value everywhere."""
     moving = scan(size, seed=1, spacing=(1.5, 1.8, 1.5))
     result = register(scan(size), moving, Analytic(lambda x: 0 * x, dim=len(size)), shape=GRID[: len(size)])
-    np.testing.assert_allclose(xyz(result.jacobian()), 1.5 * 1.5, rtol=1e-4)
+    np.testing.assert_allclose(xyz(growth(result.displacement)), 1.5 * 1.5, rtol=1e-4)
 
 
 def test_a_sheared_image_of_another_format_is_refused(tmp_path):

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
-from fmsam_lib.evaluation.anatomies import BAND, NEW, THESE, answer
+from fmsam_lib.evaluation.anatomies import BAND, NEW, THESE
 from fmsam_lib.evaluation.comparison import comparison
 from fmsam_lib.parameters import Compare
-from tests.evaluation.test_anatomies import BOTH, DESIGN, GROUPS, simulated
+from tests.evaluation.test_anatomies import BOTH, DESIGN, GROUPS, answer, simulated
 from tests.evaluation.test_comparison import made_up
 from tests.study.report import STUDY, run
 
