@@ -22,6 +22,7 @@ REACH = {
     "03_the_network": "<= 180",
     "04_sam_explained": "<= 180",
     "05_how_far_to_climb": "",
+    "06_does_sam_help": "",
     "50_register_your_own": "",
     "60_when_not_to_trust_it": "",
 }

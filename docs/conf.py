@@ -18,7 +18,7 @@ CODE = ABOUT["urls"]["Repository"] + "/blob/HEAD"
 PAGES = ["results", "synthetic", "protocol", "pretrained", "method", "model", "sam", "register", "benchmarks", "grid"]
 PAGES += ["faults", "extending", "faq"]
 TEACHING = ["00_start_here", "01_look_at_the_data", "02_registration_by_hand", "03_the_network", "04_sam_explained"]
-TEACHING += ["05_how_far_to_climb", "60_when_not_to_trust_it"]
+TEACHING += ["05_how_far_to_climb", "06_does_sam_help", "60_when_not_to_trust_it"]
 STUDY = ["10_train", "20_evaluate", "30_loss_landscape", "35_between_minima", "40_compare", "50_register_your_own"]
 CONTENTS = {
     "Learn": [f"notebooks/{name}" for name in TEACHING],

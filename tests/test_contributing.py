@@ -122,6 +122,6 @@ def test_the_optimizer_climbs_and_has_a_name(facts):
 def test_the_notebook_runs_on_its_parameters(facts, copy):
     assert facts["blur"] == {"domain": "brain-mr", "sigma": 2.0}
     assert 0.3 < facts["lncc"] < 0.99
-    code = "from tests.test_parameters import KIND, parameter_cell; print(parameter_cell(KIND['06_blur']))"
+    code = "from tests.test_parameters import KIND, parameter_cell; print(parameter_cell(KIND['07_blur']))"
     cell = next(block for language, block in FENCE.findall(PAGE) if language == "python")
     assert python(copy, "-c", code) == cell

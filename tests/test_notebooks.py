@@ -67,10 +67,14 @@ def test_00_registers_a_pair_better_than_nothing(tmp_path):
     assert after > before
     assert 0 < float(re.search(r"there and back: (\S+) samples", solved)[1]) < 5
     table = printed(notebook).split("when ")[-1]
-    rows = re.findall(r"^(\w[\w ]*?) +(\d\.\d+) +(\d\.\d+)$", table, re.M)
+    rows = re.findall(r"^(\w[\w ]*?) +(\d\.\d+) +(\d\.\d+) +(\d\.\d+) +(-?\d\.\d+)$", table, re.M)
     assert len(rows) >= 4, table
-    before, after = (sum(float(row[i]) for row in rows) / len(rows) for i in (1, 2))
+    before, after, shipped, gain = (sum(float(row[i]) for row in rows) / len(rows) for i in (1, 2, 3, 4))
     assert after > before + 0.1
+    assert shipped > before + 0.1
+    assert gain == pytest.approx(after - before, abs=2e-3)
+    of_brain = tuple(map(float, re.search(r"the brain: (\S+) before, (\S+) after", solved).groups()))
+    assert of_brain == pytest.approx((before, after), abs=2e-3)
     assert pictures(notebook) >= 4  # pair, loss, result, explorer
 
 
@@ -103,8 +107,10 @@ def with_solutions(name, into, solved=(2, 3), guesses=3, further=(), **parameter
 
 def test_02_folds_without_a_regulariser_and_its_solutions_say_what_the_text_says(tmp_path):
     notebook, solved = with_solutions("02_registration_by_hand", tmp_path)
-    rows = re.findall(r"^(before|lambda = [01]) +(\d\.\d+) +(\d\.\d+) +(\d+\.\d+)$", printed(notebook), re.M)
-    facts = {name: tuple(map(float, values)) for name, *values in rows}  # LNCC, Dice, folded
+    rows = re.findall(r"^(before|lambda = [01])" + 4 * r" +(\d+\.\d+)" + "$", printed(notebook), re.M)
+    facts = {name: tuple(map(float, values)) for name, *values in rows}  # LNCC, Dice, folded, error of the map
+    assert facts["lambda = 1"][3] < facts["before"][3] / 2
+    assert facts["before"][3] < facts["lambda = 0"][3]
     assert facts["lambda = 1"][2] == 0
     assert facts["lambda = 0"][2] > 20
     assert facts["before"][0] < facts["lambda = 0"][0] < facts["lambda = 1"][0]
@@ -120,9 +126,10 @@ def test_02_folds_without_a_regulariser_and_its_solutions_say_what_the_text_says
     assert float(coarse["32"]) < float(coarse["16"])  # although LNCC is higher
     shares = re.findall(r"^(before|lambda = [01]): local volume .*, (\S+) % folded$", printed(notebook), re.M)
     assert {name: float(share) for name, share in shares} == {name: fact[2] for name, fact in facts.items()}
-    sweep = re.findall(r"^(\d+\.\d\d) +(\d\.\d+) +(\d\.\d+) +\d+\.\d+$", printed(notebook), re.M)
-    lncc, dice = ({weight: float(row[i]) for weight, *row in sweep} for i in (0, 1))
+    sweep = re.findall(r"^(\d+\.\d\d)" + 4 * r" +(\d+\.\d+)" + "$", printed(notebook), re.M)
+    lncc, dice, error = ({weight: float(row[i]) for weight, *row in sweep} for i in (0, 1, 3))
     assert (max(lncc, key=lncc.get), max(dice, key=dice.get)) == ("0.30", "1.00")
+    assert min(error, key=error.get) == "1.00"
 
 
 def test_03_gets_better_level_by_level_and_the_penalty_keeps_it_from_folding(tmp_path):
@@ -251,6 +258,25 @@ def test_05_shows_how_far_the_climb_may_go(tmp_path):
     assert radii.keys() == {"0.02", "0.05"}
     assert all(there > here for here, there in radii.values())
     assert pictures(notebook) == 3  # curves, registrations, the slider's
+
+
+def test_06_compares_at_equal_steps_and_at_equal_compute(tmp_path):
+    notebook, solved = with_solutions("06_does_sam_help", tmp_path, guesses=2, steps=20, seeds=2)
+    text = printed(notebook)
+    rows = re.findall(r"^(Adam|Adam, twice the steps|SAM) +(\S+) +(\S+) +(\S+)$", text, re.M)
+    arms = {name: [float(x) for x in measured] for name, *measured in rows}
+    told = re.findall(r"^(?:equal \w+)? +Dice, (\w+) +(\S+) +(\S+) +(\S+) +(\S.*)$", text, re.M)
+    assert [domain for domain, *_ in told] == ["brains", "hearts"] * 2
+    opponents = ("Adam", "Adam", "Adam, twice the steps", "Adam, twice the steps")
+    for (domain, mean, low, high, word), arm in zip(told, opponents, strict=True):
+        column = 1 + (domain == "hearts")
+        assert float(mean) == pytest.approx(arms["SAM"][column] - arms[arm][column], abs=0.002)
+        assert float(low) <= float(mean) <= float(high)
+        assert word.strip() in ("helps", "equivalent", "harms", "no relevant help", "undecided")
+    assert len(re.findall(r"^seed \d: SAM (?:helps|harms|changes nothing), [+-]0\.\d+$", solved, re.M)) == 2
+    assert re.search(r"standard deviation is 0\.\d+: \d+ seeds", solved)
+    assert re.search(r"all together [+-]\d\.\d\d, within the arms", solved)
+    assert pictures(notebook) == 1
 
 
 OPTIMIZERS = ("adam", "adam-2x", "sam")
