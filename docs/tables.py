@@ -3,7 +3,7 @@
     python docs/tables.py                       make the tables again and put them into the pages
     python docs/tables.py --check               change nothing; fail where something would change
     python docs/tables.py --record runs/full    take over the results of a study that has been computed
-    python docs/tables.py --refit               fit the answers again whose pairs are kept, and print them
+    python docs/tables.py --refit               fit the answers again whose pairs are kept, before all else
 
 A page says where a table stands, and what is between the two comments is written by this script:
 
@@ -80,18 +80,16 @@ def unseen() -> pd.DataFrame:
 
     Those at equal compute are of the mixed model over pairs; those at equal steps are over the seeds' means.
     """
-    rows = pd.read_csv(FIGURES / "unseen.csv").query("metric == 'dice' and on == 'unseen'").set_index("anatomy")
-    compute = rows[(rows.baseline == "adam-2x") & (rows.treatment == "sam")]
-    steps = pd.read_csv(FIGURES / "effects.csv").query("effect == 'equal steps, 4,000'")
-    steps = over_seeds(steps.pivot(index="seed", columns="anatomy", values="difference").dropna())
-    steps = steps.reindex(compute.index)
-    table = pd.DataFrame({"anatomy, never seen": compute.index})
-    for name, values in {"Adam, twice the steps": compute.mean_baseline, "SAM": compute.mean_treatment}.items():
+    rows = pd.read_csv(FIGURES / "unseen.csv").query("role == 'primary'").set_index("anatomy")
+    table = pd.DataFrame({"anatomy, never seen": rows.index})
+    for name, values in {"Adam": rows.mean_baseline, "SAM": rows.mean_treatment}.items():
         table[name] = values.map("{:.3f}".format).to_numpy()
-    for name, of in {COMPUTE: compute, STEPS: steps}.items():
-        shown = of.apply(interval, axis=1).str.replace("+nan [+nan, +nan]", "", regex=False)
-        table[name.replace("95", "90")] = shown.to_numpy()
-    return table.assign(verdict=compute.verdict.to_numpy())
+    table["SAM - Adam, equal compute [90 %]"] = rows.apply(interval, axis=1).to_numpy()
+    table["verdict"] = rows.verdict.to_numpy()
+    effects = pd.read_csv(FIGURES / "effects.csv").query("effect == 'equal steps, 8,000'")
+    seeds = over_seeds(effects.pivot(index="seed", columns="anatomy", values="difference"))
+    table["equal steps, over seeds"] = seeds.apply(interval, axis=1).reindex(rows.index).fillna("").to_numpy()
+    return table
 
 
 def volumes() -> pd.DataFrame:
@@ -182,8 +180,8 @@ def pretrained() -> pd.DataFrame:
 
 
 def longer() -> pd.DataFrame:
-    """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have every length;
-    the differences at equal compute: over seeds alone, and by the protocol's mixed model of the seeds with pairs."""
+    """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have every length,
+    and the differences at equal compute, over seeds."""
     rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen")
     rows = rows[~rows.optimizer.str.contains("+", regex=False)].assign(
         anatomy=rows.train_domain.str.removeprefix("all but "), optimizer=rows.optimizer.str.partition("-")[0]
@@ -196,10 +194,7 @@ def longer() -> pd.DataFrame:
     kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]
     shown = {f"{name_of(o)}, {n:,}": rows[o, n].map("{:.3f}".format) for o, n in kinds}
     shown |= {f"SAM - Adam, {n:,} [90 %]": of.apply(interval, axis=1) for n, of in each.items()}
-    model = pd.read_csv(FIGURES / "longer.csv").query("role == 'primary'").set_index("anatomy")
-    shown |= {"16,000, by the mixed model [90 %]": model.apply(interval, axis=1), "verdict": model.verdict}
-    table = pd.DataFrame(shown).reindex([*rows.index, NEW]).fillna("")
-    return table.rename_axis("anatomy, never seen").reset_index()
+    return pd.DataFrame(shown).reindex(rows.index).rename_axis("anatomy, never seen").reset_index()
 
 
 def radii() -> pd.DataFrame:
@@ -258,11 +253,14 @@ def keep_pairs(rows: pd.DataFrame, name: str) -> None:
 
 
 def refitted(name: str) -> pd.DataFrame:
-    """The primary lines of `figures/<name>.csv` as they come out of the pairs that are kept."""
-    kept = pd.read_csv(FIGURES / f"{name}.csv").query("role == 'primary'")
+    """`figures/<name>.csv`, its primary lines as they come out of the pairs that are kept."""
+    kept = pd.read_csv(FIGURES / f"{name}.csv")
+    first, rest = (kept[(kept.role == "primary") == primary] for primary in (True, False))
     pairs = pd.read_csv(FIGURES / f"{name}_pairs.csv")
     pairs = pairs.assign(difference=pairs.treatment - pairs.baseline)
-    return anatomies.answer_of(pairs, (kept.baseline.iloc[0], kept.treatment.iloc[0]))
+    again = anatomies.answer_of(pairs, (first.baseline.iloc[0], first.treatment.iloc[0]))
+    first = first.drop(columns=again.columns.drop("anatomy")).merge(again, on="anatomy")
+    return pd.concat([first, rest])[kept.columns]
 
 
 def answered(rows: pd.DataFrame, methods: pd.DataFrame, groups: dict[str, list[str]]) -> pd.DataFrame:
@@ -316,13 +314,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description="Put every table of README and docs into its place.")
     arguments.add_argument("--check", action="store_true", help="change nothing; fail where something would change")
     arguments.add_argument("--record", type=Path, metavar="FOLDER", help="a computed study: runs/<study>")
-    arguments.add_argument("--refit", action="store_true", help="fit the kept pairs again, print the answers")
+    arguments.add_argument("--refit", action="store_true", help="fit the kept pairs again")
     given = arguments.parse_args()
     if given.refit:
         for path in sorted(FIGURES.glob("*_pairs.csv")):
             name = path.stem.removesuffix("_pairs")
-            print(f"{name}\n{refitted(name).drop(columns=['metric', 'baseline', 'treatment']).to_string(index=False)}")
-        return
+            refitted(name).to_csv(FIGURES / f"{name}.csv", index=False)
     if given.record:
         record(given.record.resolve())
     for path, text in wanted():

@@ -5,8 +5,9 @@
 
 Of every run figures/networks.csv keeps, a row a network (averages of its weights, too) and test set: the mean Dice,
 that of the worst 5 % of pairs, and other measures. An effect is a difference between networks of the same training and
-seed, on the sets that neither saw, averaged over trainings and sets. Writes figures/effects.csv, a row an effect,
-anatomy and seed; its figure and tables; figures/unseen_answer.png, spent.png and unseen_matrix.png;
+seed, on the sets that neither saw, averaged over trainings and sets. p is of a t test over seeds, by Holm's correction
+over all that SAM is said to change but the primary contrast at its two lengths. Writes figures/effects.csv, a row an
+effect, anatomy and seed; its figure and tables; figures/unseen_answer.png, spent.png and unseen_matrix.png;
 figures/table_arms.csv. Where a study corrupted images, figures/corrupted.csv keeps the mean Dice of every network, set
 and kind, and figures/table_corrupted.csv compares them.
 """
@@ -20,6 +21,7 @@ import pandas as pd
 import scipy.stats
 from matplotlib import colors
 from matplotlib.patches import Rectangle
+from statsmodels.stats.multitest import multipletests
 
 from fmsam_lib.evaluation.anatomies import BAND, LEVEL, NEW, THESE
 from fmsam_lib.evaluation.evaluate import read_results
@@ -38,7 +40,11 @@ ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", 
 MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
 BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with other help"
-TUNED = (("unseen", "adam-2x"), ("unseen", "sam"))
+MEASURED = "SAM minus Adam, of other measures and images"  # in the table alone
+TUNED, LONGER, STEPS = (  # both primary arms at two lengths, and at equal steps
+    (("unseen", adam), ("unseen", sam)) for adam, sam in (("adam-2x", "sam"), ("adam-4x", "sam-2x"), ("adam", "sam"))
+)
+PRIMARY = ["as tuned (rho 0.001)", "twice the gradients"]
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
 MORE = {
     "two anatomies": ("two", "adam"),
@@ -48,11 +54,8 @@ MORE = {
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
     (BY_SAM, "as tuned (rho 0.001)"): TUNED,
-    (BY_SAM, "worst 5 % of pairs"): (*TUNED, "worst"),
-    (BY_SAM, "twice the gradients"): (("unseen", "adam-4x"), ("unseen", "sam-2x")),
-    (BY_SAM, "worst 5 %, twice the gradients"): (("unseen", "adam-4x"), ("unseen", "sam-2x"), "worst"),
-    (BY_SAM, "equal steps, 4,000"): (("unseen", "adam"), ("unseen", "sam")),
-    (BY_SAM, "worst 5 %, equal steps, 4,000"): (("unseen", "adam"), ("unseen", "sam"), "worst"),
+    (BY_SAM, "twice the gradients"): LONGER,
+    (BY_SAM, "equal steps, 4,000"): STEPS,
     (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
     (BY_SAM, "rho 0.01, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.01")),
     (BY_SAM, "climb by layer, equal steps, 4,000"): (("unseen", "adam"), ("forms", "layer-0.0014")),
@@ -76,6 +79,16 @@ EFFECTS = {
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
+    (MEASURED, "worst 5 % of pairs"): (*TUNED, "worst"),
+    (MEASURED, "worst 5 %, twice the gradients"): (*LONGER, "worst"),
+    (MEASURED, "worst 5 %, equal steps, 4,000"): (*STEPS, "worst"),
+    (MEASURED, "HD95, mm or samples"): (*TUNED, "hd95"),
+    (MEASURED, "HD95, twice the gradients"): (*LONGER, "hd95"),
+    (MEASURED, "folded, %"): (*TUNED, "folding_percent"),
+    (MEASURED, "folded, %, twice the gradients"): (*LONGER, "folding_percent"),
+    (MEASURED, "anatomies trained on"): (("seen", "adam-2x"), ("seen", "sam")),
+    (MEASURED, "anatomies trained on, twice the gradients"): (("seen", "adam-4x"), ("seen", "sam-2x")),
+    (MEASURED, "corrupted images, mean of seven kinds"): (("corrupted", "adam-2x"), ("corrupted", "sam")),
     (OTHER, "averaged weights (EMA)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+ema")),
     (OTHER, "averaged weights (last quarter)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+tail")),
     (OTHER, "BatchNorm's statistics of the new images"): (("unseen", "adam-2x"), ("unseen", "adam-2x+bn")),
@@ -159,8 +172,11 @@ def by_anatomy(values: pd.Series) -> pd.Series:
     return table.groupby(["anatomy", "seed", "test_domain"]).value.mean().groupby(["anatomy", "seed"]).mean()
 
 
-def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
+def effects(networks: pd.DataFrame, helps: pd.DataFrame, spoilt: pd.DataFrame) -> pd.DataFrame:
     """Every effect that was measured: an anatomy and seed a row."""
+    seen = networks[networks.seen & (networks.study == "unseen")].assign(study="seen", seen=False)
+    spoilt = spoilt.groupby(["train_domain", "optimizer", "seed", "test_domain", "seen"], as_index=False).dice.mean()
+    networks = pd.concat([networks, seen, spoilt.assign(study="corrupted")])
     shift = networks.train_domain.map(lambda name: "hospital" if "hospital" in name else "modality")
     number = networks.train_domain.str.startswith("all but").map({True: "four", False: "two"})
     study = networks.study.mask(networks.study == "shifts", shift).mask(networks.study == "domains", number)
@@ -179,7 +195,7 @@ def effects(networks: pd.DataFrame, helps: pd.DataFrame) -> pd.DataFrame:
         if of in means and ONE in means:
             rows[OTHER, f"trained on {name}, not one"] = (means[of] - means[ONE]).dropna()
     table = pd.concat(rows, names=["kind", "effect"]).rename("difference").reset_index()
-    return table.sort_values("kind", ascending=False, kind="stable")
+    return table.sort_values("kind", key=lambda kind: kind.map([BY_SAM, MEASURED, OTHER].index), kind="stable")
 
 
 def complete(table: pd.DataFrame) -> pd.DataFrame:
@@ -203,12 +219,17 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for (kind, effect), mine in complete(table).groupby(["kind", "effect"], sort=False):
         seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
-        line = {"difference": "SAM - Adam" if kind == BY_SAM else "with it - without", "of": effect}
-        line |= {"change of Dice [90 %]": with_interval(each.mean(), seeds)}
+        line = {"difference": "with it - without" if kind == OTHER else "SAM - Adam", "of": effect}
+        line |= {"change of Dice [90 %]": with_interval(each.mean(), seeds), "p, Holm": np.nan}
+        if kind != OTHER and effect not in PRIMARY and len(seeds) > 2:
+            line["p, Holm"] = scipy.stats.ttest_1samp(seeds, 0).pvalue
         for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax())):
             line[f"{name} anatomy"] = f"{each.loc[at]:+z.3f} ({at})"
         lines.append(line | {"anatomies": len(each), "seeds": len(seeds)})
-    return pd.DataFrame(lines)
+    lines = pd.DataFrame(lines)
+    listed = lines["p, Holm"].dropna()
+    lines.loc[listed.index, "p, Holm"] = multipletests(listed, method="holm")[1] if len(listed) else listed
+    return lines.assign(**{"p, Holm": lines["p, Holm"].map("{:.3f}".format).replace({"nan": "", "0.000": "< 0.001"})})
 
 
 def draw(table: pd.DataFrame) -> None:
@@ -246,13 +267,15 @@ def draw(table: pd.DataFrame) -> None:
 
 def answer(table: pd.DataFrame) -> None:
     """SAM minus Adam on every anatomy when it was left out, and on all: after both lengths, and at equal steps."""
-    parts = {}
-    for name, file in (("equal compute, 8,000 gradients", "unseen"), ("equal compute, 16,000 gradients", "longer")):
-        parts[name] = pd.read_csv(FIGURES / f"{file}.csv").query("role == 'primary'").set_index("anatomy")
-    steps = table[table.effect == "equal steps, 4,000"].pivot(index="seed", columns="anatomy", values="difference")
-    steps[THESE] = steps.mean(axis=1)
-    bounds = steps.apply(ends).set_axis(["low", "high"]).T
-    parts["equal steps: SAM costs twice as much (intervals over seeds alone)"] = bounds.assign(mean=steps.mean())
+    model = pd.read_csv(FIGURES / "unseen.csv").query("role == 'primary'").set_index("anatomy")
+    parts = {"equal compute, 16,000 gradients": model}
+    for name, effect in (
+        ("equal compute, 8,000 gradients (intervals over seeds alone)", PRIMARY[0]),
+        ("equal steps, 8,000: SAM costs twice as much (likewise)", "equal steps, 8,000"),
+    ):
+        seeds = table[table.effect == effect].pivot(index="seed", columns="anatomy", values="difference")
+        seeds[THESE] = seeds.mean(axis=1)
+        parts[name] = seeds.apply(ends).set_axis(["low", "high"]).T.assign(mean=seeds.mean())
     names = [*UNSEEN.leave_one_out, THESE, NEW]
     picture = slices.Picture(figsize=(7, 5.2), layout="constrained")
     ax = picture.subplots()
@@ -370,14 +393,15 @@ def main() -> None:
             spoilt = pd.concat([pd.read_csv(SPOILT), spoilt] if SPOILT.exists() else [spoilt])
             write_csv(spoilt.drop_duplicates([*spoilt][:-1], keep="last"), SPOILT, float_format="%.5g")
     helps = pd.read_csv(FIGURES / "helps.csv")
-    table = effects(networks, helps)
+    spoilt = pd.read_csv(SPOILT) if SPOILT.exists() else pd.DataFrame(columns=[*ABOUT[:-1], "dice"])
+    table = effects(networks, helps, spoilt)
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
     lines = shown(table)
     write_csv(lines, FIGURES / "table_effects.csv")
     write_csv(arms(networks), FIGURES / "table_arms.csv")
-    if SPOILT.exists():
-        write_csv(by_kind(pd.read_csv(SPOILT).query("study == 'shifts'")), FIGURES / "table_corrupted.csv")
-    draw(complete(table[~table.effect.str.contains("worst")]))
+    if len(spoilt):
+        write_csv(by_kind(spoilt), FIGURES / "table_corrupted.csv")
+    draw(complete(table[table.kind != MEASURED]))
     answer(table)
     spent(networks, helps)
     matrix(networks, helps)

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import pytest
+from scipy.stats import ttest_1samp
 
 from tests.conftest import PROJECT, as_module
 
@@ -14,9 +15,9 @@ def script():
 
 
 def test_the_recorded_effects_are_those_of_the_recorded_networks(script):
-    recorded = [pd.read_csv(FIGURES / f"{name}.csv") for name in ("networks", "helps", "effects")]
-    networks, helps, effects = recorded
-    found = script.effects(networks, helps).reset_index(drop=True)
+    names = ("networks", "helps", "corrupted", "effects")
+    *measured, effects = (pd.read_csv(FIGURES / f"{name}.csv") for name in names)
+    found = script.effects(*measured).reset_index(drop=True)
     pd.testing.assert_frame_equal(found, effects, rtol=1e-3, atol=2e-5)
     again = script.shown(found)
     table = pd.read_csv(FIGURES / "table_effects.csv", keep_default_na=False, dtype=str)
@@ -51,11 +52,20 @@ def test_an_effect_is_paired_and_every_anatomy_counts_once(script):
     rows += [("sam", 1, "SpineMR2D", "fine-tuned, adam", 5, 0.75)]
     helps = pd.DataFrame(rows, columns=["training", "seed", "test_domain", "means", "amount", "dice"])
 
-    table = script.effects(networks_of(values), helps).set_index(["effect", "anatomy", "seed"]).difference
+    names = ["train_domain", "optimizer", "seed", "test_domain", "seen", "corruption", "dice"]
+    rows = [("MR", "adam-2x", 1, "SpineMR2D", False, kind, 0.5) for kind in ("noise", "blur")]
+    rows += [("MR", "sam", 1, "SpineMR2D", False, "noise", 0.7), ("MR", "sam", 1, "SpineMR2D", False, "blur", 0.4)]
+    rows += [("no MR", name, 1, "SpineMR2D", True, "blur", dice) for name, dice in (("adam-2x", 0.1), ("sam", 0.9))]
+    spoilt = pd.DataFrame(rows, columns=names)
+    values += [("unseen", "adam-2x", "all but heart", seed, "SpineMR2D", True, 0.9) for seed in (1, 2)]
+
+    table = script.effects(networks_of(values), helps, spoilt).set_index(["effect", "anatomy", "seed"]).difference
     tuned = table["as tuned (rho 0.001)"]
     assert tuned.to_dict() == pytest.approx(
         {("heart", 1): 0.02, ("heart", 2): 0.02, ("spine", 1): -0.02, ("spine", 2): -0.02}
     )
+    assert table["anatomies trained on"].to_dict() == pytest.approx({("spine", 1): 0.09})
+    assert table["corrupted images, mean of seven kinds"].to_dict() == pytest.approx({("spine", 1): 0.05})
     assert table["10 steps of instance optimisation"].to_dict() == pytest.approx({("spine", 1): 0.01})
     assert table["both after 50 steps of instance optimisation"].to_dict() == pytest.approx({("spine", 1): 0.15})
     assert "rho 0.01" not in table.index  # of which there is no run
@@ -73,6 +83,22 @@ def test_a_seed_that_lacks_an_anatomy_waits(script):
     assert (line["change of Dice [90 %]"], line["seeds"]) == ("-0.005", 2)
 
 
+def test_p_is_corrected_over_all_that_sam_changes_but_the_primary_contrast(script):
+    values = {"as tuned (rho 0.001)": 1, "rho 0.01": 2, "climb by layer": 8}
+    rows = [
+        (kind, name, "heart", seed, shift + scale * seed)
+        for kind, shift in ((script.BY_SAM, 0), (script.OTHER, 1))
+        for name, scale in values.items()
+        for seed in (1, 2, 4)
+    ]
+    rows[3] = (*rows[3][:-1], 7.0)  # one of rho 0.01, which scale alone does not change
+    table = script.shown(pd.DataFrame(rows, columns=["kind", "effect", "anatomy", "seed", "difference"]))
+    each = [ttest_1samp(seeds, 0).pvalue for seeds in ([7.0, 4.0, 8.0], [8.0, 16.0, 32.0])]
+    low, high = sorted(each)
+    told = {low: f"{min(1, 2 * low):.3f}", high: f"{max(2 * low, high):.3f}"}
+    assert table["p, Holm"].tolist() == ["", *(told[p] for p in each), "", "", ""]
+
+
 def test_more_training_anatomies_are_compared_by_their_means(script):
     helps = pd.read_csv(FIGURES / "helps.csv")
     values = [("alone", "adam-2x", name, 10, "SpineMR2D", False, dice) for name, dice in (("A", 0.5), ("B", 0.7))]
@@ -80,7 +106,8 @@ def test_more_training_anatomies_are_compared_by_their_means(script):
     values += [("domains", "adam", "A+SpineMR2D", 10, "SpineMR2D", True, 0.99)]
     values += [("domains", "adam", "all but spine", 10, "SpineMR2D", False, 0.85)]
     values += [("domains", "adam", "all but heart", 10, "CardiacACDC", False, 0.9)]  # no network alone was tested on it
-    table = script.effects(networks_of(values), helps).set_index(["effect", "anatomy"]).difference
+    spoilt = pd.read_csv(FIGURES / "corrupted.csv").head(0)
+    table = script.effects(networks_of(values), helps, spoilt).set_index(["effect", "anatomy"]).difference
     assert table["trained on two anatomies, not one"].to_dict() == pytest.approx({"spine": 0.2})
     assert table["trained on four anatomies, not one"].to_dict() == pytest.approx({"spine": 0.25})
     assert "trained on four and synthetic ones, not one" not in table.index
