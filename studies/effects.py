@@ -88,6 +88,7 @@ EFFECTS = {
     (MEASURED, "folded, %, twice the gradients"): (*LONGER, "folding_percent"),
     (MEASURED, "anatomies trained on"): (("seen", "adam-2x"), ("seen", "sam")),
     (MEASURED, "anatomies trained on, twice the gradients"): (("seen", "adam-4x"), ("seen", "sam-2x")),
+    (MEASURED, "BatchNorm's statistics of the new images"): (("unseen", "adam-2x+bn"), ("unseen", "sam+bn")),
     (MEASURED, "corrupted images, mean of seven kinds"): (("corrupted", "adam-2x"), ("corrupted", "sam")),
     (OTHER, "averaged weights (EMA)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+ema")),
     (OTHER, "averaged weights (last quarter)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+tail")),
@@ -176,7 +177,7 @@ def effects(networks: pd.DataFrame, helps: pd.DataFrame, spoilt: pd.DataFrame) -
     """Every effect that was measured: an anatomy and seed a row."""
     seen = networks[networks.seen & (networks.study == "unseen")].assign(study="seen", seen=False)
     spoilt = spoilt.groupby(["train_domain", "optimizer", "seed", "test_domain", "seen"], as_index=False).dice.mean()
-    networks = pd.concat([networks, seen, spoilt.assign(study="corrupted")])
+    networks = pd.concat([networks, seen, *([spoilt.assign(study="corrupted")] if len(spoilt) else [])])
     shift = networks.train_domain.map(lambda name: "hospital" if "hospital" in name else "modality")
     number = networks.train_domain.str.startswith("all but").map({True: "four", False: "two"})
     study = networks.study.mask(networks.study == "shifts", shift).mask(networks.study == "domains", number)
@@ -220,7 +221,7 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     for (kind, effect), mine in complete(table).groupby(["kind", "effect"], sort=False):
         seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
         line = {"difference": "with it - without" if kind == OTHER else "SAM - Adam", "of": effect}
-        line |= {"change of Dice [90 %]": with_interval(each.mean(), seeds), "p, Holm": np.nan}
+        line |= {"change [90 %]": with_interval(each.mean(), seeds), "p, Holm": np.nan}
         if kind != OTHER and effect not in PRIMARY and len(seeds) > 2:
             line["p, Holm"] = scipy.stats.ttest_1samp(seeds, 0).pvalue
         for name, at in (("lowest", each.idxmin()), ("highest", each.idxmax())):
@@ -393,7 +394,8 @@ def main() -> None:
             spoilt = pd.concat([pd.read_csv(SPOILT), spoilt] if SPOILT.exists() else [spoilt])
             write_csv(spoilt.drop_duplicates([*spoilt][:-1], keep="last"), SPOILT, float_format="%.5g")
     helps = pd.read_csv(FIGURES / "helps.csv")
-    spoilt = pd.read_csv(SPOILT) if SPOILT.exists() else pd.DataFrame(columns=[*ABOUT[:-1], "dice"])
+    spoilt = pd.read_csv(SPOILT) if SPOILT.exists() else pd.DataFrame(columns=[*ABOUT, "dice"])
+    spoilt = spoilt[spoilt.study == "shifts"]
     table = effects(networks, helps, spoilt)
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
     lines = shown(table)

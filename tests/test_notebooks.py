@@ -155,6 +155,8 @@ def test_03_gets_better_level_by_level_and_the_penalty_keeps_it_from_folding(tmp
     assert away[-1] > 2 * away[0]
     assert max(folded) < 0.1  # nothing betrays it
     assert (lncc[-1] < lncc[0] / 2, dice[-1] < dice[0] / 2) == (True, True)
+    assert re.search(r"lost from a shift of (?:8|12|16) samples on", text)
+    assert len(re.findall(r"^after (?:coarse|middle|fine): Dice fell on \d+ of 20 pairs$", text, re.M)) == 3
     lost, found = map(float, re.search(r"registered from afar (\S+), brought back .* (\S+)", solved).groups())
     assert lost < found - 0.1
     alone, whole = map(float, re.search(r"without the coarse level: Dice (\S+), with it (\S+)", solved).groups())
@@ -235,6 +237,9 @@ def test_04_shows_what_the_climb_does(tmp_path):
     expected = {"0.000": "sharp", "0.001": "sharp", "0.250": "sharp", "0.350": "flat", "1.000": "sharp"}
     assert expected.items() <= ends.items()
     assert pictures(notebook) == 4  # a climb, the objective twice, the slider's
+    flat, steep = re.findall(r"largest eigenvalue (\S+), rise (\S+), relative to the weights (\S+)", solved)
+    assert (flat[0], steep[0], flat[2]) == ("4.00", "200.02", steep[2])
+    assert float(steep[1]) > 10 * float(flat[1])
 
 
 def test_05_shows_how_far_the_climb_may_go(tmp_path):
@@ -298,7 +303,8 @@ def make_tiny_study(root):
         with_solutions("10_train", out, **two, out=str(out), optimizer=optimizer, snapshots=2, **TRAIN)
         methods = ["network", "network+io"] if optimizer == "sam" else ["network"]
         how = {"methods": methods, "io": 15, "fields": True} | looks
-        with_solutions("20_evaluate", out, **two, run=str(out), out=str(out), **how)
+        _, solved = with_solutions("20_evaluate", out, **one | {"solved": (3, 3)}, run=str(out), out=str(out), **how)
+        assert "HD95 by hand 3.00, the library's 3.00 samples\nlargest distance 7.00, Dice 0.913" in solved
         if optimizer == "adam-2x":
             continue
         small = {"pairs": 2, "line_points": 5, "plane_points": 3, "directions": 1, "rhos": [0.01, 0.1], "draws": 2}
@@ -455,6 +461,8 @@ def test_30_by_hand_finds_what_the_library_finds(trained, tmp_path):
     assert together == pytest.approx(mean)
     by_filter, by_number = map(float, re.findall(r"the loss rises by (\S+)", solved))
     assert by_number > 2 * by_filter
+    kept = re.findall(r"^(adam|sam), seed0 +(\d+\.\d+) +(0\.\d+) +(0\.\d+)$", solved, re.M)
+    assert [optimizer for optimizer, *_ in kept] == ["adam", "sam"]
     by_hand, theirs = map(float, re.search(r"trace: (\S+);[^\n]*\nthe library's: (\S+) ", solved).groups())
     assert by_hand == pytest.approx(theirs, rel=0.5)  # both are estimates of a few probes
     assert sum(map(int, re.findall(r"(-?\d+)%", solved))) == pytest.approx(100, abs=3)
@@ -728,7 +736,7 @@ def test_50s_verdict_sees_a_patient_who_lies_elsewhere(tmp_path):
     told = re.findall(r"^(\d+) voxels, from (\w+), mean Dice (\S+): verdict: (look at it|fine)", solved, re.M)
     ends = {(int(n), start): (float(dice), verdict) for n, start, dice, verdict in told}
     assert ends[20, "overlay"][0] < 0.8 < ends[10, "overlay"][0] < 0.84 < ends[20, "rigid"][0] < ends[0, "overlay"][0]
-    assert [verdict for _, verdict in ends.values()] == ["fine", "fine", "look at it", "fine"]
+    assert [verdict for _, verdict in ends.values()] == ["fine", "fine", "fine", "look at it", "fine"]
     ends = [float(dice) for dice in re.search(r"^with the network +(\S+) +(\S+) +(\S+)", solved, re.M).groups()]
     assert max(ends) - min(ends) < 0.015
 

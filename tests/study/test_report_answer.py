@@ -231,7 +231,7 @@ def test_where_the_model_has_no_fit_the_comparison_answers(monkeypatch):
     def fails(*_):
         raise np.linalg.LinAlgError("Singular matrix")
 
-    monkeypatch.setattr("fmsam_lib.evaluation.anatomies.answer", fails)
+    monkeypatch.setattr("fmsam_lib.evaluation.anatomies.answer_of", fails)
     results, pairs, study = alone()
     results = results[results.test_domain.isin(["acdc", "knee"])]
     differences = comparison(results, [BOTH])
