@@ -112,7 +112,8 @@ def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval(row: pd.Series) -> str:
-    return f"{row['mean']:+z.3f} [{row.low:+z.3f}, {row.high:+z.3f}]"
+    """The ends keep their signs, -0.000 too: whether an interval holds 0 is to be seen."""
+    return f"{row['mean']:+z.3f} [{row.low:+.3f}, {row.high:+.3f}]"
 
 
 def heldout() -> pd.DataFrame:

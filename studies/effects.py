@@ -44,7 +44,7 @@ MEASURED = "SAM minus Adam, of other measures and images"  # in the table alone
 TUNED, LONGER, STEPS = (  # both primary arms at two lengths, and at equal steps
     (("unseen", adam), ("unseen", sam)) for adam, sam in (("adam-2x", "sam"), ("adam-4x", "sam-2x"), ("adam", "sam"))
 )
-PRIMARY = ["as tuned (rho 0.001)", "twice the gradients"]
+PRIMARY = [f"as tuned (rho 0.001), {n} gradients" for n in ("8,000", "16,000")]
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
 MORE = {
     "two anatomies": ("two", "adam"),
@@ -53,8 +53,8 @@ MORE = {
 }
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
-    (BY_SAM, "as tuned (rho 0.001)"): TUNED,
-    (BY_SAM, "twice the gradients"): LONGER,
+    (BY_SAM, "as tuned (rho 0.001), 8,000 gradients"): TUNED,
+    (BY_SAM, "as tuned (rho 0.001), 16,000 gradients"): LONGER,
     (BY_SAM, "equal steps, 4,000"): STEPS,
     (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
     (BY_SAM, "rho 0.01, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.01")),
@@ -79,15 +79,15 @@ EFFECTS = {
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
-    (MEASURED, "worst 5 % of pairs"): (*TUNED, "worst"),
-    (MEASURED, "worst 5 %, twice the gradients"): (*LONGER, "worst"),
-    (MEASURED, "worst 5 %, equal steps, 4,000"): (*STEPS, "worst"),
-    (MEASURED, "HD95, mm or samples"): (*TUNED, "hd95"),
-    (MEASURED, "HD95, twice the gradients"): (*LONGER, "hd95"),
-    (MEASURED, "folded, %"): (*TUNED, "folding_percent"),
-    (MEASURED, "folded, %, twice the gradients"): (*LONGER, "folding_percent"),
-    (MEASURED, "anatomies trained on"): (("seen", "adam-2x"), ("seen", "sam")),
-    (MEASURED, "anatomies trained on, twice the gradients"): (("seen", "adam-4x"), ("seen", "sam-2x")),
+    (MEASURED, "worst 5 % of pairs, 8,000 gradients"): (*TUNED, "worst"),
+    (MEASURED, "worst 5 % of pairs, 16,000 gradients"): (*LONGER, "worst"),
+    (MEASURED, "worst 5 % of pairs, equal steps, 4,000"): (*STEPS, "worst"),
+    (MEASURED, "HD95 (mm or samples), 8,000 gradients"): (*TUNED, "hd95"),
+    (MEASURED, "HD95 (mm or samples), 16,000 gradients"): (*LONGER, "hd95"),
+    (MEASURED, "folded, %, 8,000 gradients"): (*TUNED, "folding_percent"),
+    (MEASURED, "folded, %, 16,000 gradients"): (*LONGER, "folding_percent"),
+    (MEASURED, "anatomies trained on, 8,000 gradients"): (("seen", "adam-2x"), ("seen", "sam")),
+    (MEASURED, "anatomies trained on, 16,000 gradients"): (("seen", "adam-4x"), ("seen", "sam-2x")),
     (MEASURED, "BatchNorm's statistics of the new images"): (("unseen", "adam-2x+bn"), ("unseen", "sam+bn")),
     (MEASURED, "corrupted images, mean of seven kinds"): (("corrupted", "adam-2x"), ("corrupted", "sam")),
     (OTHER, "averaged weights (EMA)"): (("unseen", "adam-2x"), ("unseen", "adam-2x+ema")),
@@ -212,7 +212,7 @@ def ends(seeds: pd.Series) -> tuple[float, float]:
 
 def with_interval(mean: float, seeds: pd.Series) -> str:
     """A difference in words, with the t interval over seeds where there are three or more."""
-    return f"{mean:+z.3f}" + (" [{:+z.3f}, {:+z.3f}]".format(*ends(seeds)) if len(seeds) > 2 else "")
+    return f"{mean:+z.3f}" + (" [{:+.3f}, {:+.3f}]".format(*ends(seeds)) if len(seeds) > 2 else "")
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -287,7 +287,7 @@ def answer(table: pd.DataFrame) -> None:
         for y, row in ((names.index(name) + 0.26 * (i - 1), row) for name, row in part.iterrows()):
             ax.plot([row.low, row.high], [y, y], linewidth=2.5, color=look["color"])
             ax.plot(row["mean"], y, **look, label=label if y < 0.5 else None)
-            told = f"{row['mean']:+z.3f} [{row.low:+z.3f}, {row.high:+z.3f}]".replace("-", "−")
+            told = f"{row['mean']:+z.3f} [{row.low:+.3f}, {row.high:+.3f}]".replace("-", "−")
             at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9, "color": look["color"]}
             ax.annotate(told, (1.02, y), **at)
     ax.axhline(len(UNSEEN.leave_one_out) - 0.5, color="gray", linewidth=0.8)

@@ -35,7 +35,7 @@ RHOS = (0.001, 0.01)
 PAIRS = 12
 ARMS = 5  # fewer say little about a rank
 RISE, SMALL_RISE = "rise 0.01", "rise 0.001"
-KINDS = ("seen", "unseen")
+KINDS, OWN = ("seen", "unseen"), "training images"
 FORMS = {"layer-0.0014": "SAM by layer", "part-0.0064": "SAM by part", "sam-0.01": "SAM, rho 0.01"}
 FORMS |= {"every-5": "SAM in one step of five", "adam-part": "Adam by part", "sam-2x": "SAM, twice the steps"}
 FORMS |= {"adam-4x": "Adam, four times the steps"}
@@ -84,8 +84,8 @@ def differences(table: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFr
     both = [table[table.optimizer == name].set_index(keys) for name in (baseline, treatment)]
     a, b = (of.loc[both[0].index.intersection(both[1].index)] for of in both)
     ratios = {name: np.log2(b[of] / a[of]) for name, of in (("ratio", RISE), ("small", SMALL_RISE))}
-    rows = pd.DataFrame(ratios | {"dice": b.dice - a.dice}).dropna().reset_index()
-    return rows.assign(kind=seen(rows))
+    rows = pd.DataFrame(ratios | {"dice": b.dice - a.dice}).dropna(subset=[*ratios]).reset_index()
+    return rows.assign(kind=seen(rows).mask(rows.test_domain == "training", OWN))
 
 
 def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> str:
@@ -99,11 +99,12 @@ def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> s
 
 def line(rows: pd.DataFrame) -> dict:
     """tau: Kendall's, of flattening and the gain in Dice over the cells of a seed: above 0: they go together."""
-    taus = [scipy.stats.kendalltau(-of.ratio, of.dice).statistic for _, of in rows.groupby("seed")]
+    own = (rows.kind == OWN).all()  # of which no Dice is measured
+    taus = [scipy.stats.kendalltau(-of.ratio, of.dice).statistic for _, of in rows.groupby("seed") if not own]
     return {
         "sharpness, ratio [90 %]": interval(rows, "ratio", lambda log: f"{2**log:.2f}"),
         "at rho 0.001": interval(rows, "small", lambda log: f"{2**log:.2f}"),
-        "Dice, difference [90 %]": interval(rows, "dice", "{:+.3f}".format),
+        "Dice, difference [90 %]": "" if own else interval(rows, "dice", "{:+.3f}".format),
         "tau of each seed": ", ".join(f"{tau:+.2f}" for tau in taus),
         "networks and domains": len(rows),
     }
@@ -132,7 +133,7 @@ def draw(table: pd.DataFrame) -> None:
     pairs = [(CONTROL.get(name, EQUAL_COMPUTE), name) for name in others]
     pairs += [("adam", "sam"), (f"Adam, {PLAIN}", f"SAM, {PLAIN}"), ("adam", EQUAL_COMPUTE)]
     lines = []
-    for (baseline, treatment), kind in itertools.product(pairs, KINDS):
+    for (baseline, treatment), kind in itertools.product(pairs, (OWN, *KINDS)):
         rows = differences(table, baseline, treatment).query("kind == @kind")
         if len(rows):
             versus = f"{style.name_of(treatment)} / {style.name_of(baseline)}"

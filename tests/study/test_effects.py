@@ -60,16 +60,16 @@ def test_an_effect_is_paired_and_every_anatomy_counts_once(script):
     values += [("unseen", "adam-2x", "all but heart", seed, "SpineMR2D", True, 0.9) for seed in (1, 2)]
 
     table = script.effects(networks_of(values), helps, spoilt).set_index(["effect", "anatomy", "seed"]).difference
-    tuned = table["as tuned (rho 0.001)"]
+    tuned = table["as tuned (rho 0.001), 8,000 gradients"]
     assert tuned.to_dict() == pytest.approx(
         {("heart", 1): 0.02, ("heart", 2): 0.02, ("spine", 1): -0.02, ("spine", 2): -0.02}
     )
-    assert table["anatomies trained on"].to_dict() == pytest.approx({("spine", 1): 0.09})
+    assert table["anatomies trained on, 8,000 gradients"].to_dict() == pytest.approx({("spine", 1): 0.09})
     assert table["corrupted images, mean of seven kinds"].to_dict() == pytest.approx({("spine", 1): 0.05})
     assert table["10 steps of instance optimisation"].to_dict() == pytest.approx({("spine", 1): 0.01})
     assert table["both after 50 steps of instance optimisation"].to_dict() == pytest.approx({("spine", 1): 0.15})
     assert "rho 0.01" not in table.index  # of which there is no run
-    line = script.shown(table.reset_index().assign(kind="")).set_index("of").loc["as tuned (rho 0.001)"]
+    line = script.shown(table.reset_index().assign(kind="")).set_index("of").loc[script.PRIMARY[0]]
     assert line["change [90 %]"] == "+0.000"  # two anatomies, alike in weight; two seeds have no interval
     assert (line["lowest anatomy"], line["highest anatomy"]) == ("-0.020 (spine)", "+0.020 (heart)")
 
@@ -84,7 +84,7 @@ def test_a_seed_that_lacks_an_anatomy_waits(script):
 
 
 def test_p_is_corrected_over_all_that_sam_changes_but_the_primary_contrast(script):
-    values = {"as tuned (rho 0.001)": 1, "rho 0.01": 2, "climb by layer": 8}
+    values = {"as tuned (rho 0.001), 8,000 gradients": 1, "rho 0.01": 2, "climb by layer": 8}
     rows = [
         (kind, name, "heart", seed, shift + scale * seed)
         for kind, shift in ((script.BY_SAM, 0), (script.OTHER, 1))
