@@ -30,3 +30,19 @@ def test_tau_is_over_the_arms_of_a_training_set_and_seed(script):
     assert table["trainings and sets"].to_dict() == {"seen": 1, "unseen": 2}
     assert set(table["tau of sharpness at rho 0.01"]) == {"-1.00"}
     assert set(table["tau of loss"]) == {"+1.00"}
+
+
+def test_sharpness_on_the_training_images_is_a_line_of_its_own_without_dice(script):
+    rows = [
+        ("A", optimizer, seed, name, dice, 1.0, sharp, sharp)
+        for seed in (1, 2, 3)
+        for optimizer, factor in (("adam-2x", 1.0), ("sam", 2.0))
+        for name, dice, sharp in (("training", None, factor), ("A", 0.8, 0.3), ("B", 0.7, 0.3))
+    ]
+    names = ["train_domain", "optimizer", "seed", "test_domain", "dice", "loss", script.RISE, script.SMALL_RISE]
+    found = script.differences(pd.DataFrame(rows, columns=names).astype({"dice": float}), "adam-2x", "sam")
+    assert sorted(found.kind.unique()) == ["seen", "training images", "unseen"]
+    own = script.line(found[found.kind == script.OWN])
+    assert own["sharpness, ratio [90 %]"] == "2.00 [2.00, 2.00]"
+    assert (own["Dice, difference [90 %]"], own["tau of each seed"], own["networks and domains"]) == ("", "", 3)
+    assert script.line(found[found.kind == "seen"])["sharpness, ratio [90 %]"] == "1.00 [1.00, 1.00]"
