@@ -36,13 +36,13 @@ def test_sharpness_on_the_training_images_is_a_line_of_its_own_without_dice(scri
     rows = [
         ("A", optimizer, seed, name, dice, 1.0, sharp, sharp)
         for seed in (1, 2, 3)
-        for optimizer, factor in (("adam-2x", 1.0), ("sam", 2.0))
+        for optimizer, factor in (("adam-2x", 1.0), ("sam", 2.0 ** (seed - 1)))
         for name, dice, sharp in (("training", None, factor), ("A", 0.8, 0.3), ("B", 0.7, 0.3))
     ]
     names = ["train_domain", "optimizer", "seed", "test_domain", "dice", "loss", script.RISE, script.SMALL_RISE]
     found = script.differences(pd.DataFrame(rows, columns=names).astype({"dice": float}), "adam-2x", "sam")
     assert sorted(found.kind.unique()) == ["seen", "training images", "unseen"]
     own = script.line(found[found.kind == script.OWN])
-    assert own["sharpness, ratio [90 %]"] == "2.00 [2.00, 2.00]"
+    assert own["sharpness, ratio [90 %]"].startswith("2.00 [0.")
     assert (own["Dice, difference [90 %]"], own["tau of each seed"], own["networks and domains"]) == ("", "", 3)
-    assert script.line(found[found.kind == "seen"])["sharpness, ratio [90 %]"] == "1.00 [1.00, 1.00]"
+    assert script.line(found[found.kind == "seen"])["at rho 0.001"].startswith("1.00 ")
