@@ -687,8 +687,12 @@ def test_40_draws_the_librarys_interval_by_hand(trained, compared):
     assert [low, high] == pytest.approx([theirs_low, theirs_high], abs=0.1 * (theirs_high - theirs_low) + 1e-4)
     (widths,) = re.findall(r"^twice the pairs: (\S+) wide, not (\S+)$", text, re.M)
     assert float(widths[0]) < float(widths[1])
-    held = {int(n): int(share) for n, share in re.findall(r"(\d) seed\(s\): .* in (\d+)% of", text)}
-    assert held[1] < 60 < held[2] < 85 < held[8]
+    told = re.findall(r"(\d) seed\(s\), (\d+) pairs: width (\S+), .* in (\d+)% of", text)
+    held = {(int(seeds), int(pairs)): int(share) for seeds, pairs, _, share in told}
+    assert held[1, 20] < 60 < held[2, 20] < 82 < held[4, 20] < 88
+    assert held[4, 40] <= held[4, 20] + 2 < held[8, 20] + 2
+    width = {(int(seeds), int(pairs)): float(wide) for seeds, pairs, wide, _ in told}
+    assert width[4, 40] == pytest.approx(width[8, 20], rel=0.1)
 
 
 def test_40_by_hand_draws_seeds_and_pairs_as_the_library_does():
