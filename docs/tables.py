@@ -320,7 +320,7 @@ def main() -> None:
     if given.refit:
         for path in sorted(FIGURES.glob("*_pairs.csv")):
             name = path.stem.removesuffix("_pairs")
-            refitted(name).to_csv(FIGURES / f"{name}.csv", index=False)
+            refitted(name).to_csv(FIGURES / f"{name}.csv", index=False, float_format="%.5g")  # what a fit repeats
     if given.record:
         record(given.record.resolve())
     for path, text in wanted():

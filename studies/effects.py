@@ -53,8 +53,7 @@ MORE = {
 }
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
-    (BY_SAM, "as tuned (rho 0.001), 8,000 gradients"): TUNED,
-    (BY_SAM, "as tuned (rho 0.001), 16,000 gradients"): LONGER,
+    **{(BY_SAM, name): of for name, of in zip(PRIMARY, (TUNED, LONGER), strict=True)},
     (BY_SAM, "equal steps, 4,000"): STEPS,
     (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
     (BY_SAM, "rho 0.01, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.01")),
