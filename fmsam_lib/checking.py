@@ -136,7 +136,7 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
     take back what that one gave.
     """
     cells = [cell for cell in namespace["In"] if cell.startswith("# Parameters")]
-    before = [*itertools.takewhile(_injected, cells)]
+    before = [*itertools.takewhile(lambda cell: cell.split("\n", 1)[0].strip() == "# Parameters", cells)]
     if len(before) < len(cells) and (lost := [name for cell in before for name in _assigned(cell)]):
         told = f"the given {', '.join(lost)} came before the cell of defaults, which would take their place"
         todo = "tag the cell that begins with '# Parameters:' as `parameters` (Jupyter: Property Inspector, Cell Tags)"
@@ -147,11 +147,6 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
         raise ConfigError('no parameter cell was run: run the first code cell (it begins with "# Parameters")')
     values = {name: namespace[name] for cell in given[-1] for name in _assigned(cell)}
     return read(kind, values, source="the parameter cell")
-
-
-def _injected(cell: str) -> bool:
-    """Whether papermill wrote the cell: the notebooks' own say more on the first line."""
-    return cell.split("\n", 1)[0].strip() == "# Parameters"
 
 
 def _assigned(cell: str) -> Iterator[str]:

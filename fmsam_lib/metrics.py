@@ -99,19 +99,12 @@ def _structures(pair: Pair, phi_map: Tensor | None) -> Iterator[tuple[str, Tenso
     if pair.moving_label is None or pair.fixed_label is None:
         return
     fixed, moving = pair.fixed_label[0].long(), pair.moving_label[0].long()  # 257 is 1 for a uint8
-    warped = moving if phi_map is None else _warped(moving, phi_map)
+    warped = moving
+    if phi_map is not None:  # as Learn2Reg: background as soon as phi(x) leaves the grid. Nearest neighbour alone would
+        inside = ((phi_map >= 0) & (phi_map <= 1)).all(dim=1)  # go half a voxel further, which is up to 0.03 of Dice
+        warped = (warp_label(moving[None, None], phi_map) * inside)[0, 0]
     for number, name in pair.labels.items():
         yield name, fixed == number, moving == number, warped == number
-
-
-def _warped(label: Tensor, phi_map: Tensor) -> Tensor:
-    """A label `S` through `phi_map` as Learn2Reg sees it: background as soon as phi(x) leaves the moving grid.
-
-    Nearest neighbour alone would still find the outermost samples up to half a voxel outside; for a structure that
-    the image cuts off that makes up to 0.03 of Dice (synthetic lungs, 48^3).
-    """
-    inside = ((phi_map >= 0) & (phi_map <= 1)).all(dim=1)
-    return (warp_label(label[None, None], phi_map) * inside)[0, 0]
 
 
 def dice(a: Tensor, b: Tensor) -> float:

@@ -1,3 +1,4 @@
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -139,3 +140,12 @@ def xyz(image):
     values = sitk.GetArrayFromImage(image)
     dim = image.GetDimension()
     return values.transpose(*range(dim)[::-1], *range(dim, values.ndim))
+
+
+def fingerprint(net: torch.nn.Module) -> str:
+    """SHA-256 over the names and values of all parameters and buffers: is it the same?"""
+    digest = hashlib.sha256()
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -23,14 +23,6 @@ def performance(results: pd.DataFrame) -> pd.DataFrame:
     return wide.reindex(columns=["seen", "unseen"]).rename_axis(columns=None).reset_index()
 
 
-def with_measures(flatness: pd.DataFrame, results: pd.DataFrame, *, test_domain: str, term: str) -> pd.DataFrame:
-    """`performance` with a column for every measure on the images of `test_domain`, "sam_rise 0.01" with its radius."""
-    rows = flatness[(flatness.test_domain == test_domain) & flatness.term.fillna("").isin([term, ""])]
-    names = [m if pd.isna(rho) else f"{m} {rho:g}" for m, rho in zip(rows.measure, rows.rho, strict=True)]
-    wide = rows.assign(name=names).pivot_table(index=RUN, columns="name", values="value")
-    return performance(results).merge(wide.rename_axis(columns=None).reset_index(), on=RUN, how="left")
-
-
 def correlation(flatness: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     """Kendall's tau-b of every measure with the Dice on seen and on unseen domains; the columns `COLUMNS`.
 

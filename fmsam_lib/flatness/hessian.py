@@ -18,7 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from fmsam_lib.flatness.sharpness import COLUMNS, mean_interval, row, sharpness
-from fmsam_lib.flatness.weight_space import TERMS, TermsOf, WeightSpace, terms_on, unchanged, vector
+from fmsam_lib.flatness.weight_space import TERMS, TermsOf, WeightSpace, terms_on, vector
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.parameters import Landscape
 from fmsam_lib.training.losses import Batch
@@ -35,13 +35,11 @@ def measures(net: GradICON, batch: Batch, loss: dict, settings: Landscape) -> tu
     Rises are measured in float64, where they may be a millionth of the loss; curvature in float32, which is several
     times as fast and gave the same largest eigenvalue but for 2e-5 of it.
 
-    loss: the settings of `objective`, those of the network's training. Raises RuntimeError should the network have
-    changed.
+    loss: the settings of `objective`, those of the network's training.
     """
     batch = batch.to(next(net.parameters()).device)
-    with unchanged(net):
-        first = sharpness(net, terms_on(batch, torch.float64, **loss), settings)
-        second, spectrum = curvature(net, terms_on(batch, torch.float32, **loss), settings, torch.float32)
+    first = sharpness(net, terms_on(batch, torch.float64, **loss), settings)
+    second, spectrum = curvature(net, terms_on(batch, torch.float32, **loss), settings, torch.float32)
     return pd.concat([part for part in (first, second) if len(part)], ignore_index=True), spectrum
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, vector
 from fmsam_lib.images.domains import open_domain, readable_test_pairs
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.pair import Pair
@@ -151,19 +151,17 @@ def landscape(net: GradICON, batch: Batch, where: str, trained: Train, settings:
     """Lines along several directions, the plane of the first two, and the directions' cosines, on one batch.
 
     where: what the batch is of, `test_domain` in the rows. trained: the parameters of the training, whose loss this is.
-    Rows of kind "line", "plane" and "cosine" (of the directions `direction` and `alpha`). Raises RuntimeError should
-    the network have changed.
+    Rows of kind "line", "plane" and "cosine" (of the directions `direction` and `alpha`).
     """
     loss, radius = loss_of(batch, **trained.loss()), settings.radius
     seeds = range(settings.direction_seed, settings.direction_seed + max(2, settings.directions))
     drawn = [random_direction(net, seed=seed, normalisation=settings.normalisation) for seed in seeds]
     parts = []
-    with unchanged(net):
-        for i, direction in enumerate(tqdm(drawn[: settings.directions], desc=f"{where} lines", unit="line")):
-            rows = line(net, loss, direction, radius=radius, points=settings.line_points)
-            parts.append(rows.assign(kind="line", direction=i))
-        square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=settings.plane_points)
-        parts.append(square.assign(kind="plane"))
+    for i, direction in enumerate(tqdm(drawn[: settings.directions], desc=f"{where} lines", unit="line")):
+        rows = line(net, loss, direction, radius=radius, points=settings.line_points)
+        parts.append(rows.assign(kind="line", direction=i))
+    square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=settings.plane_points)
+    parts.append(square.assign(kind="plane"))
     pairs = itertools.combinations([*enumerate(map(vector, drawn))], 2)  # cosines, of all parameters as one vector
     angles = [(i, j, float(torch.cosine_similarity(a, b, dim=0))) for (i, a), (j, b) in pairs]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))

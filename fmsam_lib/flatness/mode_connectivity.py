@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.flatness.landscape import TRAINING, LossOf, batches_of, loss_of, surface
-from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, unchanged, vector
+from fmsam_lib.flatness.weight_space import TERMS, WeightSpace, vector
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load
 from fmsam_lib.parameters import Between, Train
@@ -164,21 +164,20 @@ def from_one_start(baseline: str, treatment: str) -> tuple[list[str], list[Train
 def between(settings: Between) -> pd.DataFrame:
     """The path and the plane of two runs on their training images and on every test domain, and the trajectories.
 
-    Raises ConfigError as `from_one_start`; ValueError as `Solutions`; RuntimeError should a network have changed.
+    Raises ConfigError as `from_one_start`; ValueError as `Solutions`.
     """
     names, runs, nets = from_one_start(settings.baseline, settings.treatment)
-    with unchanged(*nets):
-        solutions = Solutions(*nets)
-        tracks = trajectories(solutions, [(n, Path(run.out), run.updates) for n, run in zip(names, runs, strict=True)])
-        low, high = tracks[["alpha", "beta"]].min(), tracks[["alpha", "beta"]].max()
-        margin = 0.2 * (high - low)
-        axes = np.linspace(low - margin, high + margin, settings.plane_points).T
-        batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
-        parts = [tracks.assign(test_domain="")]
-        for domain, batch in tqdm(batches.items(), desc="between the solutions", unit="domain"):
-            loss = loss_of(batch, **runs[0].loss())
-            on_path = path(nets[1], nets[2], loss, points=settings.path_points, anew=[batches[TRAINING]])
-            on_plane = surface(solutions.at, loss, *axes).assign(kind="plane")
-            parts += [part.assign(test_domain=domain) for part in (on_path, on_plane)]
+    solutions = Solutions(*nets)
+    tracks = trajectories(solutions, [(n, Path(run.out), run.updates) for n, run in zip(names, runs, strict=True)])
+    low, high = tracks[["alpha", "beta"]].min(), tracks[["alpha", "beta"]].max()
+    margin = 0.2 * (high - low)
+    axes = np.linspace(low - margin, high + margin, settings.plane_points).T
+    batches = batches_of(runs[0], settings.test_domains, pairs=settings.pairs, data=settings.data)
+    parts = [tracks.assign(test_domain="")]
+    for domain, batch in tqdm(batches.items(), desc="between the solutions", unit="domain"):
+        loss = loss_of(batch, **runs[0].loss())
+        on_path = path(nets[1], nets[2], loss, points=settings.path_points, anew=[batches[TRAINING]])
+        on_plane = surface(solutions.at, loss, *axes).assign(kind="plane")
+        parts += [part.assign(test_domain=domain) for part in (on_path, on_plane)]
     about = {"train_domain": runs[0].train_domain, "seed": runs[0].seed, "baseline": names[0], "treatment": names[1]}
     return pd.concat(parts, ignore_index=True).assign(**about)

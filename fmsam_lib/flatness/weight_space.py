@@ -4,7 +4,6 @@ Everything that moves weights to measure does it here, on a copy: the network th
 """
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,21 +91,3 @@ def terms_on(batch: Batch, dtype: torch.dtype, **settings: Any) -> TermsOf:
     """The function from a network to its TERMS on `batch`, computed in `dtype`; settings: those of `objective`."""
     there = batch.to(dtype)
     return lambda net: objective(net, there, **settings)
-
-
-def fingerprint(net: nn.Module) -> str:
-    """SHA-256 over the names and values of all parameters and buffers: is it the same?"""
-    digest = hashlib.sha256()
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def unchanged(*nets: nn.Module) -> Iterator[None]:
-    """Around a measurement: RuntimeError should one of the networks have changed at the end."""
-    before = [fingerprint(net) for net in nets]
-    yield
-    if [fingerprint(net) for net in nets] != before:
-        raise RuntimeError("expected the network to stay as it was, but measuring changed it: please report this")

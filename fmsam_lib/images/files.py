@@ -5,6 +5,7 @@ space has the axes left, posterior, superior (LPS) and counts in mm; nothing her
 """
 
 import gzip
+import math
 import os
 import re
 import tempfile
@@ -141,16 +142,19 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
     kind = sitk.ImageFileReader.GetImageIOFromFileName(str(path))
     if kind not in FORMATS:
         return _from_nibabel(_loaded(path, where), where)  # NIfTI-2, FreeSurfer's .mgz, .nii.bz2
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
+        reader.ReadImageInformation()
+        if kind == "NiftiImageIO":
+            _check_nifti(path, where, reader, content)  # before ITK makes room for what a damaged header promises
+        image = reader.Execute()
     except RuntimeError as error:
         if "orthonormal" in str(error):
             _check_scale(_loaded(path, where).affine[:3, :3], where)
             raise data_error(where, "axes perpendicular to each other", "a sheared sform", UNSHEAR) from error
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
-    if kind == "NiftiImageIO":
-        _check_nifti(path, where, image, content)
-    elif kind == "PNGImageIO" or (kind == "NrrdImageIO" and not image.HasMetaDataKey("NRRD_space")):
+    if kind == "PNGImageIO" or (kind == "NrrdImageIO" and not image.HasMetaDataKey("NRRD_space")):
         image.SetMetaData("sform_code", "0")  # says of its place as little as a NIfTI file of code 0
     return image
 
@@ -164,16 +168,17 @@ def _loaded(path: Path, where: str) -> Any:
         raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
 
 
-def _check_nifti(path: Path, where: str, image: sitk.Image, content: bytes) -> None:
+def _check_nifti(path: Path, where: str, reader: sitk.ImageFileReader, content: bytes) -> None:
     """Refuse what SimpleITK would read as 0 without a word: the missing end of a file, NaN and infinity."""
-    bits, offset, kind = (int(float(image.GetMetaData(key))) for key in ("bitpix", "vox_offset", "datatype"))
-    needed = offset + image.GetNumberOfPixels() * bits // 8
+    bits, offset, kind = (int(float(reader.GetMetaData(key))) for key in ("bitpix", "vox_offset", "datatype"))
+    pixels = math.prod(reader.GetSize())
+    needed = offset + pixels * bits // 8
     if len(content) < needed:
         raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
     if kind in (16, 64):  # float32, float64
         pair = offset < 348  # .hdr and .img
         header: Any = _loaded(path, where).header if pair else nibabel.Nifti1Header(content[:348], check=False)
-        stored = np.frombuffer(content, f"{header.endianness}f{bits // 8}", image.GetNumberOfPixels(), offset)
+        stored = np.frombuffer(content, f"{header.endianness}f{bits // 8}", pixels, offset)
         _check_finite(stored, where)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from fmsam_lib.images.files import Source, ids, name_of, read_labels, read_values
 from fmsam_lib.records import data_error
 
-MODALITIES = ("CT", "MR")
 CT_WINDOW = (-1000.0, 1000.0)  # HU, as uniGradICON
 
 
@@ -47,9 +46,6 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
     for any. Raises DataError for whatever cannot be read or would not make a sensible sample.
     """
     dim = len(shape)
-    if dim not in (2, 3) or min(shape) < 2 or modality not in MODALITIES:
-        expected = f"a 2-D or 3-D grid and {' or '.join(MODALITIES)}"
-        raise data_error(image_path, expected, f"{tuple(shape)} and {modality!r}", "Correct the study.")
     image = read_values(image_path, dim)
     grid, label = reference(image, shape), None
     if label_path is not None:

@@ -27,17 +27,13 @@ def new_look(rng: np.random.Generator) -> Look:
     return Look(rng.standard_normal(99), *(torch.tensor(m, dtype=torch.float32) for m in (waves, phases)))
 
 
-def _texture(q: Tensor, look: Look) -> Tensor:
-    """A blotchy pattern carried along by the anatomy: two waves, each with its phase modulated by another."""
-    a, b, c, d = look.waves @ q.flatten(1) + look.phases
-    return ((a + 1.5 * b.sin()).sin() * (c + 1.5 * d.sin()).sin()).mul_(2).view(q.shape[1:])
-
-
 def paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tensor]:
     """The anatomy at `q`: intensities before acquisition and labels, each `(*grid)`."""
     grid = q.shape[1:]
     image, label = torch.full(grid, float(d.air)), torch.zeros(grid, dtype=torch.uint8)
-    texture = _texture(q, look)
+    # A blotchy pattern carried along by the anatomy: two waves, each with its phase modulated by another.
+    one, by_one, two, by_two = look.waves @ q.flatten(1) + look.phases
+    texture = ((one + 1.5 * by_one.sin()).sin() * (two + 1.5 * by_two.sin()).sin()).mul_(2).view(grid)
     edge = 2 / (max(grid) - 1)  # a sample's width: boundaries are as soft as partial volume makes them
     numbers = {name: number for number, name in d.labels.items()}
     # Painting a part only where it can be: the range of q[axis] in each slice across each axis.

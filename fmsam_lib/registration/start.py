@@ -46,7 +46,8 @@ def starting(
             if np.linalg.det(laid) <= 0:
                 expected, todo = f"an image that {start} brings onto {names[0]}", "Choose another --start."
                 raise data_error(names[1], expected, "that it loses or mirrors it", todo)
-            matrix = _mm_to_lps(moving) @ laid @ np.linalg.inv(_mm_to_lps(fixed))
+            to_lps = [index_to_lps(grid) / [*grid.GetSpacing(), *[1.0] * (4 - dim)] for grid in grids]  # from mm
+            matrix = to_lps[1] @ laid @ np.linalg.inv(to_lps[0])
         return sitk.AffineTransform(matrix[:dim, :dim].ravel(), matrix[:dim, 3])
     expected = "overlay, headers, rigid, affine or a file with a transform"
     if not Path(start).is_file():  # HDF5 would print pages about it
@@ -99,11 +100,6 @@ def _optimised(images: list[sitk.Image], start: sitk.Transform):
 def index_to_lps(image: sitk.Image) -> np.ndarray:
     """From an index to mm in ITK's space, `(4, 4)`."""
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine(image)
-
-
-def _mm_to_lps(grid: sitk.Image) -> np.ndarray:
-    """From mm along the grid's axes, counted from its first sample, to ITK's space, `(4, 4)`."""
-    return index_to_lps(grid) / [*grid.GetSpacing(), *[1.0] * (4 - grid.GetDimension())]
 
 
 def _check_alike(grids: tuple[sitk.Image, sitk.Image], names: tuple[str, str]) -> None:

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from fmsam_lib.checking import ConfigError, read
 from fmsam_lib.images.domains import FileDomain
@@ -29,8 +27,6 @@ from fmsam_lib.model.weights import DAMAGED, sha256, whole
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import provenance, read_json, warn_once, write_json, written_whole
 from fmsam_lib.training import distributed as parallel
-from fmsam_lib.training.losses import Loss
-from fmsam_lib.training.sam import SAM
 
 try:
     import fcntl
@@ -67,13 +63,6 @@ class State:
     scale: float = 2.0**16  # of the loss, in fp16
     scaled_well: int = 0  # steps since the scale last changed
     history: list[dict] = field(default_factory=list)
-
-
-def line_of(state: State, loss: Loss, dice: float, optimizer: Optimizer, sam: SAM | None) -> dict:
-    """The history's line of a step."""
-    line: dict[str, Any] = {"step": state.step, **{name: value.item() for name, value in loss._asdict().items()}}
-    line |= {"dice": None if math.isnan(dice) else dice, "lr": optimizer.param_groups[0]["lr"]}
-    return line | {"gradient_evaluations": state.gradients, "skipped": state.skipped} | (sam.logged() if sam else {})
 
 
 def diverged(first: float, last: float) -> bool:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -187,7 +188,9 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
             if state.step % LOG_EVERY == 0 or last:
                 steps = state.step - logged
                 times = {"seconds": (time.perf_counter() - clock) / steps, "seconds_waiting_for_data": waited / steps}
-                line = checkpoint.line_of(state, loss, dice, optimizer, sam) | times
+                line: dict[str, Any] = {"step": state.step, **{n: v.item() for n, v in loss._asdict().items()}}
+                line |= {"dice": None if math.isnan(dice) else dice, "lr": lr, "gradient_evaluations": state.gradients}
+                line |= {"skipped": state.skipped} | (sam.logged() if sam else {}) | times
                 state.history.append(line)
                 if first and checkpoint.diverged(state.history[0]["total"], line["total"]):
                     warn_once(f"{label}, seed {run.seed}: the loss grew tenfold or more: try a smaller lr ({run.lr})")

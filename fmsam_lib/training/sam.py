@@ -77,8 +77,6 @@ class SAM:
             raise ValueError(f"expected parameters as torch's optimizers take them, got {error!r}") from error
         self.groups: list[dict] = [{"params": g["params"], "rho": number("rho", g.get("rho", rho))} for g in groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
-        if not self.params:
-            raise ValueError("expected parameters to perturb, got none")
         if len({id(p) for p in self.params}) < len(self.params):
             raise ValueError("expected every parameter once, got one twice")
         if by_layer and (adaptive or random_seed is not None):

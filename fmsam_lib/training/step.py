@@ -112,8 +112,12 @@ def train_step(
     else:
         statistics.put_back()  # BatchNorm's running statistics have seen what is not finite
     state.skipped, state.in_a_row = (state.skipped, 0) if finite else (state.skipped + 1, state.in_a_row + 1)
-    if run.precision == "fp16":
-        rescale(state, finite)
+    if run.precision == "fp16":  # as torch's GradScaler, which unscales once an update, where SAM has two passes
+        state.scaled_well = state.scaled_well + 1 if finite else 0
+        if not finite:
+            state.scale /= 2
+        elif state.scaled_well == 2000:
+            state.scale, state.scaled_well = state.scale * 2, 0
     return loss
 
 
@@ -182,16 +186,3 @@ def gradient(
     if finite and share:
         parallel.average(gradients)
     return Loss(*mean), finite
-
-
-def rescale(state: State, finite: bool) -> None:
-    """Halve the factor of the loss after an overflow, double it after 2,000 good steps, as torch's GradScaler does.
-
-    fp16 loses gradients below 6e-8 (Micikevicius et al. 2018, arXiv 1710.03740). GradScaler itself unscales once an
-    update, where SAM has two passes.
-    """
-    state.scaled_well = state.scaled_well + 1 if finite else 0
-    if not finite:
-        state.scale /= 2
-    elif state.scaled_well == 2000:
-        state.scale, state.scaled_well = state.scale * 2, 0

@@ -3,8 +3,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from fmsam_lib.evaluation.correlation import COLUMNS, correlation, kendall, performance, with_measures
+from fmsam_lib.evaluation.correlation import COLUMNS, correlation, kendall, performance
 from fmsam_lib.evaluation.evaluate import COLUMNS as RESULTS
+from tests.study.report import run
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -86,7 +87,8 @@ def test_a_study_without_unseen_domains_has_no_such_lines():
 
 
 def test_measures_stand_beside_the_dice_of_their_run():
-    runs = with_measures(*study(), test_domain="training", term="total").set_index("seed")
+    flat, results = study()
+    runs = run("runs", flatness=flat, results=results).runs.set_index("seed")
     assert runs.loc[4, "sam_rise 0.01"] == pytest.approx(0.2)
     assert runs.loc[4, "weight_norm"] == 14
     assert runs.loc[4, "unseen"] == pytest.approx(0.54)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from fmsam_lib.flatness.sharpness import COLUMNS, mean_interval, sharpness
-from fmsam_lib.flatness.weight_space import TERMS, fingerprint
+from fmsam_lib.flatness.weight_space import TERMS
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.parameters import Landscape
 from fmsam_lib.training.losses import Batch, jittered_points, objective
 from fmsam_lib.training.sam import SAM
+from tests.conftest import fingerprint
 
 LOSS = {"lmbda": 1.5, "sigma": 3.0}
 HOW = Landscape(rhos=[0.01, 0.5], draws=50, ascent_steps=60)

@@ -869,3 +869,14 @@ def test_unwritable_cache_warns_once_and_works(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(load(*paths, modality="MR", shape=GRID), first)
+
+
+@pytest.mark.parametrize("end", [".nii", ".nii.gz"])
+def test_a_header_that_promises_more_than_its_file_holds_takes_no_memory(tmp_path, monkeypatch, end):
+    content = bytearray(save(tmp_path / "whole.nii", image()).read_bytes())
+    content[40:48] = struct.pack("<4h", 3, 32767, 32767, 32767)  # 128 TiB of float32
+    path = tmp_path / f"image{end}"
+    path.write_bytes(gzip.compress(content) if end == ".nii.gz" else content)
+    monkeypatch.setattr(sitk.ImageFileReader, "Execute", lambda reader: pytest.fail("ITK makes room for it"))
+    with pytest.raises(DataError, match=f"a readable image of {352 + 4 * 32767**3} bytes, found {len(content)}"):
+        read_values(path, 3)

@@ -691,10 +691,3 @@ def test_missing_and_truncated_files_never_reach_the_cache(tmp_path):
             with pytest.raises(DataError, match=says(name, "a readable image", "copy it again")):
                 load(path, modality="MR", shape=GRID)
     assert not (tmp_path / "cache").exists()
-
-
-def test_grid_and_modality_are_checked(tmp_path):
-    path = save(tmp_path / "a.nii.gz", image())
-    for shape, modality in (((8,), "MR"), ((8, 8, 1), "MR"), (GRID, "US")):
-        with pytest.raises(DataError, match=says("a 2-D or 3-D grid and CT or MR", modality)):
-            decode(path, modality=modality, shape=shape)
