@@ -23,8 +23,8 @@ from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.model.transform import Transform
 
 PROJECT = Path(__file__).resolve().parents[1]
-LONG = ["test_faults", "test_cluster", "test_run", "test_notebooks", "test_browser_study", "test_browser"]
-LONG += ["test_distributed", "test_anatomies"]
+LONG = ["test_faults", "test_cluster", "test_notebooks", "test_run", "test_browser_study", "test_browser", "test_loop"]
+LONG += ["test_distributed", "test_docs", "test_replanning", "test_register", "test_report_answer", "test_anatomies"]
 
 
 def pytest_collection_modifyitems(items):
@@ -110,8 +110,9 @@ def as_module(path: str) -> ModuleType:
 
 def drawn(figure: Path) -> bool:
     """Whether a PNG shows more than an empty page or bare axes: a hundredth of it is not white, in many colours."""
-    pixels = image.imread(figure)[..., :3].reshape(-1, 3)
-    return bool((pixels.min(1) < 0.98).mean() > 0.01 and len(np.unique(pixels, axis=0)) > 100)
+    pixels = (image.imread(figure)[..., :3] * 255).round().astype(np.int32).reshape(-1, 3)
+    colours = np.unique(pixels @ np.array([1 << 16, 1 << 8, 1], np.int32))
+    return bool((pixels.min(1) < 250).mean() > 0.01 and len(colours) > 100)
 
 
 @pytest.fixture(scope="session")

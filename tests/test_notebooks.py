@@ -1,6 +1,7 @@
 """Every notebook, run by papermill with small parameters, on results rather than on its having run."""
 
 import json
+import os
 import re
 import shutil
 
@@ -13,7 +14,6 @@ import pytest
 import SimpleITK
 import torch
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from nbconvert.preprocessors.coalescestreams import CoalesceStreamsPreprocessor
 
 from fmsam_lib.checking import ConfigError
@@ -26,6 +26,9 @@ from tests.evaluation.test_comparison import made_up
 from tests.study.report import run
 
 NOTEBOOKS = PROJECT / "notebooks"
+# A kernel's own way out takes one to four seconds; a kernel that is killed tells coverage nothing.
+ENDS = "graceful" if "COVERAGE_PROCESS_CONFIG" in os.environ else "immediate"
+HOW = {"cwd": NOTEBOOKS, "progress_bar": False, "shutdown_kernel": ENDS}
 DOMAIN, SHAPE = "brain-mr", [32, 32]
 TRAIN = {"train_domain": DOMAIN, "shape": SHAPE, "down": [8, 16], "levels": 2, "steps": 40, "lr": 0.003, "sigma": 3.0}
 
@@ -34,7 +37,7 @@ def execute(name, into, **parameters):
     """The executed notebook `name`, written into the folder `into`."""
     into.mkdir(parents=True, exist_ok=True)
     out = into / f"{name}.ipynb"
-    papermill.execute_notebook(NOTEBOOKS / f"{name}.ipynb", out, parameters, cwd=NOTEBOOKS, progress_bar=False)
+    papermill.execute_notebook(NOTEBOOKS / f"{name}.ipynb", out, parameters, **HOW)
     return nbformat.read(out, 4)
 
 
@@ -78,10 +81,11 @@ def test_00_registers_a_pair_better_than_nothing(tmp_path):
     assert pictures(notebook) >= 4  # pair, loss, result, explorer
 
 
-def with_solutions(name, into, solved=(2, 3), guesses=3, further=(), **parameters):
+def with_solutions(name, into, solved=(2, 3), guesses=3, further=(), *, tried=None, **parameters):
     """The notebook executed with the folded solutions of its exercises as further cells; what these printed.
 
     solved, guesses: how many solutions it may have, and questions it must have. further: code to run behind them.
+    tried: only so many of the solutions run.
     """
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
@@ -95,12 +99,12 @@ def with_solutions(name, into, solved=(2, 3), guesses=3, further=(), **parameter
         < text.index("## Exercise")
         < text.index("## Read next")
     )
-    solutions += further
+    solutions = [*solutions[:tried], *further]
     notebook.cells += [nbformat.v4.new_code_cell(solution) for solution in solutions]
     into.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, into / "with_solutions.ipynb")
     out = into / f"{name}.ipynb"
-    papermill.execute_notebook(into / "with_solutions.ipynb", out, parameters, cwd=NOTEBOOKS, progress_bar=False)
+    papermill.execute_notebook(into / "with_solutions.ipynb", out, parameters, **HOW)
     executed = nbformat.read(out, 4)
     return executed, printed(nbformat.v4.new_notebook(cells=executed.cells[-len(solutions) :]))
 
@@ -550,8 +554,8 @@ def test_35_refuses_runs_that_did_not_begin_alike(trained, tmp_path):
     record["parameters"]["seed"] = 1
     (other / "config.json").write_text(json.dumps(record))
     both = {"baseline": str(trained / DOMAIN / "adam/seed0"), "treatment": str(other)}
-    with pytest.raises(papermill.PapermillExecutionError, match=r"two runs from one start.*\n- seed: 0 and 1"):
-        execute("35_between_minima", tmp_path, out=str(tmp_path), test_domains=[DOMAIN], **both)
+    said = stopped(codes("35_between_minima", out=str(tmp_path), test_domains=[DOMAIN], **both))
+    assert re.search(r"^ConfigError: .*two runs from one start.*\n- seed: 0 and 1", said)
     assert not (tmp_path / "between.csv").exists()
 
 
@@ -595,8 +599,9 @@ def test_30_goes_without_the_hessian(trained, tmp_path):
 
 def test_30_says_which_domains_flatness_can_be_measured_on(trained, tmp_path):
     run = str(trained / DOMAIN / "sam" / "seed0")
-    with pytest.raises(papermill.PapermillExecutionError, match=r"measured_on: expected training or .*, got lungs"):
-        execute("30_loss_landscape", tmp_path, run=run, out=str(tmp_path), test_domains=[DOMAIN], measured_on=["lungs"])
+    given = {"run": run, "out": str(tmp_path), "test_domains": [DOMAIN], "measured_on": ["lungs"]}
+    said = stopped(codes("30_loss_landscape", **given))
+    assert re.search(r"^ConfigError: .*measured_on: expected training or .*, got lungs", said, re.S)
 
 
 def test_40_compares_and_names_what_is_missing(trained, compared):
@@ -716,7 +721,7 @@ def test_40_by_hand_copies_no_single_seed(capsys, seeds):
 
 def test_50_makes_and_registers_a_pair_without_files(tmp_path):
     how = {"weights": "", "shape": [24, 24, 24], "io": 25, "lr": 0.005, "sigma": 3.0}
-    notebook, solved = with_solutions("50_register_your_own", tmp_path, (3, 3), 1, out=str(tmp_path), **how)
+    notebook, solved = with_solutions("50_register_your_own", tmp_path, (3, 3), 1, tried=1, out=str(tmp_path), **how)
     theirs, mine = map(float, re.search(r"SimpleITK (\S+), the library (\S+)", solved).groups())
     assert mine == pytest.approx(theirs, abs=1e-4)
     assert pictures(notebook) >= 4  # before, loss, overview, explorer
@@ -758,8 +763,8 @@ def test_50_registers_files_with_weights(tmp_path):
     options = {"out": str(tmp_path / "out"), "weights": str(tmp_path / "weights.pt"), "shape": [32, 32], "io": 0}
     execute("50_register_your_own", tmp_path, **files, **options)
     assert nibabel.load(tmp_path / "out" / "disp_a_b.nii.gz").shape == (40, 36, 2)
-    with pytest.raises(papermill.PapermillExecutionError, match="expected fixed and moving, or neither"):
-        execute("50_register_your_own", tmp_path, fixed=files["fixed"])
+    said = stopped(codes("50_register_your_own", out=str(tmp_path), fixed=files["fixed"]))
+    assert "expected fixed and moving, or neither" in said
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
@@ -781,19 +786,20 @@ def test_a_wrong_value_stops_papermill_and_is_named(tmp_path):
     assert failed[-1] == 2  # parameters, papermill's, check
 
 
-def outcome(name, cells, cwd=NOTEBOOKS, **given):
-    """What a person sees who runs these code cells (by number) of a notebook: the error, or "ran"."""
+def codes(name, **given):
+    """The code cells of a notebook, with these values in place of the first one's defaults."""
     codes = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
     for key, value in given.items():
-        codes[0] = re.sub(
-            rf"^({key}: \w+ = ).*?(?=  #)", lambda m, value=value: m[1] + repr(value), codes[0], flags=re.M
-        )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(codes[i]) for i in cells])
-    try:
-        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(cwd)}}).execute()
-    except CellExecutionError as error:
-        return f"{error.ename}: {error.evalue}"
-    return "ran"
+        put = rf"^({key}: \w+ = ).*?(?=  #)"
+        codes[0] = re.sub(put, lambda m, value=value: m[1] + repr(value), codes[0], flags=re.M)
+    return codes
+
+
+def stopped(codes):
+    """What a person sees who runs these cells and is stopped."""
+    with pytest.raises(Exception) as told:  # noqa: PT011, whichever it is
+        exec("\n\n".join(codes), {"In": ["", *codes]})
+    return f"{told.type.__name__}: {told.value}"
 
 
 @pytest.mark.parametrize(
@@ -807,16 +813,19 @@ def outcome(name, cells, cwd=NOTEBOOKS, **given):
 def test_a_folder_without_a_run_says_what_to_run_first(tmp_path, name, parameter, said):
     there = tmp_path / "nothing"
     given = {parameter: str(there)} | ({"out": str(tmp_path)} if parameter == "run" else {})
-    assert said.format(there) in outcome(name, [0, 1, 2, 3], **given)
+    assert said.format(there) in stopped(codes(name, **given)[:4])
 
 
 @pytest.mark.parametrize(
     ("name", "checked"), [("10_train", "run"), ("20_evaluate", "settings"), ("30_loss_landscape", "settings")]
 )
 def test_cells_out_of_order_from_another_folder(tmp_path, name, checked):
-    assert outcome(name, [0, 1, 1], cwd=tmp_path) == "ran"  # the second cell once more
-    assert 'run the first code cell (it begins with "# Parameters")' in outcome(name, [1])
-    assert outcome(name, [2]) == f"NameError: name '{checked}' is not defined"  # docs/faq.md says what to do
+    first, second, third, *_ = codes(name)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (first, second, second)])
+    about = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=120, resources=about, shutdown_kernel=ENDS).execute()  # the second once more
+    assert 'run the first code cell (it begins with "# Parameters")' in stopped([second])
+    assert stopped([third]) == f"NameError: name '{checked}' is not defined"  # docs/faq.md says what to do
 
 
 def test_the_questions_name_the_messages_that_newcomers_see():

@@ -32,12 +32,14 @@ def study(project):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(study, tmp_path_factory):
+def undisturbed(study, once):
     """What a study leaves that nothing disturbed."""
-    runs = tmp_path_factory.mktemp("undisturbed")
-    process = study("--runs", str(runs))
-    assert process.returncode == 0, process.stderr
-    return results(runs / "one")
+
+    def make(runs):
+        process = study("--runs", str(runs))
+        assert process.returncode == 0, process.stderr
+
+    return results(once("undisturbed", make) / "one")
 
 
 def results(root):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -76,10 +77,17 @@ def test_two_processes_train_the_network_of_one(tmp_path, optimizer):
     assert load(tmp_path / "two" / "weights.pt").shape == (16, 16)
 
 
-def test_running_means_are_those_of_one_process(tmp_path):
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """A single step of two processes that climb by the whole batch: its settings, and what came of it."""
+    settings = tiny(tmp_path_factory.mktemp("two"), batch=4, steps=1, processes=2)
+    return settings, *run(settings)
+
+
+def test_running_means_are_those_of_one_process(one_step, tmp_path):
     """After a single step, in which Adam has not yet moved the biases before BatchNorm."""
-    one = tiny(tmp_path / "one", batch=4, steps=1)
-    alone, together = run(one)[0], run(one.model_copy(update=dict(out=str(tmp_path / "two"), processes=2)))[0]
+    settings, together, _ = one_step
+    alone = run(settings.model_copy(update={"out": str(tmp_path), "processes": 1}))[0]
     means = [name for name in alone.state_dict() if "running_mean" in name]
     assert len(means) == 4
     for name in means:
@@ -91,9 +99,9 @@ def test_processes_that_climb_apart_may_not_keep_directions_of_their_own(tmp_pat
         tiny(tmp_path, optimizer="looksam", batch=2, processes=2, sync_climb=False)
 
 
-def test_each_climbs_by_its_own_part_or_all_by_the_whole_batch(tmp_path):
+def test_each_climbs_by_its_own_part_or_all_by_the_whole_batch(one_step, tmp_path):
     """The gradient of the climb, which the first process logs; BatchNorm sees the whole batch in either case."""
-    settings = tiny(tmp_path / "one", batch=4, steps=1)
+    settings = one_step[0].model_copy(update={"processes": 1})
     net = starting(settings).train()
     (batch,) = make_batches(open_domain("brain-mr", shape=(16, 16)), settings, 0)
     whole = net(torch.cat([batch.moving, batch.fixed]), torch.cat([batch.fixed, batch.moving]))
@@ -104,12 +112,12 @@ def test_each_climbs_by_its_own_part_or_all_by_the_whole_batch(tmp_path):
         gradients = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True, allow_unused=True)
         lengths[name] = norm([g for g in gradients if g is not None])
     assert lengths["apart"] > 1.05 * lengths["together"]  # something to tell apart
-    for name, length in lengths.items():
-        changes = {"out": str(tmp_path / name), "processes": 2, "sync_climb": name == "together"}
-        _, history = run(settings.model_copy(update=changes))
+    apart = one_step[0].model_copy(update={"out": str(tmp_path), "sync_climb": False})
+    for name, (of, _, history) in {"apart": (apart, *run(apart)), "together": one_step}.items():
+        length = lengths[name]
         assert history[-1]["gradient_norm"] == pytest.approx(length, rel=1e-4)
         assert history[-1]["step_norm"] == pytest.approx(settings.rho, rel=1e-4)
-        record = json.loads((tmp_path / name / "config.json").read_text())
+        record = json.loads((Path(of.out) / "config.json").read_text())
         assert record["parameters"]["sync_climb"] is (name == "together")
 
 
