@@ -40,7 +40,7 @@ ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", 
 MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
 BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with other help"
-MEASURED = "SAM minus Adam, of other measures and images"  # in the table alone
+MEASURED = "SAM minus Adam, other measures and images, and forms at equal steps"  # in the table alone
 TUNED, LONGER, STEPS = (  # both primary arms at two lengths, and at equal steps
     (("unseen", adam), ("unseen", sam)) for adam, sam in (("adam-2x", "sam"), ("adam-4x", "sam-2x"), ("adam", "sam"))
 )
@@ -55,12 +55,13 @@ MORE = {
 EFFECTS = {
     **{(BY_SAM, name): of for name, of in zip(PRIMARY, (TUNED, LONGER), strict=True)},
     (BY_SAM, "equal steps, 4,000"): STEPS,
+    (BY_SAM, "32,000 gradients, the spine"): (("unseen", "adam-8x"), ("unseen", "sam-4x")),
     (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
-    (BY_SAM, "rho 0.01, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.01")),
-    (BY_SAM, "climb by layer, equal steps, 4,000"): (("unseen", "adam"), ("forms", "layer-0.0014")),
     (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
     (BY_SAM, "averaged weights (last quarter) of both"): (("unseen", "adam-2x+tail"), ("unseen", "sam+tail")),
     (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
+    (BY_SAM, "rho 0.001, constant"): (("forms", "adam-2x"), ("forms", "constant-0.001")),
+    (BY_SAM, "rho 0.01, constant"): (("forms", "adam-2x"), ("forms", "constant-0.01")),
     (BY_SAM, "climb by part of the batch"): (("forms", "adam-part"), ("forms", "part-0.0064")),
     (BY_SAM, "climb by layer"): (("forms", "adam-2x"), ("forms", "layer-0.0014")),
     (BY_SAM, "BatchNorm's weights alone"): (("forms", "adam-2x"), ("forms", "norms-0.07")),
@@ -78,6 +79,10 @@ EFFECTS = {
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
+    (MEASURED, "rho 0.01, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.01")),
+    (MEASURED, "climb by layer, equal steps, 4,000"): (("unseen", "adam"), ("forms", "layer-0.0014")),
+    (MEASURED, "rho 0.001, constant, equal steps, 4,000"): (("unseen", "adam"), ("forms", "constant-0.001")),
+    (MEASURED, "rho 0.01, constant, equal steps, 4,000"): (("unseen", "adam"), ("forms", "constant-0.01")),
     (MEASURED, "worst 5 % of pairs, 8,000 gradients"): (*TUNED, "worst"),
     (MEASURED, "worst 5 % of pairs, 16,000 gradients"): (*LONGER, "worst"),
     (MEASURED, "worst 5 % of pairs, equal steps, 4,000"): (*STEPS, "worst"),
@@ -99,6 +104,7 @@ EFFECTS = {
     (OTHER, "no synthetic images"): (("unseen", "adam-2x"), ("real", "adam-2x")),
     (OTHER, "8,000 gradients, not 4,000"): (("unseen", "adam"), ("unseen", "adam-2x")),
     (OTHER, "16,000 gradients, not 8,000"): (("unseen", "adam-2x"), ("unseen", "adam-4x")),
+    (OTHER, "32,000 gradients, not 16,000, the spine"): (("unseen", "adam-4x"), ("unseen", "adam-8x")),
 }
 ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
 HELPS = {  # network, means and amount: of the baseline, and of the treatment
@@ -303,6 +309,7 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     """Mean Dice over the anatomies against the gradients spent, of the seeds that have every length."""
     runs = networks[(networks.study == "unseen") & ~networks.optimizer.str.contains("+", regex=False)]
     runs = runs[runs.test_domain.isin(ANATOMY)]
+    runs = runs[runs.groupby("optimizer").train_domain.transform("nunique") == len(UNSEEN.leave_one_out)]
     whole = runs.pivot_table("dice", "seed", ["optimizer", "train_domain"], aggfunc="count").dropna()
     runs = runs[runs.seed.isin(whole.index)]
     runs = runs.assign(kind=runs.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY))
@@ -402,7 +409,7 @@ def main() -> None:
     write_csv(arms(networks), FIGURES / "table_arms.csv")
     if len(spoilt):
         write_csv(by_kind(spoilt), FIGURES / "table_corrupted.csv")
-    draw(complete(table[table.kind != MEASURED]))
+    draw(complete(table[(table.kind != MEASURED) & (table.groupby(["kind", "effect"]).seed.transform("nunique") > 1)]))
     answer(table)
     spent(networks, helps)
     matrix(networks, helps)

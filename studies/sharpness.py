@@ -42,6 +42,7 @@ FORMS |= {"adam-4x": "Adam, four times the steps"}
 DRAWN = ("SAM", *(name for name in FORMS.values() if name.startswith("SAM")))
 PLAIN, WIDE = "no augmentation", "twice the channels"
 FORMS |= {"adam-plain": f"Adam, {PLAIN}", "plain": f"Adam, twice the steps, {PLAIN}", "sam-plain": f"SAM, {PLAIN}"}
+FORMS |= {f"constant-{rho}": f"SAM, rho {rho} constant" for rho in RHOS}
 FORMS |= {"wide": f"Adam, twice the steps, {WIDE}", "sam-wide": f"SAM, {WIDE}"}
 # Adam at equal compute; with as small batches in BatchNorm
 CONTROL = {"SAM by part": "Adam by part", "SAM, twice the steps": "Adam, four times the steps"}
@@ -131,7 +132,8 @@ def draw(table: pd.DataFrame) -> None:
     table = table.replace({"optimizer": FORMS})
     others = [name for name in style.optimizers_of(table) if not name.lower().startswith("adam")]
     pairs = [(CONTROL.get(name, EQUAL_COMPUTE), name) for name in others]
-    pairs += [("adam", "sam"), (f"Adam, {PLAIN}", f"SAM, {PLAIN}"), ("adam", EQUAL_COMPUTE)]
+    pairs += [("adam", name) for name in others if name == "sam" or name.endswith(" constant")]
+    pairs += [(f"Adam, {PLAIN}", f"SAM, {PLAIN}"), ("adam", EQUAL_COMPUTE)]
     lines = []
     for (baseline, treatment), kind in itertools.product(pairs, (OWN, *KINDS)):
         rows = differences(table, baseline, treatment).query("kind == @kind")
