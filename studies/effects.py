@@ -54,8 +54,8 @@ MORE = {
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
     **{(BY_SAM, name): of for name, of in zip(PRIMARY, (TUNED, LONGER), strict=True)},
-    (BY_SAM, "equal steps, 4,000"): STEPS,
     (BY_SAM, "32,000 gradients, the spine"): (("unseen", "adam-8x"), ("unseen", "sam-4x")),
+    (BY_SAM, "equal steps, 4,000"): STEPS,
     (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
     (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
     (BY_SAM, "averaged weights (last quarter) of both"): (("unseen", "adam-2x+tail"), ("unseen", "sam+tail")),

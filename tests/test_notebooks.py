@@ -791,7 +791,8 @@ def codes(name, **given):
     codes = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
     for key, value in given.items():
         put = rf"^({key}: \w+ = ).*?(?=  #)"
-        codes[0] = re.sub(put, lambda m, value=value: m[1] + repr(value), codes[0], flags=re.M)
+        codes[0], found = re.subn(put, lambda m, value=value: m[1] + repr(value), codes[0], flags=re.M)
+        assert found == 1, key
     return codes
 
 

@@ -113,7 +113,7 @@ def measured(method: GradICON | Method | None, domain, *, pairs: int, progress: 
 
 
 def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tensor, Tensor | None, float]:
-    """A pair's map, the swapped pair's (`back`), the seconds of the one registration."""
+    """A pair's map, the swapped pair's (`back`), the seconds of the one registration; ValueError: one is not finite."""
     start = time.perf_counter()
     if isinstance(method, GradICON):
         phi_map = method.map_of(pair.moving, pair.fixed)
@@ -132,6 +132,8 @@ def register(method: GradICON | Method, pair: Pair, *, back=True) -> tuple[Tenso
         if not (isinstance(phi_map, Tensor) and (inverse is None or isinstance(inverse, Tensor))):
             raise ConfigError(f"expected a method to return tensors (map, inverse or None), got {found!r:.60}")
         phi_map, inverse = phi_map.float(), inverse if inverse is None else inverse.float()
+    if not all(found is None or found.isfinite().all() for found in (phi_map, inverse)):
+        raise ValueError("the map found is not finite")
     return phi_map, inverse, seconds
 
 

@@ -173,7 +173,7 @@ def _check_nifti(path: Path, where: str, reader: sitk.ImageFileReader, content: 
     bits, offset, kind = (int(float(reader.GetMetaData(key))) for key in ("bitpix", "vox_offset", "datatype"))
     pixels = math.prod(reader.GetSize())
     needed = offset + pixels * bits // 8
-    if len(content) < needed:
+    if offset < 0 or len(content) < needed:
         raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
     if kind in (16, 64):  # float32, float64
         pair = offset < 348  # .hdr and .img

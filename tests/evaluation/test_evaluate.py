@@ -113,7 +113,7 @@ def test_a_map_or_inverse_that_is_not_finite_is_a_problem_not_a_perfect_score(si
     assert rows.empty
     assert costs.empty
     assert len(problems) == 2
-    assert f"expected a finite {('phi_map', 'inverse')[side]}" in problems[0]
+    assert "not finite" in problems[0]
 
 
 class Nan(GradICON):
@@ -127,8 +127,7 @@ class Nan(GradICON):
 def test_a_network_whose_maps_are_not_finite_is_a_problem():
     rows, _, _, problems = measured(Nan(2, down=(4, 4), levels=1, last_step=False).eval())
     assert rows.empty
-    assert len(problems) == 2
-    assert all("expected a finite phi_map, got NaN or infinity; leave the pair out" in problem for problem in problems)
+    assert [problem.partition(":")[2] for problem in problems] == [" left out, the map found is not finite"] * 2
 
 
 def test_a_method_that_gives_up_on_one_pair_goes_on_with_the_next():
