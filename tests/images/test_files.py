@@ -880,3 +880,12 @@ def test_a_header_that_promises_more_than_its_file_holds_takes_no_memory(tmp_pat
     monkeypatch.setattr(sitk.ImageFileReader, "Execute", lambda reader: pytest.fail("ITK makes room for it"))
     with pytest.raises(DataError, match=f"a readable image of {352 + 4 * 32767**3} bytes, found {len(content)}"):
         read_values(path, 3)
+
+
+def test_values_that_would_begin_before_their_file_are_a_damaged_header(tmp_path):
+    nibabel.save(nibabel.Nifti1Pair(image().astype(np.float32), np.eye(4)), tmp_path / "image.hdr")
+    header = bytearray((tmp_path / "image.hdr").read_bytes())
+    header[108:112] = struct.pack("<f", -8)  # vox_offset
+    (tmp_path / "image.hdr").write_bytes(header)
+    with pytest.raises(DataError, match=r"image.hdr: expected a readable image .*copy it again"):
+        read_values(tmp_path / "image.hdr", 3)
