@@ -134,9 +134,9 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
     if isinstance(source, SpatialImage):
         return _from_nibabel(source, where)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # False of a name too long, where Path raises
         return _read_series(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise data_error(where, "an image file", "no such file", "Check the path.")
     content = _unzipped(path, where)
     kind = sitk.ImageFileReader.GetImageIOFromFileName(str(path))

@@ -153,11 +153,11 @@ def _checked(path: Path, content: dict) -> Manifest:
     for key, image in itertools.product(BESIDE, images):
         kind, name = f"{key.removesuffix('s')}s", f"{stem(image)}.csv" if key == "keypoints" else image.name
         file = image.parent.parent / image.parent.name.replace("images", kind) / name
-        found = file if "images" in image.parent.name and file.is_file() and (labels or key != "label") else None
+        found = file if "images" in image.parent.name and os.path.isfile(file) and (labels or key != "label") else None
         entry = entries.get(image, {})
         beside[key][image] = found if key not in entry else folder / entry[key] if entry[key] else None
     files = [*images, *itertools.chain(*(of.values() for of in beside.values()))]
-    absent = [str(file) for file in files if file and not file.is_file()]
+    absent = [str(file) for file in files if file and not os.path.isfile(file)]
     gone = f"{len(absent)} missing: {', '.join(absent[:3])}"
     demand(not absent, "every listed file on disk", gone, "Copy the files there or correct the manifest.")
     spacing_known = content.get("spacing_known", not any(image.suffix.lower() == ".png" for image in images))

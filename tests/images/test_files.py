@@ -889,3 +889,12 @@ def test_values_that_would_begin_before_their_file_are_a_damaged_header(tmp_path
     (tmp_path / "image.hdr").write_bytes(header)
     with pytest.raises(DataError, match=r"image.hdr: expected a readable image .*copy it again"):
         read_values(tmp_path / "image.hdr", 3)
+
+
+def test_a_name_that_no_file_can_have_is_no_such_file(tmp_path):
+    name = "x" * 300 + ".nii.gz"
+    with pytest.raises(DataError, match=r"x\.nii\.gz: expected an image file, found no such file"):
+        read_values(tmp_path / name, 3)
+    folder = dataset(tmp_path / "Own", training=[{"image": f"./imagesTr/{name}"}])
+    with pytest.raises(DataError, match="expected every listed file on disk, found 1 missing"):
+        read_manifest(folder)
