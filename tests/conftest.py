@@ -24,15 +24,8 @@ from fmsam_lib.model.transform import Transform
 
 PROJECT = Path(__file__).resolve().parents[1]
 LONG = ["test_faults", "test_cluster", "test_notebooks", "test_run", "test_browser_study", "test_browser", "test_loop"]
-LONG += [
-    "test_distributed",
-    "test_fuzz",
-    "test_docs",
-    "test_replanning",
-    "test_register",
-    "test_report_answer",
-    "test_anatomies",
-]
+LONG += ["test_distributed", "test_fuzz", "test_docs", "test_replanning", "test_register", "test_report_answer"]
+LONG += ["test_anatomies"]
 
 
 def pytest_collection_modifyitems(items):
