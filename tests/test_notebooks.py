@@ -788,12 +788,12 @@ def test_a_wrong_value_stops_papermill_and_is_named(tmp_path):
 
 def codes(name, **given):
     """The code cells of a notebook, with these values in place of the first one's defaults."""
-    codes = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    cells = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
     for key, value in given.items():
         put = rf"^({key}: \w+ = ).*?(?=  #)"
-        codes[0], found = re.subn(put, lambda m, value=value: m[1] + repr(value), codes[0], flags=re.M)
+        cells[0], found = re.subn(put, lambda m, value=value: m[1] + repr(value), cells[0], flags=re.M)
         assert found == 1, key
-    return codes
+    return cells
 
 
 def stopped(codes):
