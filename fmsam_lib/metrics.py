@@ -100,8 +100,8 @@ def _structures(pair: Pair, phi_map: Tensor | None) -> Iterator[tuple[str, Tenso
         return
     fixed, moving = pair.fixed_label[0].long(), pair.moving_label[0].long()  # 257 is 1 for a uint8
     warped = moving
-    if phi_map is not None:  # as Learn2Reg: background as soon as phi(x) leaves the grid. Nearest neighbour alone would
-        inside = ((phi_map >= 0) & (phi_map <= 1)).all(dim=1)  # go half a voxel further, which is up to 0.03 of Dice
+    if phi_map is not None:  # as Learn2Reg, background once phi(x) leaves the grid: up to 0.03 of Dice (lungs, 48^3)
+        inside = ((phi_map >= 0) & (phi_map <= 1)).all(dim=1)
         warped = (warp_label(moving[None, None], phi_map) * inside)[0, 0]
     for number, name in pair.labels.items():
         yield name, fixed == number, moving == number, warped == number
