@@ -181,18 +181,18 @@ def pretrained() -> pd.DataFrame:
 
 
 def longer() -> pd.DataFrame:
-    """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have every length,
-    and the differences at equal compute, over seeds."""
+    """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have all of these
+    lengths, and the differences at equal compute, over seeds."""
     rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen")
     rows = rows[~rows.optimizer.str.contains("+", regex=False)].assign(
         anatomy=rows.train_domain.str.removeprefix("all but "), optimizer=rows.optimizer.str.partition("-")[0]
     )
-    rows = rows.groupby(["seed", "anatomy", "optimizer", "gradients"]).dice.mean().unstack([2, 3]).dropna()
+    kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]  # of every anatomy
+    rows = rows.groupby(["seed", "anatomy", "optimizer", "gradients"]).dice.mean().unstack([2, 3])[kinds].dropna()
     rows = rows.groupby("seed").filter(lambda seed: len(seed) == rows.index.levels[1].size)  # every anatomy
     each = {n: over_seeds((rows["sam", n] - rows["adam", n]).unstack("anatomy")) for n in (8000, 16000)}
     rows = rows.groupby("anatomy").mean()
     rows.loc[THESE] = rows.mean()
-    kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]
     shown = {f"{name_of(o)}, {n:,}": rows[o, n].map("{:.3f}".format) for o, n in kinds}
     shown |= {f"SAM - Adam, {n:,} [90 %]": of.apply(interval, axis=1) for n, of in each.items()}
     return pd.DataFrame(shown).reindex(rows.index).rename_axis("anatomy, never seen").reset_index()

@@ -168,6 +168,11 @@ def test_tables_are_those_of_the_csvs():
     run(sys.executable, "docs/tables.py", "--check")
 
 
+def test_no_table_of_results_lacks_its_numbers():
+    lacking = [path.name for path in (PROJECT / "figures").glob("table_*.csv") if re.search(r"\bnan\b", path.read_text())]
+    assert not lacking
+
+
 def test_a_changed_number_is_found(tables):
     text = (PROJECT / "docs" / "results.md").read_text()
     assert tables.rendered(text) == text
