@@ -169,7 +169,9 @@ def test_tables_are_those_of_the_csvs():
 
 
 def test_no_table_of_results_lacks_its_numbers():
-    lacking = [path.name for path in (PROJECT / "figures").glob("table_*.csv") if re.search(r"\bnan\b", path.read_text())]
+    lacking = [
+        path.name for path in (PROJECT / "figures").glob("table_*.csv") if re.search(r"\bnan\b", path.read_text())
+    ]
     assert not lacking
 
 
