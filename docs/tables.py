@@ -105,15 +105,21 @@ def volumes() -> pd.DataFrame:
 
 
 def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
-    """Mean and t interval of every anatomy, a column each, and of their mean; a row a seed."""
-    differences = differences.assign(**{THESE: differences.mean(axis=1)})
+    """Mean and t interval of every anatomy, a column each, and of their mean; a row a seed.
+
+    That of a new anatomy is over the anatomies' means, and never narrower than that of these (docs/protocol.md).
+    """
+    each, differences = differences.mean(), differences.assign(**{THESE: differences.mean(axis=1)})
     low, high = t.interval(LEVEL, len(differences) - 1, differences.mean(), differences.sem())
-    return pd.DataFrame({"mean": differences.mean(), "low": low, "high": high})
+    found = pd.DataFrame({"mean": differences.mean(), "low": low, "high": high})
+    low, high = t.interval(LEVEL, len(each) - 1, each.mean(), each.sem())
+    found.loc[NEW] = each.mean(), min(low, found.low[THESE]), max(high, found.high[THESE])
+    return found
 
 
 def interval(row: pd.Series) -> str:
-    """The ends keep their signs, -0.000 too: whether an interval holds 0 is to be seen."""
-    return f"{row['mean']:+z.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+    """Signs stay, those of -0.000 too: whether an interval holds 0 is to be seen."""
+    return f"{row['mean']:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
 
 
 def heldout() -> pd.DataFrame:

@@ -41,8 +41,9 @@ MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
 BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with other help"
 MEASURED = "SAM minus Adam, other measures and images, and forms at equal steps"  # in the table alone
-TUNED, LONGER, STEPS = (  # both primary arms at two lengths, and at equal steps
-    (("unseen", adam), ("unseen", sam)) for adam, sam in (("adam-2x", "sam"), ("adam-4x", "sam-2x"), ("adam", "sam"))
+TUNED, LONGER, STEPS, STEPS_LONGER = (  # both primary arms at two lengths, at equal compute and at equal steps
+    (("unseen", adam), ("unseen", sam))
+    for adam, sam in (("adam-2x", "sam"), ("adam-4x", "sam-2x"), ("adam", "sam"), ("adam-2x", "sam-2x"))
 )
 PRIMARY = [f"as tuned (rho 0.001), {n} gradients" for n in ("8,000", "16,000")]
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
@@ -56,7 +57,7 @@ EFFECTS = {
     **{(BY_SAM, name): of for name, of in zip(PRIMARY, (TUNED, LONGER), strict=True)},
     (BY_SAM, "32,000 gradients, the spine"): (("unseen", "adam-8x"), ("unseen", "sam-4x")),
     (BY_SAM, "equal steps, 4,000"): STEPS,
-    (BY_SAM, "equal steps, 8,000"): (("unseen", "adam-2x"), ("unseen", "sam-2x")),
+    (BY_SAM, "equal steps, 8,000"): STEPS_LONGER,
     (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
     (BY_SAM, "averaged weights (last quarter) of both"): (("unseen", "adam-2x+tail"), ("unseen", "sam+tail")),
     (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
@@ -86,6 +87,7 @@ EFFECTS = {
     (MEASURED, "worst 5 % of pairs, 8,000 gradients"): (*TUNED, "worst"),
     (MEASURED, "worst 5 % of pairs, 16,000 gradients"): (*LONGER, "worst"),
     (MEASURED, "worst 5 % of pairs, equal steps, 4,000"): (*STEPS, "worst"),
+    (MEASURED, "worst 5 % of pairs, equal steps, 8,000"): (*STEPS_LONGER, "worst"),
     (MEASURED, "HD95 (mm or samples), 8,000 gradients"): (*TUNED, "hd95"),
     (MEASURED, "HD95 (mm or samples), 16,000 gradients"): (*LONGER, "hd95"),
     (MEASURED, "folded, %, 8,000 gradients"): (*TUNED, "folding_percent"),
@@ -217,7 +219,7 @@ def ends(seeds: pd.Series) -> tuple[float, float]:
 
 def with_interval(mean: float, seeds: pd.Series) -> str:
     """A difference in words, with the t interval over seeds where there are three or more."""
-    return f"{mean:+z.3f}" + (" [{:+.3f}, {:+.3f}]".format(*ends(seeds)) if len(seeds) > 2 else "")
+    return f"{mean:+.3f}" + (" [{:+.3f}, {:+.3f}]".format(*ends(seeds)) if len(seeds) > 2 else "")
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -254,7 +256,7 @@ def draw(table: pd.DataFrame) -> None:
             ax.plot(each.mean(), y, marker="|", markersize=13, markeredgewidth=3, color="black")
             if len(seeds) > 2:
                 ax.plot(ends(seeds), [y, y], color="black", linewidth=1)
-            told = f"{each.mean():+z.3f}, {len(seeds)} seed{'s' * (len(seeds) > 1)}".replace("-", "−")
+            told = f"{each.mean():+.3f}, {len(seeds)} seed{'s' * (len(seeds) > 1)}".replace("-", "−")
             ax.annotate(told, (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [name or kind for kind, name in rows], fontsize=9)
     for label, (_, name) in zip(ax.get_yticklabels(), rows, strict=True):

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mistune
 import pandas as pd
@@ -20,6 +21,9 @@ from fmsam_lib import SAM, parameters
 from fmsam_lib.evaluation.anatomies import NEW, THESE
 from fmsam_lib.phantoms.anatomies import DOMAINS
 from fmsam_lib.registration.command import main as register
+from fmsam_lib.study.file import read_study
+from fmsam_lib.study.grid import grid
+from fmsam_lib.study.notebooks import jobs
 from tests.conftest import PROJECT, as_module
 from tests.test_parameters import KIND
 
@@ -153,6 +157,13 @@ def test_the_table_of_studies_is_complete():
     rows = text.partition("| study | what for |")[2].partition("\n\n")[0]
     studies = sorted(path.stem for path in (PROJECT / "studies").glob("*.yaml"))
     assert sorted(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == studies
+
+
+def test_the_table_of_costs_counts_what_the_study_files_ask_for():
+    costs = pd.read_csv(PROJECT / "figures" / "table_costs.csv", index_col="study")
+    for name, row in costs[~costs.index.str.contains(",")].iterrows():
+        study = read_study(path := PROJECT / "studies" / f"{name}.yaml")
+        assert (row.trainings, row.notebooks) == (len(grid(study)), len(jobs(study, Path("runs"), "", path))), name
 
 
 def test_every_parameter_that_is_named_exists(page):
