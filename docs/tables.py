@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from scipy.stats import t
 
@@ -95,6 +96,8 @@ def unseen() -> pd.DataFrame:
 def volumes() -> pd.DataFrame:
     """In 3-D: every anatomy when it was left out, and SAM's difference where it was trained on."""
     rows = pd.read_csv(FIGURES / "real3d.csv").query("metric == 'dice'")
+    first = rows[rows.role == "primary"].iloc[0]
+    rows = rows[(rows.baseline == first.baseline) & (rows.treatment == first.treatment)]
     unseen, seen = (rows[rows.on == on].set_index("anatomy") for on in ("unseen", "seen"))
     shown = unseen[["before", "ants-syn", "mean_baseline", "mean_treatment"]].map("{:.3f}".format).replace("nan", "")
     shown.columns = ["before", "ANTs SyN", "Adam, twice the steps", "SAM"]
@@ -113,7 +116,7 @@ def over_seeds(differences: pd.DataFrame) -> pd.DataFrame:
     low, high = t.interval(LEVEL, len(differences) - 1, differences.mean(), differences.sem())
     found = pd.DataFrame({"mean": differences.mean(), "low": low, "high": high})
     low, high = t.interval(LEVEL, len(each) - 1, each.mean(), each.sem())
-    found.loc[NEW] = each.mean(), min(low, found.low[THESE]), max(high, found.high[THESE])
+    found.loc[NEW] = each.mean(), np.minimum(low, found.low[THESE]), np.maximum(high, found.high[THESE])
     return found
 
 
@@ -189,18 +192,17 @@ def pretrained() -> pd.DataFrame:
 def longer() -> pd.DataFrame:
     """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have all of these
     lengths, and the differences at equal compute, over seeds."""
-    rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen")
-    rows = rows[~rows.optimizer.str.contains("+", regex=False)].assign(
-        anatomy=rows.train_domain.str.removeprefix("all but "), optimizer=rows.optimizer.str.partition("-")[0]
-    )
-    kinds = [("adam", n) for n in (4000, 8000, 16000)] + [("sam", n) for n in (8000, 16000)]  # of every anatomy
-    rows = rows.groupby(["seed", "anatomy", "optimizer", "gradients"]).dice.mean().unstack([2, 3])[kinds].dropna()
-    rows = rows.groupby("seed").filter(lambda seed: len(seed) == rows.index.levels[1].size)  # every anatomy
-    each = {n: over_seeds((rows["sam", n] - rows["adam", n]).unstack("anatomy")) for n in (8000, 16000)}
-    rows = rows.groupby("anatomy").mean()
+    arms = {"adam": "Adam, 4,000", "adam-2x": "Adam, 8,000", "adam-4x": "Adam, 16,000"}
+    arms |= {"sam": "SAM, 8,000", "sam-2x": "SAM, 16,000"}
+    rows = pd.read_csv(FIGURES / "networks.csv").query("study == 'unseen' and not seen and optimizer in @arms")
+    rows = rows.assign(anatomy=rows.train_domain.str.removeprefix("all but "))
+    dice = rows.pivot(index="seed", columns=["optimizer", "anatomy", "test_domain"], values="dice").dropna()
+    dice = dice.T.groupby(level=[0, 1]).mean().T  # an anatomy's sets averaged
+    rows = dice.mean().unstack(0)
     rows.loc[THESE] = rows.mean()
-    shown = {f"{name_of(o)}, {n:,}": rows[o, n].map("{:.3f}".format) for o, n in kinds}
-    shown |= {f"SAM - Adam, {n:,} [90 %]": of.apply(interval, axis=1) for n, of in each.items()}
+    shown = {name: rows[arm].map("{:.3f}".format) for arm, name in arms.items()}
+    for n, adam, sam in (("8,000", "adam-2x", "sam"), ("16,000", "adam-4x", "sam-2x")):
+        shown[f"SAM - Adam, {n} [90 %]"] = over_seeds(dice[sam] - dice[adam]).apply(interval, axis=1)
     return pd.DataFrame(shown).reindex(rows.index).rename_axis("anatomy, never seen").reset_index()
 
 
@@ -229,11 +231,12 @@ def record(folder: Path) -> None:
     )
     by_method = methods.optimizer.str.endswith("+io").any()
     study = read_study(folder / "40_compare.study.yaml")
-    if study.groups:
+    if study.leave_one_out:
         answer = pd.read_csv(folder / "answer.csv")
-        answered(answer, methods, study.groups).to_csv(FIGURES / f"{folder.name}.csv", index=False)
+        groups = {one: study.members(one) for one in study.leave_one_out}
+        answered(answer, methods, groups).to_csv(FIGURES / f"{folder.name}.csv", index=False)
         found, both = gather(study, folder), (answer.baseline[0], answer.treatment[0])
-        keep_pairs(anatomies.unseen(found.results, found.pairs, study.groups, both, "dice"), folder.name)
+        keep_pairs(anatomies.unseen(found.results, found.pairs, groups, both, "dice"), folder.name)
     else:
         shown = methods_beside(methods) if by_method else domains_beside(summary, comparison)
         shown.to_csv(FIGURES / f"table_{folder.name}.csv", index=False)
@@ -275,7 +278,8 @@ def answered(rows: pd.DataFrame, methods: pd.DataFrame, groups: dict[str, list[s
     anatomy = {name: group for group, names in groups.items() for name in names}
     dice = methods[(methods.metric == "dice") & methods.test_domain.isin(anatomy)]
     dice = dice.pivot_table("mean", ["optimizer", dice.test_domain.map(anatomy)])["mean"].unstack(0)
-    dice = dice.reindex(columns=["none", "ants-syn"]).rename(columns={"none": "before"})
+    dice = dice.reindex(rows.anatomy.unique(), columns=["none", "ants-syn"]).rename(columns={"none": "before"})
+    dice = dice.drop([THESE, NEW], errors="ignore")  # their means are of the anatomies that are answered for
     dice.loc[THESE] = dice.loc[NEW] = dice.mean()
     return rows.join(dice, on="anatomy").assign(**{c: lambda t, c=c: t[c].where(t.metric == "dice") for c in dice})
 

@@ -37,6 +37,7 @@ UNSEEN, REAL, SHIFTS = (read_study(PROJECT / "studies" / f"{name}.yaml") for nam
 ANATOMY = {name: anatomy for anatomy, names in UNSEEN.groups.items() for name in names}
 SHIFT = dict(zip(SHIFTS.train_domains, ["one hospital", "the other hospital", "MR", "no MR"], strict=True))
 ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", "test_domain", "seen", "pairs"]
+NETWORK = [name for name in ABOUT if name not in ("gradients", "seen", "pairs")]  # and the set that it is tested on
 MEASURES = ["dice", "worst", "hd95", "sdlogj", "folding_percent"]
 WORST = 0.05  # of the pairs
 BY_SAM, OTHER = "SAM minus Adam, at equal compute if not said", "Adam, with other help"
@@ -55,11 +56,12 @@ MORE = {
 # kind and name: the study and optimizer of the baseline, and of the treatment; and what is measured, if not Dice
 EFFECTS = {
     **{(BY_SAM, name): of for name, of in zip(PRIMARY, (TUNED, LONGER), strict=True)},
-    (BY_SAM, "32,000 gradients, the spine"): (("unseen", "adam-8x"), ("unseen", "sam-4x")),
+    (BY_SAM, "32,000 gradients"): (("unseen", "adam-8x"), ("unseen", "sam-4x")),
     (BY_SAM, "equal steps, 4,000"): STEPS,
     (BY_SAM, "equal steps, 8,000"): STEPS_LONGER,
     (BY_SAM, "averaged weights (EMA) of both"): (("unseen", "adam-2x+ema"), ("unseen", "sam+ema")),
     (BY_SAM, "averaged weights (last quarter) of both"): (("unseen", "adam-2x+tail"), ("unseen", "sam+tail")),
+    (BY_SAM, "rho 0.003"): (("forms", "adam-2x"), ("forms", "sam-0.003")),
     (BY_SAM, "rho 0.01"): (("forms", "adam-2x"), ("forms", "sam-0.01")),
     (BY_SAM, "rho 0.001, constant"): (("forms", "adam-2x"), ("forms", "constant-0.001")),
     (BY_SAM, "rho 0.01, constant"): (("forms", "adam-2x"), ("forms", "constant-0.01")),
@@ -80,6 +82,7 @@ EFFECTS = {
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
+    (MEASURED, "rho 0.003, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.003")),
     (MEASURED, "rho 0.01, equal steps, 4,000"): (("unseen", "adam"), ("forms", "sam-0.01")),
     (MEASURED, "climb by layer, equal steps, 4,000"): (("unseen", "adam"), ("forms", "layer-0.0014")),
     (MEASURED, "rho 0.001, constant, equal steps, 4,000"): (("unseen", "adam"), ("forms", "constant-0.001")),
@@ -106,7 +109,7 @@ EFFECTS = {
     (OTHER, "no synthetic images"): (("unseen", "adam-2x"), ("real", "adam-2x")),
     (OTHER, "8,000 gradients, not 4,000"): (("unseen", "adam"), ("unseen", "adam-2x")),
     (OTHER, "16,000 gradients, not 8,000"): (("unseen", "adam-2x"), ("unseen", "adam-4x")),
-    (OTHER, "32,000 gradients, not 16,000, the spine"): (("unseen", "adam-4x"), ("unseen", "adam-8x")),
+    (OTHER, "32,000 gradients, not 16,000"): (("unseen", "adam-4x"), ("unseen", "adam-8x")),
 }
 ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
 HELPS = {  # network, means and amount: of the baseline, and of the treatment
@@ -129,6 +132,8 @@ def kept(study: Path) -> pd.DataFrame:
     rows = []
     for folder in sorted(file.parent for file in study.glob("*/*/seed*/results.csv")):
         run, results = trained_with(folder), read_results(folder / "results.csv")
+        if results.duplicated([*results.columns.drop("value")]).any():
+            raise ValueError(f"{folder}/results.csv holds a value twice: remove it, and the study measures again")
         last = json.loads((folder / "history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         values = {name: per_pair(results, name) for name in MEASURES if name != "worst"}
         values = {name: table.groupby(["optimizer", "test_domain"]).value for name, table in values.items()}
@@ -138,7 +143,7 @@ def kept(study: Path) -> pd.DataFrame:
             about |= {"optimizer": folder.parent.name + after, "seed": run.seed, "pairs": len(dice)}
             about |= {"gradients": last["gradient_evaluations"], "test_domain": test}
             about |= {"seen": test in run.train_domain.split("+")}
-            found = {measure: table.get_group((name, test)).mean() for measure, table in values.items()}
+            found = {measure: of.get_group((name, test)).mean(skipna=False) for measure, of in values.items()}
             rows.append(about | found | {"worst": dice.nsmallest(max(1, round(WORST * len(dice)))).mean()})
     return pd.DataFrame(rows)[ABOUT + MEASURES]
 
@@ -173,9 +178,19 @@ def by_kind(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def whole(table: pd.DataFrame, *cell: str) -> pd.DataFrame:
+    """Without the seeds that lack a cell which others have: a mean of theirs would lean on the rest."""
+    cells = table.groupby([*cell], dropna=False).ngroup()
+    return table[cells.groupby(table.seed).transform("nunique") == cells.nunique()]
+
+
 def by_anatomy(values: pd.Series) -> pd.Series:
-    """The mean of every anatomy and seed, its sets averaged first; the index has seed and test_domain, at least."""
+    """The mean of every anatomy and seed, its sets averaged first, of the seeds that have all trainings and sets.
+
+    The index has seed and test_domain, at least.
+    """
     table = values.rename("value").reset_index()
+    table = whole(table, *table.columns.intersection(["train_domain", "test_domain"]))
     table = table.assign(anatomy=table.test_domain.map(ANATOMY))
     return table.groupby(["anatomy", "seed", "test_domain"]).value.mean().groupby(["anatomy", "seed"]).mean()
 
@@ -184,32 +199,29 @@ def effects(networks: pd.DataFrame, helps: pd.DataFrame, spoilt: pd.DataFrame) -
     """Every effect that was measured: an anatomy and seed a row."""
     seen = networks[networks.seen & (networks.study == "unseen")].assign(study="seen", seen=False)
     spoilt = spoilt.groupby(["train_domain", "optimizer", "seed", "test_domain", "seen"], as_index=False).dice.mean()
-    networks = pd.concat([networks, seen, *([spoilt.assign(study="corrupted")] if len(spoilt) else [])])
+    networks = pd.concat([networks, seen, *([spoilt.assign(study="corrupted", pairs=0)] if len(spoilt) else [])])
     shift = networks.train_domain.map(lambda name: "hospital" if "hospital" in name else "modality")
     number = networks.train_domain.str.startswith("all but").map({True: "four", False: "two"})
     study = networks.study.mask(networks.study == "shifts", shift).mask(networks.study == "domains", number)
     networks = networks.assign(study=study)
+    cell = ["train_domain", "seed", "test_domain"]
     rows, unseen = {}, networks[~networks.seen].set_index(["study", "optimizer"]).sort_index()
     for name, (*keys, measure) in {name: (*of, "dice")[:3] for name, of in EFFECTS.items()}.items():
         if all(key in unseen.index for key in keys):
-            both = [unseen.loc[[key]].set_index(["train_domain", "seed", "test_domain"])[measure] for key in keys]
+            both = [unseen.loc[[key]].set_index([*cell, "pairs"])[measure] for key in keys]  # of as many pairs
             rows[name] = by_anatomy((both[1] - both[0]).dropna())
+            if rows[name].empty:
+                print(f"{name[1]}: no seed of both arms has every training and set, so it is left out")
     helped = helps.set_index(["training", "means", "amount"]).sort_index()
     for name, keys in HELPS.items():
         both = [helped.loc[[key]].set_index(["seed", "test_domain"]).dice for key in keys]
         rows[name] = by_anatomy((both[1] - both[0]).dropna())
-    means = {of: by_anatomy(unseen.loc[[of]].set_index(["seed", "test_domain"]).dice) for of in unseen.index.unique()}
     for name, of in MORE.items():  # not the same trainings: the means of each anatomy are compared
-        if of in means and ONE in means:
-            rows[OTHER, f"trained on {name}, not one"] = (means[of] - means[ONE]).dropna()
+        if {of, ONE} <= {*unseen.index}:
+            more, one = (by_anatomy(unseen.loc[[key]].set_index(cell).dice) for key in (of, ONE))
+            rows[OTHER, f"trained on {name}, not one"] = (more - one).dropna()
     table = pd.concat(rows, names=["kind", "effect"]).rename("difference").reset_index()
     return table.sort_values("kind", key=lambda kind: kind.map([BY_SAM, MEASURED, OTHER].index), kind="stable")
-
-
-def complete(table: pd.DataFrame) -> pd.DataFrame:
-    """Without the seeds that lack some of an effect's anatomies, which their means would lean on others."""
-    number = table.groupby(["kind", "effect", "seed"]).anatomy.transform("nunique")
-    return table[number == number.groupby([table.kind, table.effect]).transform("max")]
 
 
 def ends(seeds: pd.Series) -> tuple[float, float]:
@@ -225,7 +237,7 @@ def with_interval(mean: float, seeds: pd.Series) -> str:
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """An effect a row: the mean over anatomies, with a t interval over seeds where there are three or more."""
     lines = []
-    for (kind, effect), mine in complete(table).groupby(["kind", "effect"], sort=False):
+    for (kind, effect), mine in table.groupby(["kind", "effect"], sort=False):
         seeds, each = mine.groupby("seed").difference.mean(), mine.groupby("anatomy").difference.mean()
         line = {"difference": "with it - without" if kind == OTHER else "SAM - Adam", "of": effect}
         line |= {"change [90 %]": with_interval(each.mean(), seeds), "p, Holm": np.nan}
@@ -309,11 +321,10 @@ def answer(table: pd.DataFrame) -> None:
 
 def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     """Mean Dice over the anatomies against the gradients spent, of the seeds that have every length."""
-    runs = networks[(networks.study == "unseen") & ~networks.optimizer.str.contains("+", regex=False)]
-    runs = runs[runs.test_domain.isin(ANATOMY)]
-    runs = runs[runs.groupby("optimizer").train_domain.transform("nunique") == len(UNSEEN.leave_one_out)]
-    whole = runs.pivot_table("dice", "seed", ["optimizer", "train_domain"], aggfunc="count").dropna()
-    runs = runs[runs.seed.isin(whole.index)]
+    arms = {name for of in (TUNED, LONGER, STEPS) for _, name in of}
+    runs = networks[(networks.study == "unseen") & networks.optimizer.isin(arms)]
+    runs = whole(runs, "optimizer", "train_domain", "test_domain")
+    number = runs.seed.nunique()
     runs = runs.assign(kind=runs.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY))
     keys = ["kind", "seen", "gradients"]
     sets = runs.groupby([*keys, "anatomy", "test_domain"]).dice.mean()
@@ -329,8 +340,8 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     ax.set_xscale("log", base=2)
     ticks = sorted(set(means.index.get_level_values(2)))
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    told = "seed" if len(whole) == 1 else "seeds"
-    ax.set_xlabel(f"gradients spent in training ({len(whole)} {told}); at as many, SAM has made half of Adam's steps")
+    told = "seed" if number == 1 else "seeds"
+    ax.set_xlabel(f"gradients spent in training ({number} {told}); at as many, SAM has made half of Adam's steps")
     style.open_up(ax)
     picture.legend(loc="outside right center", frameon=False)
     picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})
@@ -340,6 +351,7 @@ def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     """Mean Dice of Adam and SAM's difference, of every training on every set; a frame: it was trained on the set."""
     left_out, sets = [f"all but {anatomy}" for anatomy in UNSEEN.leave_one_out], UNSEEN.test_domains
     runs = networks[(networks.study == "unseen") & networks.optimizer.isin(["adam-2x", "sam", "adam-4x", "sam-2x"])]
+    runs = whole(runs, "optimizer", "train_domain", "test_domain")
     cells = runs.groupby(["optimizer", "train_domain", "test_domain"])[["dice", "seen"]].mean()
     dice = {name: cells.dice[name].unstack().loc[left_out, sets].to_numpy() for name in runs.optimizer.unique()}
     framed = cells.seen["sam"].unstack().loc[left_out, sets].to_numpy(bool)
@@ -379,6 +391,7 @@ def arms(networks: pd.DataFrame) -> pd.DataFrame:
     rows = rows[~rows.optimizer.str.contains("+", regex=False)]
     rows = rows.drop_duplicates(["optimizer", "train_domain", "test_domain"])  # the arms that forms shares with unseen
     rows = rows.assign(anatomy=rows.test_domain.map(ANATOMY))
+    rows = rows[rows.groupby("optimizer").test_domain.transform("nunique") == rows.test_domain.nunique()]
     keys = ["optimizer", "gradients"]
     means = rows.groupby([*keys, "anatomy"], sort=False)[MEASURES].mean().groupby(keys, sort=False).mean()
     digits = {"dice": 3, "worst": 3, "hd95": 2, "sdlogj": 3, "folding_percent": 3}
@@ -395,13 +408,13 @@ def main() -> None:
     networks = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=ABOUT + MEASURES)
     for study in arguments.parse_args().studies:
         parts = [part for part in (networks, kept(study)) if len(part)]
-        networks = pd.concat(parts).drop_duplicates(ABOUT[:-2], keep="last").sort_values(ABOUT[:-1])
+        networks = pd.concat(parts).drop_duplicates(NETWORK, keep="last").sort_values(ABOUT[:-1])
         write_csv(networks, path, float_format="%.5g")
         networks = pd.read_csv(path)  # rounded, as whoever draws it again will have it
         if len(spoilt := corrupted(study)):
             spoilt = pd.concat([pd.read_csv(SPOILT), spoilt] if SPOILT.exists() else [spoilt])
             write_csv(spoilt.drop_duplicates([*spoilt][:-1], keep="last"), SPOILT, float_format="%.5g")
-    helps = pd.read_csv(FIGURES / "helps.csv")
+    helps = pd.read_csv(FIGURES / "helps.csv").query("study == 'unseen'")
     spoilt = pd.read_csv(SPOILT) if SPOILT.exists() else pd.DataFrame(columns=[*ABOUT, "dice"])
     spoilt = spoilt[spoilt.study == "shifts"]
     table = effects(networks, helps, spoilt)
@@ -411,7 +424,7 @@ def main() -> None:
     write_csv(arms(networks), FIGURES / "table_arms.csv")
     if len(spoilt):
         write_csv(by_kind(spoilt), FIGURES / "table_corrupted.csv")
-    draw(complete(table[(table.kind != MEASURED) & (table.groupby(["kind", "effect"]).seed.transform("nunique") > 1)]))
+    draw(table[(table.kind != MEASURED) & (table.groupby(["kind", "effect"]).seed.transform("nunique") > 1)])
     answer(table)
     spent(networks, helps)
     matrix(networks, helps)

@@ -28,7 +28,7 @@ from fmsam_lib.training.loop import train
 
 OUT = PROJECT / "figures" / "helps.csv"
 PAIRS, GRADIENTS = 150, 400
-WITH = ["training", "seed", "test_domain", "means", "amount"]
+WITH = ["study", "train_domain", "training", "seed", "test_domain", "means", "amount"]
 WITHOUT = {"none": None, "ants-syn": ants_syn}  # networks
 AMOUNTS = {"nothing": (0,), "io": (10, 50), "fine-tuned, adam": (2, 5, 20), "fine-tuned, sam": (2, 5, 20)}
 
@@ -60,10 +60,11 @@ def asked(study: Path, seeds: list[int], trainings: list[str]) -> Iterator[tuple
         for name, (means, amounts) in itertools.product(new, AMOUNTS.items()):
             for amount in amounts:
                 of = functools.partial(helped, folder / "weights.pt", run, name, means, amount)
-                yield (folder.parent.name, run.seed, name, means, amount), of
+                where = study.name, folder.parent.parent.name
+                yield (*where, folder.parent.name, run.seed, name, means, amount), of
     for (name, run), (method, find) in itertools.product(sets.items(), WITHOUT.items()):
-        domain = open_domain(name, shape=tuple(run.shape))
-        yield (method, 0, name, "nothing", 0), functools.partial(evaluate, find, domain, pairs=PAIRS)
+        of = functools.partial(evaluate, find, open_domain(name, shape=tuple(run.shape)), pairs=PAIRS)
+        yield (study.name, "none", method, 0, name, "nothing", 0), of
 
 
 def measure(study: Path, seeds: list[int], trainings: list[str]) -> None:

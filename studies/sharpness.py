@@ -43,9 +43,11 @@ DRAWN = ("SAM", *(name for name in FORMS.values() if name.startswith("SAM")))
 PLAIN, WIDE = "no augmentation", "twice the channels"
 FORMS |= {"adam-plain": f"Adam, {PLAIN}", "plain": f"Adam, twice the steps, {PLAIN}", "sam-plain": f"SAM, {PLAIN}"}
 FORMS |= {f"constant-{rho}": f"SAM, rho {rho} constant" for rho in RHOS}
-FORMS |= {"wide": f"Adam, twice the steps, {WIDE}", "sam-wide": f"SAM, {WIDE}"}
+FORMS |= {"sam-4x": "SAM, four times the steps", "adam-8x": "Adam, eight times the steps"}
+FORMS |= {"sam-0.003": "SAM, rho 0.003", "wide": f"Adam, twice the steps, {WIDE}", "sam-wide": f"SAM, {WIDE}"}
 # Adam at equal compute; with as small batches in BatchNorm
 CONTROL = {"SAM by part": "Adam by part", "SAM, twice the steps": "Adam, four times the steps"}
+CONTROL |= {"SAM, four times the steps": "Adam, eight times the steps"}
 CONTROL |= {f"SAM, {of}": f"Adam, twice the steps, {of}" for of in (PLAIN, WIDE)}
 
 
@@ -90,7 +92,9 @@ def differences(table: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFr
 
 
 def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> str:
-    """The mean of the seeds' means, with its 90 % t interval over seeds."""
+    """The mean of the seeds' means, with its 90 % t interval over the seeds that have every training and set."""
+    cells = rows.groupby(CELL).ngroup()
+    rows = rows[cells.groupby(rows.seed).transform("nunique") == cells.nunique()]
     seeds = rows.groupby("seed")[column].mean()
     if len(seeds) < 2:
         return told(seeds.mean())
@@ -131,6 +135,8 @@ def draw(table: pd.DataFrame) -> None:
     """A table of every comparison, and the figure of those at equal compute."""
     table = table.replace({"optimizer": FORMS})
     others = [name for name in style.optimizers_of(table) if not name.lower().startswith("adam")]
+    if unknown := {*others} - {"sam", *FORMS.values()}:
+        raise ValueError(f"expected a name in FORMS, and its control if it is not {EQUAL_COMPUTE}, for {unknown}")
     pairs = [(CONTROL.get(name, EQUAL_COMPUTE), name) for name in others]
     pairs += [("adam", name) for name in others if name == "sam" or name.endswith(" constant")]
     pairs += [(f"Adam, {PLAIN}", f"SAM, {PLAIN}"), ("adam", EQUAL_COMPUTE)]

@@ -264,6 +264,19 @@ def test_the_kept_pairs_give_the_answer_again(tables, name, tmp_path, monkeypatc
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"{name}_pairs.csv"), rows)
 
 
+def test_the_table_of_lengths_takes_whole_seeds_of_its_own_arms(tables, tmp_path, monkeypatch):
+    kept = pd.read_csv(PROJECT / "figures" / "networks.csv")
+    unseen = kept[kept.study == "unseen"]
+    lacks = unseen[(unseen.optimizer == "adam-4x") & (unseen.seed == 14) & (unseen.test_domain == "ChestJSRT")]
+    own = unseen[unseen.optimizer == "sam"]
+    more = [own.assign(optimizer="sam-0.003", dice=0.1), own[own.seed == 10].assign(optimizer="sam-8x", gradients=9)]
+    pd.concat([kept.drop(lacks.index), *more]).to_csv(tmp_path / "networks.csv", index=False)
+    monkeypatch.setattr(tables, "FIGURES", tmp_path)
+    found = tables.longer()
+    kept[kept.seed != 14].to_csv(tmp_path / "networks.csv", index=False)
+    pd.testing.assert_frame_equal(found, tables.longer())
+
+
 def test_an_answer_has_what_needs_no_training_beside_it(tables):
     answer = pd.DataFrame({"anatomy": ["heart", "spine", THESE, "heart"], "metric": ["dice"] * 3 + ["hd95"]})
     sets = {"test_domain": ["h1", "h2", "s1"], "metric": "dice", "optimizer": "none", "mean": [0.4, 0.6, 0.9]}

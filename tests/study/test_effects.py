@@ -74,13 +74,37 @@ def test_an_effect_is_paired_and_every_anatomy_counts_once(script):
     assert (line["lowest anatomy"], line["highest anatomy"]) == ("-0.020 (spine)", "+0.020 (heart)")
 
 
-def test_a_seed_that_lacks_an_anatomy_waits(script):
-    rows = [("", "x", name, seed, -0.005) for name in ("heart", "chest") for seed in (10, 11)]
-    table = pd.DataFrame(
-        [*rows, ("", "x", "chest", 12, -0.03)], columns=["kind", "effect", "anatomy", "seed", "difference"]
-    )
-    (line,) = script.shown(table).to_dict("records")
-    assert (line["change [90 %]"], line["seeds"]) == ("-0.005", 2)
+@pytest.mark.parametrize("lacks", ["an anatomy", "a set", "a training", "pairs", "everything that others have"])
+def test_a_seed_that_lacks_what_others_have_waits(script, lacks, capsys):
+    """What it lacks is an easy one, so that the mean of the rest would be another."""
+    sets = [("all but heart", "CardiacACDC"), ("all but heart", "CardiacSunnybrook2D"), ("all but knee", "KneeCT2D")]
+    sets = [("no MR", "SpineMR2D"), ("MR", "SpineMR2D")] if lacks == "a training" else sets
+    gains = [-0.03, *[-0.01] * (len(sets) - 1)]
+    study = "shifts" if lacks == "a training" else "unseen"
+    values = [
+        (study, name, *cell, seed, False, 0.8 + (gain if name == "sam" else 0))
+        for seed in (10, 11)
+        for cell, gain in zip(sets, gains, strict=True)
+        for name in ("adam-2x", "sam")
+    ]
+    values = [(study, name, training, seed, test, no, dice) for study, name, training, test, seed, no, dice in values]
+    table = networks_of(values)
+    one = (table.seed == 11) & (table.optimizer == "sam")
+    gone = {"an anatomy": table.test_domain == "KneeCT2D", "pairs": table.test_domain == "CardiacACDC"}
+    gone |= {"a set": table.test_domain == "CardiacACDC", "a training": table.train_domain == "no MR"}
+    if lacks == "pairs":
+        table.loc[one & gone[lacks], "pairs"] = 2
+    elif lacks in gone:
+        table = table[~(one & gone[lacks])]
+    else:
+        heart = table.train_domain == "all but heart"
+        table = table[heart & (table.seed == 10) | ~heart & (table.seed == 11)]
+    spoilt = pd.DataFrame(columns=[*script.ABOUT, "dice"])
+    found = script.effects(table, pd.read_csv(FIGURES / "helps.csv"), spoilt).set_index("effect")
+    name = "another modality, other anatomies" if lacks == "a training" else script.PRIMARY[0]
+    left = {"everything that others have": []}.get(lacks, [10])
+    assert sorted({*found.seed[found.index == name]}) == left
+    assert ("no seed of both arms" in capsys.readouterr().out) is (not left)
 
 
 def test_p_is_corrected_over_all_that_sam_changes_but_the_primary_contrast(script):
