@@ -414,6 +414,10 @@ def main() -> None:
         if len(spoilt := corrupted(study)):
             spoilt = pd.concat([pd.read_csv(SPOILT), spoilt] if SPOILT.exists() else [spoilt])
             write_csv(spoilt.drop_duplicates([*spoilt][:-1], keep="last"), SPOILT, float_format="%.5g")
+    named = {key for of in EFFECTS.values() for key in of[:2]}
+    for key in sorted({*zip(networks.study, networks.optimizer, strict=True)} - named):
+        if key[0] not in ("shifts", "domains") and "+" not in key[1]:  # these have other names there; averages
+            print(f"{' '.join(key)}: in no effect")
     helps = pd.read_csv(FIGURES / "helps.csv").query("study == 'unseen'")
     spoilt = pd.read_csv(SPOILT) if SPOILT.exists() else pd.DataFrame(columns=[*ABOUT, "dice"])
     spoilt = spoilt[spoilt.study == "shifts"]

@@ -127,6 +127,22 @@ def test_on_domains_seen_only_trainings_of_both_are_compared(both):
     assert seen["mean"].abs().max() < 1e-9
 
 
+def test_on_domains_seen_a_seed_that_lacks_a_training_waits(both):
+    results, pairs = both
+    trains = sorted(set(results.train_domain))
+    others = dict(zip(trains, np.roll(trains, 1), strict=True))
+    seen = results.assign(train_domain=results.train_domain.map(others))
+    alike = pd.concat([results, seen]).query("optimizer == 'adam-2x'")
+    gain = alike.train_domain.map({train: 0.01 * i for i, train in enumerate(trains)})
+    sam = alike.assign(optimizer="sam", value=alike.value + gain + 0.001 * alike.seed)
+    lacks = (sam.seed == 10) & (sam.train_domain == trains[-1])
+    found = answered(pd.concat([alike, sam[~lacks]]), pairs).answers
+    without = answered(pd.concat([alike, sam]).query("seed != 10"), pairs).answers
+    found, without = (table[(table.on == "seen") & (table.metric == "dice")] for table in (found, without))
+    assert set(found.seeds) == {4}
+    pd.testing.assert_frame_equal(found, without)
+
+
 def test_the_gradients_are_drawn_where_no_network_saw_an_anatomy(both):
     results, pairs = both
     study = ANATOMIES.model_copy(update={"train_domains": sorted(set(results.train_domain))})

@@ -46,3 +46,14 @@ def test_sharpness_on_the_training_images_is_a_line_of_its_own_without_dice(scri
     assert own["sharpness, ratio [90 %]"].startswith("2.00 [0.")
     assert (own["Dice, difference [90 %]"], own["tau of each seed"], own["networks and domains"]) == ("", "", 3)
     assert script.line(found[found.kind == "seen"])["at rho 0.001"].startswith("1.00 ")
+
+
+def test_a_seed_that_lacks_a_set_waits(script):
+    rows = [(seed, "A", test, seed, seed) for seed in (1, 2) for test in ("B", "C")]
+    table = pd.DataFrame([*rows, (3, "A", "B", 9.0, 9.0)], columns=["seed", "train_domain", "test_domain", "a", "b"])
+    assert script.interval(table, "a", "{:.2f}".format).startswith("1.50 [")
+
+
+def test_an_arm_without_a_name_and_a_control_is_refused(script):
+    with pytest.raises(ValueError, match="expected a name in FORMS, .* for {'new'}"):
+        script.draw(pd.DataFrame({"optimizer": ["adam-2x", "sam", "new"]}))
