@@ -55,5 +55,5 @@ def test_a_seed_that_lacks_a_set_waits(script):
 
 
 def test_an_arm_without_a_name_and_a_control_is_refused(script):
-    with pytest.raises(ValueError, match="expected a name in FORMS, .* for {'new'}"):
+    with pytest.raises(ValueError, match=r"expected a name in FORMS, .* for {'new'}"):
         script.draw(pd.DataFrame({"optimizer": ["adam-2x", "sam", "new"]}))
