@@ -224,7 +224,7 @@ class Between(Parameters):
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
     data: Folder = Field("", description=DATA)
     pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")
-    path_points: Points = Field(21, description="from one solution to the other")
+    path_points: OddPoints = Field(21, description="from one solution to the other; odd")
     plane_points: OddPoints = Field(15, description="of the plane's sides; odd")
     threads: Threads = Field(1, ge=1, description=THREADS)
 

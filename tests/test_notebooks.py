@@ -767,6 +767,13 @@ def test_50_registers_files_with_weights(tmp_path):
     assert "expected fixed and moving, or neither" in said
 
 
+def test_50_makes_and_registers_a_pair_in_2d_too(tmp_path):
+    cells = codes("50_register_your_own", out=str(tmp_path), weights="2d", shape=[48, 48], io=0)
+    exec("\n\n".join(cells), {"In": ["", *cells]})
+    dice = json.loads((tmp_path / "summary.json").read_text())["dice"].values()
+    assert sum(d["after"] - d["before"] for d in dice) / len(dice) > 0.1
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
 def test_an_unknown_parameter_stops_the_second_cell_and_lists_the_right_ones(name):
     """As papermill runs it: its own parameters come in a cell behind the notebook's."""
