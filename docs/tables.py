@@ -79,7 +79,8 @@ def beside(rows: pd.DataFrame) -> dict[str, str]:
 def unseen() -> pd.DataFrame:
     """The answer: every anatomy when it was left out, their mean, a new one; with intervals of 90 %.
 
-    Those at equal compute are of the mixed model over pairs; those at equal steps are over the seeds' means.
+    Those at equal compute are of the mixed model over pairs; those at equal steps are over the seeds' means, that of a
+    new anatomy over the anatomies'.
     """
     rows = pd.read_csv(FIGURES / "unseen.csv").query("role == 'primary'").set_index("anatomy")
     table = pd.DataFrame({"anatomy, never seen": rows.index})
@@ -89,7 +90,7 @@ def unseen() -> pd.DataFrame:
     table["verdict"] = rows.verdict.to_numpy()
     effects = pd.read_csv(FIGURES / "effects.csv").query("effect == 'equal steps, 8,000'")
     seeds = over_seeds(effects.pivot(index="seed", columns="anatomy", values="difference"))
-    table["equal steps, over seeds"] = seeds.apply(interval, axis=1).reindex(rows.index).fillna("").to_numpy()
+    table["equal steps [90 %]"] = seeds.apply(interval, axis=1).reindex(rows.index).fillna("").to_numpy()
     return table
 
 

@@ -168,11 +168,13 @@ def by_kind(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[~table.seen].set_index(["corruption", "train_domain", "seed", "test_domain"])
     lines = []
     for kind, mine in rows.groupby("corruption", sort=False):
-        means = {name: by_anatomy(mine[mine.optimizer == name].dice).mean() for name in ("adam-2x", "sam")}
-        both = by_anatomy((mine[mine.optimizer == "sam"].dice - mine[mine.optimizer == "adam-2x"].dice).dropna())
+        arms = [mine[mine.optimizer == name].dice for name in ("adam-2x", "sam")]
+        shared = arms[0].index.intersection(arms[1].index)
+        adam, sam = (by_anatomy(arm.loc[shared]) for arm in arms)
+        both = sam - adam
         seeds, each = both.groupby("seed").mean(), both.groupby("anatomy").mean()
-        line = {"corruption": kind.replace("_", " "), "Adam, twice the steps": f"{means['adam-2x']:.3f}"}
-        line |= {"SAM": f"{means['sam']:.3f}", "SAM - Adam [90 %]": with_interval(each.mean(), seeds)}
+        line = {"corruption": kind.replace("_", " "), "Adam, twice the steps": f"{adam.mean():.3f}"}
+        line |= {"SAM": f"{sam.mean():.3f}", "SAM - Adam [90 %]": with_interval(each.mean(), seeds)}
         line |= {"lowest anatomy": f"{each.min():+z.3f}", "highest anatomy": f"{each.max():+z.3f}"}
         lines.append(line)
     return pd.DataFrame(lines)
@@ -416,7 +418,7 @@ def main() -> None:
             write_csv(spoilt.drop_duplicates([*spoilt][:-1], keep="last"), SPOILT, float_format="%.5g")
     named = {key for of in EFFECTS.values() for key in of[:2]}
     for key in sorted({*zip(networks.study, networks.optimizer, strict=True)} - named):
-        if key[0] not in ("shifts", "domains") and "+" not in key[1]:  # these have other names there; averages
+        if key[0] not in ("shifts", "domains") and "+" not in key[1] and key != ("forms", "sam"):  # that of unseen
             print(f"{' '.join(key)}: in no effect")
     helps = pd.read_csv(FIGURES / "helps.csv").query("study == 'unseen'")
     spoilt = pd.read_csv(SPOILT) if SPOILT.exists() else pd.DataFrame(columns=[*ABOUT, "dice"])

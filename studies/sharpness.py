@@ -92,9 +92,7 @@ def differences(table: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFr
 
 
 def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> str:
-    """The mean of the seeds' means, with its 90 % t interval over the seeds that have every training and set."""
-    cells = rows.groupby(CELL).ngroup()
-    rows = rows[cells.groupby(rows.seed).transform("nunique") == cells.nunique()]
+    """The mean of the seeds' means, with its 90 % t interval over seeds."""
     seeds = rows.groupby("seed")[column].mean()
     if len(seeds) < 2:
         return told(seeds.mean())
@@ -104,6 +102,8 @@ def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> s
 
 def line(rows: pd.DataFrame) -> dict:
     """tau: Kendall's, of flattening and the gain in Dice over the cells of a seed: above 0: they go together."""
+    cells = rows.groupby(CELL).ngroup()  # a seed that lacks a training or set of the others' waits
+    rows = rows[cells.groupby(rows.seed).transform("nunique") == cells.nunique()]
     own = (rows.kind == OWN).all()  # of which no Dice is measured
     taus = [scipy.stats.kendalltau(-of.ratio, of.dice).statistic for _, of in rows.groupby("seed") if not own]
     return {

@@ -164,6 +164,9 @@ def test_the_table_of_costs_counts_what_the_study_files_ask_for():
     for name, row in costs[~costs.index.str.contains(",")].iterrows():
         study = read_study(path := PROJECT / "studies" / f"{name}.yaml")
         assert (row.trainings, row.notebooks) == (len(grid(study)), len(jobs(study, Path("runs"), "", path))), name
+        hours = int(row.gradients.replace(",", "")) * (0.027 if len(study.shape) > 2 else 0.0072) / 3600
+        told = row["hours on a GPU, training alone"]
+        assert hours < 0.01 if told == "below 0.01" else float(told) == pytest.approx(hours, rel=0.15, abs=0.006), name
 
 
 def test_every_parameter_that_is_named_exists(page):

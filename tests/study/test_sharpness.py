@@ -49,9 +49,11 @@ def test_sharpness_on_the_training_images_is_a_line_of_its_own_without_dice(scri
 
 
 def test_a_seed_that_lacks_a_set_waits(script):
-    rows = [(seed, "A", test, seed, seed) for seed in (1, 2) for test in ("B", "C")]
-    table = pd.DataFrame([*rows, (3, "A", "B", 9.0, 9.0)], columns=["seed", "train_domain", "test_domain", "a", "b"])
-    assert script.interval(table, "a", "{:.2f}".format).startswith("1.50 [")
+    rows = [(seed, "A", test, "unseen", float(seed), 0.0, 0.0) for seed in (1, 2) for test in ("B", "C")]
+    names = ["seed", "train_domain", "test_domain", "kind", "ratio", "small", "dice"]
+    line = script.line(pd.DataFrame([*rows, (3, "A", "B", "unseen", 9.0, 0.0, 0.0)], columns=names))
+    assert line["sharpness, ratio [90 %]"].startswith("2.83 [")  # 2 ** 1.5
+    assert line["networks and domains"] == 4
 
 
 def test_an_arm_without_a_name_and_a_control_is_refused(script):
