@@ -279,8 +279,8 @@ def answered(rows: pd.DataFrame, methods: pd.DataFrame, groups: dict[str, list[s
     anatomy = {name: group for group, names in groups.items() for name in names}
     dice = methods[(methods.metric == "dice") & methods.test_domain.isin(anatomy)]
     dice = dice.pivot_table("mean", ["optimizer", dice.test_domain.map(anatomy)])["mean"].unstack(0)
-    dice = dice.reindex(rows.anatomy.unique(), columns=["none", "ants-syn"]).rename(columns={"none": "before"})
-    dice = dice.drop([THESE, NEW], errors="ignore")  # their means are of the anatomies that are answered for
+    dice = dice.reindex(columns=["none", "ants-syn"]).rename(columns={"none": "before"})
+    dice = dice[dice.index.isin(rows.anatomy)]
     dice.loc[THESE] = dice.loc[NEW] = dice.mean()
     return rows.join(dice, on="anatomy").assign(**{c: lambda t, c=c: t[c].where(t.metric == "dice") for c in dice})
 

@@ -25,7 +25,7 @@ from statsmodels.stats.multitest import multipletests
 
 from fmsam_lib.evaluation.anatomies import BAND, LEVEL, NEW, THESE
 from fmsam_lib.evaluation.evaluate import read_results
-from fmsam_lib.evaluation.statistics import per_pair
+from fmsam_lib.evaluation.statistics import per_pair, whole_seeds
 from fmsam_lib.plotting import slices, style
 from fmsam_lib.records import PROJECT, write_csv
 from fmsam_lib.study.file import read_study
@@ -180,19 +180,13 @@ def by_kind(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def whole(table: pd.DataFrame, *cell: str) -> pd.DataFrame:
-    """Without the seeds that lack a cell which others have: a mean of theirs would lean on the rest."""
-    cells = table.groupby([*cell], dropna=False).ngroup()
-    return table[cells.groupby(table.seed).transform("nunique") == cells.nunique()]
-
-
 def by_anatomy(values: pd.Series) -> pd.Series:
     """The mean of every anatomy and seed, its sets averaged first, of the seeds that have all trainings and sets.
 
     The index has seed and test_domain, at least.
     """
     table = values.rename("value").reset_index()
-    table = whole(table, *table.columns.intersection(["train_domain", "test_domain"]))
+    table = whole_seeds(table, *table.columns.intersection(["train_domain", "test_domain"]))
     table = table.assign(anatomy=table.test_domain.map(ANATOMY))
     return table.groupby(["anatomy", "seed", "test_domain"]).value.mean().groupby(["anatomy", "seed"]).mean()
 
@@ -325,7 +319,7 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     """Mean Dice over the anatomies against the gradients spent, of the seeds that have every length."""
     arms = {name for of in (TUNED, LONGER, STEPS) for _, name in of}
     runs = networks[(networks.study == "unseen") & networks.optimizer.isin(arms)]
-    runs = whole(runs, "optimizer", "train_domain", "test_domain")
+    runs = whole_seeds(runs, "optimizer", "train_domain", "test_domain")
     number = runs.seed.nunique()
     runs = runs.assign(kind=runs.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY))
     keys = ["kind", "seen", "gradients"]
@@ -353,7 +347,7 @@ def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     """Mean Dice of Adam and SAM's difference, of every training on every set; a frame: it was trained on the set."""
     left_out, sets = [f"all but {anatomy}" for anatomy in UNSEEN.leave_one_out], UNSEEN.test_domains
     runs = networks[(networks.study == "unseen") & networks.optimizer.isin(["adam-2x", "sam", "adam-4x", "sam-2x"])]
-    runs = whole(runs, "optimizer", "train_domain", "test_domain")
+    runs = whole_seeds(runs, "optimizer", "train_domain", "test_domain")
     cells = runs.groupby(["optimizer", "train_domain", "test_domain"])[["dice", "seen"]].mean()
     dice = {name: cells.dice[name].unstack().loc[left_out, sets].to_numpy() for name in runs.optimizer.unique()}
     framed = cells.seen["sam"].unstack().loc[left_out, sets].to_numpy(bool)

@@ -21,7 +21,7 @@ import scipy.stats
 import torch
 
 from fmsam_lib.evaluation.correlation import RUN
-from fmsam_lib.evaluation.statistics import CELL, per_pair, seen
+from fmsam_lib.evaluation.statistics import CELL, per_pair, seen, whole_seeds
 from fmsam_lib.flatness.landscape import batches_of
 from fmsam_lib.flatness.weight_space import WeightSpace, terms_on
 from fmsam_lib.model.weights import load
@@ -102,8 +102,7 @@ def interval(rows: pd.DataFrame, column: str, told: Callable[[float], str]) -> s
 
 def line(rows: pd.DataFrame) -> dict:
     """tau: Kendall's, of flattening and the gain in Dice over the cells of a seed: above 0: they go together."""
-    cells = rows.groupby(CELL).ngroup()  # a seed that lacks a training or set of the others' waits
-    rows = rows[cells.groupby(rows.seed).transform("nunique") == cells.nunique()]
+    rows = whole_seeds(rows)
     own = (rows.kind == OWN).all()  # of which no Dice is measured
     taus = [scipy.stats.kendalltau(-of.ratio, of.dice).statistic for _, of in rows.groupby("seed") if not own]
     return {

@@ -80,6 +80,12 @@ def seen(rows: pd.DataFrame) -> pd.Series:
     return pd.Series(["seen" if test in train.split("+") else "unseen" for train, test in cells], rows.index, dtype=str)
 
 
+def whole_seeds(rows: pd.DataFrame, *cell: str) -> pd.DataFrame:
+    """Without the seeds that lack a cell (`CELL`) which others have: their means would lean on the rest."""
+    cells = rows.groupby([*cell] or CELL, dropna=False).ngroup()
+    return rows[cells.groupby(rows.seed).transform("nunique") == cells.nunique()]
+
+
 @cache
 def unit_of(pair: str) -> str:
     """What is drawn as one, told by the pair's name: its subjects, in no order.
