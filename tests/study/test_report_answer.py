@@ -228,6 +228,25 @@ def test_without_adam_at_equal_compute_the_sentence_says_equal_steps():
     assert " against Adam at equal steps (90 %" in answered(results, pairs, against=[("adam", "sam")]).sentence
 
 
+def test_variants_are_told_by_their_optimizer_and_by_what_both_spent_alike():
+    results, pairs = simulated(np.random.default_rng(0))
+    results = results.assign(optimizer=results.optimizer.replace({"adam-2x": "adam-4x", "sam": "sam-2x"}))
+    variants = {"adam-4x": {"optimizer": "adam", "steps": 16000}, "sam-2x": {"optimizer": "sam", "steps": 8000}}
+    study = ANATOMIES.model_copy(update={"optimizers": [*variants], "variants": variants})
+    settings = Compare(baseline="adam-4x", treatment="sam-2x")
+
+    def told(steps, gradients):
+        history = pd.DataFrame({"optimizer": [*variants], "step": steps, "gradient_evaluations": gradients})
+        done = answered(results, pairs, [(*variants,)], study, history=history, settings=settings)
+        (label,) = [text.get_text() for text in done.figures["answer"].legends[0].get_texts()]
+        return re.search("SAM .*? against (.*?) \\(90 %", done.sentence)[1], label
+
+    equal = "Adam (adam-4x) at equal compute"
+    assert told([16000, 8000], [16000, 16000]) == (equal, f"SAM (sam-2x) minus {equal}")
+    assert told([8000, 8000], [8000, 16000])[0] == "Adam (adam-4x) at equal steps"
+    assert told([8000, 7000], [8000, 14000])[0] == "Adam (adam-4x)"
+
+
 def alone():
     """A study of single synthetic domains, each left out in turn: no groups, no patients."""
     results, pairs = simulated(np.random.default_rng(1))
