@@ -8,8 +8,8 @@ that of the worst 5 % of pairs, and other measures. An effect is a difference be
 seed, on the sets that neither saw, averaged over trainings and sets. p is of a t test over seeds, by Holm's correction
 over all that SAM is said to change but the primary contrast at its two lengths. Writes figures/effects.csv, a row an
 effect, anatomy and seed; its figure and tables; figures/unseen_answer.png, spent.png and unseen_matrix.png;
-figures/table_arms.csv. Where a study corrupted images, figures/corrupted.csv keeps the mean Dice of every network, set
-and kind, and figures/table_corrupted.csv compares them.
+figures/table_arms.csv and smoothness.png. Where a study corrupted images, figures/corrupted.csv keeps the mean Dice of
+every network, set and kind, and figures/table_corrupted.csv compares them.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import pandas as pd
 import scipy.stats
 from matplotlib import colors
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from statsmodels.stats.multitest import multipletests
 
 from fmsam_lib.evaluation.anatomies import BAND, LEVEL, NEW, THESE
@@ -48,6 +49,11 @@ TUNED, LONGER, STEPS, STEPS_LONGER = (  # both primary arms at two lengths, at e
 )
 PRIMARY = [f"as tuned (rho 0.001), {n} gradients" for n in ("8,000", "16,000")]
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
+INSTEAD = {  # beside the answer
+    "trained on two anatomies, not one": "one more anatomy",
+    "fine-tuned on 5 subjects": "five subjects",
+    "50 steps of instance optimisation": "50 steps on the pair",
+}
 MORE = {
     "two anatomies": ("two", "adam"),
     "four anatomies": ("four", "adam"),
@@ -111,6 +117,8 @@ EFFECTS = {
     (OTHER, "16,000 gradients, not 8,000"): (("unseen", "adam-2x"), ("unseen", "adam-4x")),
     (OTHER, "32,000 gradients, not 16,000"): (("unseen", "adam-4x"), ("unseen", "adam-8x")),
 }
+RADII = {"sam-0.003": "SAM, rho 0.003", "sam-0.01": "SAM, rho 0.01"}  # beside 0.001, falling to 0
+RADII |= {f"constant-{rho}": f"SAM, rho {rho}, constant" for rho in (0.001, 0.01)}
 ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
 HELPS = {  # network, means and amount: of the baseline, and of the treatment
     (BY_SAM, "both after 50 steps of instance optimisation"): (("adam-2x", IO, 50), ("sam", IO, 50)),
@@ -282,7 +290,10 @@ def draw(table: pd.DataFrame) -> None:
 
 
 def answer(table: pd.DataFrame) -> None:
-    """SAM minus Adam on every anatomy when it was left out, and on all: after both lengths, and at equal steps."""
+    """SAM minus Adam on every anatomy when it was left out, and on all: after both lengths, and at equal steps.
+
+    Below, what helps instead, as the mean of all.
+    """
     model = pd.read_csv(FIGURES / "unseen.csv").query("role == 'primary'").set_index("anatomy")
     parts = {"equal compute, 16,000 gradients": model}
     for name, effect in (
@@ -292,55 +303,85 @@ def answer(table: pd.DataFrame) -> None:
         seeds = table[table.effect == effect].pivot(index="seed", columns="anatomy", values="difference")
         seeds[THESE] = seeds.mean(axis=1)
         parts[name] = seeds.apply(ends).set_axis(["low", "high"]).T.assign(mean=seeds.mean())
-    names = [*UNSEEN.leave_one_out, THESE, NEW]
-    picture = slices.Picture(figsize=(7, 5.2), layout="constrained")
+    others = table[(table.kind == OTHER) & table.effect.isin(INSTEAD)].groupby("effect")
+    others = {name: rows.groupby("seed").difference.mean() for name, rows in others}
+    others = {INSTEAD[name]: (*ends(seeds), seeds.mean()) for name, seeds in others.items()}
+    parts["Adam with other help, minus Adam without (likewise)"] = pd.DataFrame(others, ["low", "high", "mean"]).T
+    names = [*UNSEEN.leave_one_out, THESE, NEW, *INSTEAD.values()]
+    picture = slices.Picture(figsize=(7.5, 6.4), layout="constrained")
     ax = picture.subplots()
     ax.axvspan(-BAND, BAND, color="#e6e6e6", zorder=0)
     ax.axvline(0, color="black", linewidth=1)
     for i, (label, part) in enumerate(parts.items()):
-        look = [*style.LOOKS.values()][3 + i] | {"linestyle": "-"}
-        for y, row in ((names.index(name) + 0.26 * (i - 1), row) for name, row in part.iterrows()):
+        look = style.LOOKS[("adam", "sam", "asam", "random")[i]] | {"linestyle": "-"}
+        ax.plot([], [], label=label, **look)
+        for name, row in part.iterrows():
+            y = names.index(name) + (0 if name in INSTEAD.values() else 0.26 * (i - 1))
             ax.plot([row.low, row.high], [y, y], linewidth=2.5, color=look["color"])
-            ax.plot(row["mean"], y, **look, label=label if y < 0.5 else None)
+            ax.plot(row["mean"], y, **look)
             told = f"{row['mean']:+z.3f} [{row.low:+.3f}, {row.high:+.3f}]".replace("-", "−")
             at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9, "color": look["color"]}
             ax.annotate(told, (1.02, y), **at)
-    ax.axhline(len(UNSEEN.leave_one_out) - 0.5, color="gray", linewidth=0.8)
+    for above in (THESE, next(iter(INSTEAD.values()))):
+        ax.axhline(names.index(above) - 0.5, color="gray", linewidth=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set_xticks([-0.02, -0.01, 0, 0.01])
-    ax.set_xlabel("SAM minus Adam, Dice on the anatomy left out (90 % intervals; grey: ±0.01)")
+    ax.set_xlabel("change of Dice on anatomies never seen (90 % intervals; grey: ±0.01)")
     style.open_up(ax)
     picture.legend(loc="outside upper center", frameon=False)
     picture.savefig(FIGURES / "unseen_answer.png", dpi=slices.DPI, metadata={"Software": None})
 
 
 def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
-    """Mean Dice over the anatomies against the gradients spent, of the seeds that have every length."""
+    """Mean Dice against the gradients spent, of the seeds that have every arm: on all anatomies, and of each radius."""
     arms = {name for of in (TUNED, LONGER, STEPS) for _, name in of}
-    runs = networks[(networks.study == "unseen") & networks.optimizer.isin(arms)]
+    runs = networks[networks.study == "unseen"]
+    two = networks[networks.train_domain.isin(["all but chest", "all but knee"]) & ~networks.seen]
+    picture, panels = style.panels(2, 2, 4.0, "Dice, mean of the anatomies")
+    on_all, number = lengths(runs, {*arms, "adam-2x+ema", "sam+ema"})
+    panels[0].set_title(f"five anatomies, {number} seeds", fontsize=10)
+    for (kind, seen), line in on_all.groupby(["kind", "seen"]):
+        look, plain = style.LOOKS[kind], line[~line.optimizer.str.contains("+", regex=False)]
+        look = look | {"linestyle": ":" if seen else "-", "markerfacecolor": "white" if seen else None}
+        told = "trained on the anatomy" if seen else "never saw it"
+        panels[0].plot(plain.gradients, plain.dice, label=f"{style.name_of(kind)}, {told}", **look)
+        averaged = line.drop(index=plain.index)
+        if not seen:
+            look = style.LOOKS[kind] | {"marker": "D", "linestyle": "", "markerfacecolor": "white"}
+            label = f"{style.name_of(kind)}, averaged weights"
+            panels[0].plot(1.08 * averaged.gradients, averaged.dice, label=label, **look)
+    syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice.groupby(ANATOMY).mean().mean()
+    panels[0].axhline(syn, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
+    on_two, number = lengths(two[two.study.isin(["unseen", "forms"])], {*arms, *RADII})
+    panels[1].set_title(f"chest and knee, never seen, {number} seeds", fontsize=10)
+    for kind, line in on_two[~on_two.optimizer.isin([*RADII])].groupby("kind"):
+        panels[1].plot(line.gradients, line.dice, **style.LOOKS[kind] | {"linestyle": "-"})
+    for i, (name, label) in enumerate(RADII.items()):
+        (point,) = on_two[on_two.optimizer == name].itertuples()
+        look = {"marker": "^v<>"[i], "color": "#E69F00" if "constant" in name else "#CC79A7", "linestyle": ""}
+        panels[1].plot(point.gradients * 1.08 ** (i + 1), point.dice, label=label, **look)
+    for ax in panels:
+        ax.set_xscale("log", base=2)
+        ticks = sorted({*on_all.gradients})
+        ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        style.open_up(ax)
+        ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        ax.set_xlabel("gradients spent in training")
+    picture.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})
+
+
+def lengths(networks: pd.DataFrame, arms: set[str]) -> tuple[pd.DataFrame, int]:
+    """Mean Dice over anatomies, a row for each of the arms and whether it saw them; of how many seeds."""
+    runs = networks[networks.optimizer.isin(arms)]
+    runs = runs.drop_duplicates(["optimizer", "seed", "train_domain", "test_domain"])  # what forms shares with unseen
     runs = whole_seeds(runs, "optimizer", "train_domain", "test_domain")
-    number = runs.seed.nunique()
-    runs = runs.assign(kind=runs.optimizer.str.partition("-")[0], anatomy=runs.test_domain.map(ANATOMY))
-    keys = ["kind", "seen", "gradients"]
+    kinds = runs.optimizer.str.replace(r"[-+].*|constant.*", "", regex=True).replace("", "sam")
+    runs = runs.assign(anatomy=runs.test_domain.map(ANATOMY), kind=kinds)
+    keys = ["kind", "optimizer", "seen", "gradients"]
     sets = runs.groupby([*keys, "anatomy", "test_domain"]).dice.mean()
     means = sets.groupby([*keys, "anatomy"]).mean().groupby(keys).mean()
-    picture, (ax,) = style.panels(1, 1, 3.8, "Dice, mean of five anatomies")
-    for (kind, seen), line in means.groupby(level=[0, 1]):
-        look = style.LOOKS[kind] | {"linestyle": ":" if seen else "-", "markerfacecolor": "white" if seen else None}
-        told = "trained on the anatomy" if seen else "never saw it"
-        ax.plot(line.index.get_level_values(2), line, label=f"{style.name_of(kind)}, {told}", **look)
-    syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice
-    value = syn.groupby(ANATOMY).mean().mean()
-    ax.axhline(value, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
-    ax.set_xscale("log", base=2)
-    ticks = sorted(set(means.index.get_level_values(2)))
-    ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    told = "seed" if number == 1 else "seeds"
-    ax.set_xlabel(f"gradients spent in training ({number} {told}); at as many, SAM has made half of Adam's steps")
-    style.open_up(ax)
-    picture.legend(loc="outside right center", frameon=False)
-    picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})
+    return means.reset_index().sort_values("gradients"), runs.seed.nunique()
 
 
 def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
@@ -381,20 +422,61 @@ def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
 
 
 def arms(networks: pd.DataFrame) -> pd.DataFrame:
-    """Every training of chest and knee left out, seed 10, on these two: are the arms alike in their transforms?"""
-    rows = networks[networks.study.isin(["unseen", "forms", "settings"]) & (networks.seed == 10) & ~networks.seen]
+    """Means of every arm without the chest or the knee on these two, of the seeds that every arm has but the longest.
+
+    Are the arms alike in their transforms? An arm and its gradients a row, the best first.
+    """
+    rows = networks[networks.study.isin(["unseen", "forms", "settings"]) & ~networks.seen]
     rows = rows[rows.train_domain.isin(["all but chest", "all but knee"])]
-    rows = rows[~rows.optimizer.str.contains("+", regex=False)]
-    rows = rows.drop_duplicates(["optimizer", "train_domain", "test_domain"])  # the arms that forms shares with unseen
-    rows = rows.assign(anatomy=rows.test_domain.map(ANATOMY))
-    rows = rows[rows.groupby("optimizer").test_domain.transform("nunique") == rows.test_domain.nunique()]
+    rows = rows[~rows.optimizer.str.contains("+", regex=False) & ~rows.optimizer.isin(["adam-8x", "sam-4x"])]
+    rows = rows.drop_duplicates(["optimizer", "seed", "train_domain", "test_domain"])  # what forms shares with unseen
+    rows = whole_seeds(rows, "optimizer", "test_domain").assign(anatomy=rows.test_domain.map(ANATOMY))
     keys = ["optimizer", "gradients"]
-    means = rows.groupby([*keys, "anatomy"], sort=False)[MEASURES].mean().groupby(keys, sort=False).mean()
+    each = rows.groupby([*keys, "seed", "anatomy"])[MEASURES].mean()
+    means = each.groupby(keys).mean().assign(seeds=rows.seed.nunique())
+    return means.sort_values("dice", ascending=False).reset_index()
+
+
+def arms_told(means: pd.DataFrame) -> pd.DataFrame:
+    """The table of the arms as it is shown."""
     digits = {"dice": 3, "worst": 3, "hd95": 2, "sdlogj": 3, "folding_percent": 3}
-    told = {name: means[name].map(f"{{:.{n}f}}".format) for name, n in digits.items()}
+    told = means.drop(columns="seeds").assign(
+        **{name: means[name].map(f"{{:.{n}f}}".format) for name, n in digits.items()}
+    )
     names = {"optimizer": "arm", "dice": "Dice", "worst": "Dice, worst 5 %", "hd95": "HD95, mm or samples"}
-    names |= {"sdlogj": "SDlogJ", "folding_percent": "folded, %"}
-    return pd.DataFrame(told).reset_index().sort_values("dice", ascending=False).rename(columns=names)
+    return told.rename(columns=names | {"sdlogj": "SDlogJ", "folding_percent": "folded, %"})
+
+
+def smoothness(means: pd.DataFrame) -> None:
+    """Dice against SDlogJ, a point an arm; those that differ by the penalty or by the length alone are joined."""
+    at, picture = (
+        means.set_index("optimizer")[["sdlogj", "dice"]],
+        slices.Picture(figsize=(7, 4.6), layout="constrained"),
+    )
+    ax, adam, sam = picture.subplots(), style.LOOKS["adam"], style.LOOKS["sam"]
+    lines = {
+        "Adam, 8,000 gradients, by lambda": (["lambda-3", "adam-2x", "lambda-0.75"], adam),
+        "SAM, 8,000 gradients, by lambda": (["sam", "sam-lambda-0.75"], sam),
+        "Adam, lambda 1.5, by gradients": (["adam", "adam-2x", "adam-4x"], adam | {"linestyle": ":"}),
+        "SAM, lambda 1.5, by gradients": (["sam", "sam-2x"], sam | {"linestyle": ":"}),
+    }
+    for label, (names, look) in lines.items():
+        ax.plot(at.sdlogj[names], at.dice[names], label=label, **look)
+    others = at.drop(index={name for names, _ in lines.values() for name in names})
+    by_adam = others.index.isin(["plain", "adam-plain", "wide", "adam-part"])
+    for label, of, look in (("Adam, other arms", by_adam, adam), ("SAM, other forms and arms", ~by_adam, sam)):
+        ax.plot(others.sdlogj[of], others.dice[of], label=label, **look | {"linestyle": "", "markerfacecolor": "white"})
+    below, left = {"xytext": (7, -11)}, {"xytext": (-7, 4), "ha": "right"}
+    said = {name: ("lambda 0.75", below) for name in ("lambda-0.75", "sam-lambda-0.75")}
+    said |= {"lambda-3": ("lambda 3", below), "adam": ("4,000", below), "plain": ("no augmentation", below)}
+    said |= {name: ("16,000", left) for name in ("adam-4x", "sam-2x")} | {"wide": ("twice the channels", below)}
+    for name, (text, where) in said.items():
+        ax.annotate(text, at.loc[name], **where, textcoords="offset points", fontsize=8, color="#333333")
+    ax.set_xlabel("SDlogJ (the smaller, the smoother the map)")
+    ax.set_ylabel(f"Dice, chest and knee never seen, {means.seeds.iloc[0]} seeds")
+    style.open_up(ax)
+    picture.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    picture.savefig(FIGURES / "smoothness.png", dpi=slices.DPI, metadata={"Software": None})
 
 
 def main() -> None:
@@ -421,7 +503,9 @@ def main() -> None:
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
     lines = shown(table)
     write_csv(lines, FIGURES / "table_effects.csv")
-    write_csv(arms(networks), FIGURES / "table_arms.csv")
+    means = arms(networks)
+    write_csv(arms_told(means), FIGURES / "table_arms.csv")
+    smoothness(means)
     if len(spoilt):
         write_csv(by_kind(spoilt), FIGURES / "table_corrupted.csv")
     draw(table[(table.kind != MEASURED) & (table.groupby(["kind", "effect"]).seed.transform("nunique") > 1)])

@@ -7,7 +7,8 @@
 Sharpness is the relative rise of the total loss at SAM's step, `(L(w + rho g / |g|) - L(w)) / L(w)`, with g the
 gradient of that domain alone, on its first 12 test pairs, in float64 and in eval mode (`flatness/sharpness.py`).
 Writes figures/sharpness_by_domain.csv, a row a run and domain, and its figure; figures/table_sharpness.csv, of two arms
-on the same training, set and seed; figures/table_flatter.csv, of all arms of a training and set.
+on the same training, set and seed; figures/table_flatter.csv, of all arms of a training and set;
+figures/table_within.csv, of all networks of one arm on a set.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from fmsam_lib.training.checkpoint import trained_with
 OUT = PROJECT / "figures" / "sharpness_by_domain"
 RHOS = (0.001, 0.01)
 PAIRS = 12
-ARMS = 5  # fewer say little about a rank
+ARMS = SEEDS = 5  # fewer say little about a rank
 RISE, SMALL_RISE = "rise 0.01", "rise 0.001"
 KINDS, OWN = ("seen", "unseen"), "training images"
 FORMS = {"layer-0.0014": "SAM by layer", "part-0.0064": "SAM by part", "sam-0.01": "SAM, rho 0.01"}
@@ -130,6 +131,33 @@ def flatter(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def within(table: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's tau of a measure with Dice over the networks of one optimizer on a set, mean over sets.
+
+    Networks of a seed share their start, so the interval is the jackknife's over seeds: of the optimizers with five.
+    """
+    table = table[table.test_domain != "training"].assign(kind=seen)
+    table = table[table.groupby("optimizer").seed.transform("nunique") >= SEEDS]
+    names = {"loss": "loss", SMALL_RISE: "sharpness at rho 0.001", RISE: "sharpness at rho 0.01"}
+
+    def tau(rows: pd.DataFrame, measure: str) -> float:
+        sets = [scipy.stats.kendalltau(cell[measure], cell.dice).statistic for _, cell in rows.groupby("test_domain")]
+        return float(np.mean(sets))
+
+    lines = []
+    for (optimizer, kind), mine in table.groupby(["optimizer", "kind"]):
+        seeds = mine.seed.unique()
+        line = {"networks of": style.name_of(optimizer), "domains": kind}
+        line |= {"networks": len(mine.drop_duplicates(RUN)), "sets": mine.test_domain.nunique()}
+        for measure, name in names.items():
+            whole, n = tau(mine, measure), len(seeds)
+            parts = np.array([n * whole - (n - 1) * tau(mine[mine.seed != seed], measure) for seed in seeds])
+            low, high = scipy.stats.t.interval(0.9, n - 1, whole, scipy.stats.sem(parts))
+            line[f"tau of {name} [90 %]"] = f"{whole:+.2f} [{low:+.2f}, {high:+.2f}]"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def draw(table: pd.DataFrame) -> None:
     """A table of every comparison, and the figure of those at equal compute."""
     table = table.replace({"optimizer": FORMS})
@@ -147,6 +175,7 @@ def draw(table: pd.DataFrame) -> None:
             lines.append({"compared": versus, "domains": kind, **line(rows)})
     write_csv(pd.DataFrame(lines), PROJECT / "figures" / "table_sharpness.csv")
     write_csv(flatter(table), PROJECT / "figures" / "table_flatter.csv")
+    write_csv(within(table), PROJECT / "figures" / "table_within.csv")
     drawn = [name for name in others if style.name_of(name) in DRAWN]
     picture, panels = style.panels(2, 2, 3.6, sharex=True, sharey=True)
     for ax, kind in zip(panels, KINDS, strict=True):

@@ -14,8 +14,9 @@ def script():
 
 
 def test_the_recorded_table_is_that_of_the_recorded_values(script):
-    found = script.flatter(pd.read_csv(f"{script.OUT}.csv"))
-    pd.testing.assert_frame_equal(found.astype(str), pd.read_csv(FIGURES / "table_flatter.csv", dtype=str))
+    for make in (script.flatter, script.within):
+        found = make(pd.read_csv(f"{script.OUT}.csv")).astype(str)
+        pd.testing.assert_frame_equal(found, pd.read_csv(FIGURES / f"table_{make.__name__}.csv", dtype=str))
 
 
 def test_tau_is_over_the_arms_of_a_training_set_and_seed(script):
@@ -30,6 +31,22 @@ def test_tau_is_over_the_arms_of_a_training_set_and_seed(script):
     assert table["trainings and sets"].to_dict() == {"seen": 1, "unseen": 2}
     assert set(table["tau of sharpness at rho 0.01"]) == {"-1.00"}
     assert set(table["tau of loss"]) == {"+1.00"}
+
+
+def test_within_an_optimizer_tau_is_over_its_networks_on_a_set(script):
+    """Three networks of each seed, the flatter the better on both sets, though one set is harder and flatter."""
+    rows = [
+        (train, "adam", seed, name, level + 0.1 * i + 0.01 * seed, 1.0, sharp - i - 0.1 * seed, sharp + i)
+        for seed in range(script.SEEDS)
+        for i, train in enumerate("ABC")
+        for name, level, sharp in (("D", 0.3, 5.0), ("E", 0.2, 9.0))
+    ]
+    rows += [(*row[:1], "sam", *row[2:]) for row in rows if row[2] > 0]  # a seed too few
+    names = ["train_domain", "optimizer", "seed", "test_domain", "dice", "loss", script.RISE, script.SMALL_RISE]
+    (line,) = script.within(pd.DataFrame(rows, columns=names)).to_dict("records")
+    assert (line["networks of"], line["domains"], line["networks"], line["sets"]) == ("Adam", "unseen", 15, 2)
+    assert line["tau of sharpness at rho 0.01 [90 %]"].startswith("-1.00 ")
+    assert line["tau of sharpness at rho 0.001 [90 %]"].startswith("+0.")  # sharper in later seeds
 
 
 def test_sharpness_on_the_training_images_is_a_line_of_its_own_without_dice(script):
