@@ -1,7 +1,7 @@
 """Train the networks that come with fmsam and write them with their checksums.
 
-    FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d     # each 15 to 60 minutes on one core; goes on
-    FMSAM_DATA=... python studies/ship.py --judge          # Dice of all of them: figures/pretrained.csv
+    FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d 3d-sam    # each 15 to 60 minutes on one core; goes on
+    FMSAM_DATA=... python studies/ship.py --judge                # Dice of all: figures/pretrained.csv, captured.csv
 
 They see synthetic images and those real sets whose licences allow any use: CardiacSunnybrook2D (CC0), FetalHeadUS
 (CC BY 4.0), HippocampusMR (CC BY-SA 4.0). Each is trained on a coarse grid first, then on a finer one. SAM's has half
@@ -11,11 +11,13 @@ the steps of Adam's, which is the same compute. docs/pretrained.md has what came
 import argparse
 import itertools
 import os
+import zlib
 
 import pandas as pd
 import torch
 
 import fmsam_lib as fm
+from fmsam_lib.model.spatial import identity_map, warp
 from fmsam_lib.model.weights import SHIPPED, golden, sha256, shipped
 from fmsam_lib.records import PROJECT, provenance, write_csv, written_whole
 
@@ -37,6 +39,7 @@ SETS = {
     3: ["HippocampusMR", "CardiacACDC", "SpineMR"],
 }
 GRIDS = {2: [(64, 64), (128, 128), (256, 256)], 3: [(48, 48, 48), (64, 64, 64)]}
+SHIFTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)  # of a side of the grid
 
 
 def trained(name: str, runs: str) -> fm.GradICON:
@@ -74,6 +77,35 @@ def judged(dim: int, pairs: int = 30) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def shifted(net: fm.GradICON | None, by: float):
+    """A registration of a pair whose moving image was shifted by this share of a side, in a direction of its own."""
+
+    def method(pair: fm.Pair) -> tuple[torch.Tensor, None]:
+        random = torch.Generator().manual_seed(zlib.crc32(pair.name.encode()))
+        offset = torch.randn(pair.fixed.dim() - 1, generator=random)
+        offset = (by * offset / offset.norm()).view(1, -1, *[1] * (pair.fixed.dim() - 1))
+        points = identity_map(tuple(pair.fixed.shape[1:]))
+        if net is None:
+            return points + offset, None
+        with torch.no_grad():
+            return net(warp(pair.moving[None], points + offset), pair.fixed[None]).map + offset, None
+
+    return method
+
+
+def captured(dim: int, pairs: int = 10) -> pd.DataFrame:
+    """Dice on the sets never seen, on the grid of the last stage, where one image is shifted against the other."""
+    methods, lines = {"before": None}, []
+    methods |= {name: fm.pretrained(name).eval() for name in shipped() if NETWORKS[name][0] == dim}
+    for test in [name for name in SETS[dim] if name not in DOMAINS[dim].split("+")]:
+        domain = fm.open_domain(test, shape=STAGES[dim][-1][0])
+        for (name, net), by in itertools.product(methods.items(), SHIFTS):
+            dice = fm.evaluate(shifted(net, by), domain, pairs=pairs).query("metric == 'dice'")
+            about = {"network": name, "dim": dim, "tested on": test, "shift": by, "pairs": dice.pair.nunique()}
+            lines.append(about | {"dice": dice.groupby("pair").value.mean().mean()})
+    return pd.DataFrame(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks to train")
@@ -84,9 +116,10 @@ def main() -> None:
     for name in given.names:
         ship(name, trained(name, given.runs))
     if given.judge:
-        table = pd.concat([judged(dim) for dim in STAGES], ignore_index=True)
         made = provenance()
-        write_csv(table.assign(commit=made["commit"], cpu=made["cpu"]), PROJECT / "figures" / "pretrained.csv")
+        for measure, name in ((judged, "pretrained"), (captured, "captured")):
+            table = pd.concat([measure(dim) for dim in STAGES], ignore_index=True)
+            write_csv(table.assign(commit=made["commit"], cpu=made["cpu"]), PROJECT / "figures" / f"{name}.csv")
 
 
 if __name__ == "__main__":

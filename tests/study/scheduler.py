@@ -1,7 +1,7 @@
 """A stand-in for a cluster's scheduler, for Snakemake's executor cluster-generic: real processes, a few at a time.
 
 submit, status and cancel are what Snakemake calls; `serve` is the cluster. It loses a node: the first training that has
-logged a step is killed with all its children. And it is late: a job's end is told seconds after it.
+a checkpoint is killed with all its children. And it is late: a job's end is told seconds after it.
 """
 
 import signal
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 NODES, LATE = 2, 2.0  # jobs at a time; seconds
+PROPERTIES = "# properties = "  # what Snakemake says of a job, in its script
 
 
 def submit(queue, script):
@@ -21,6 +22,8 @@ def submit(queue, script):
             break
         except FileExistsError:
             number += 1
+    asked = next(line for line in Path(script).read_text().splitlines() if line.startswith(PROPERTIES))
+    (queue / f"{number}.asked").write_text(asked.removeprefix(PROPERTIES))
     (queue / f"{number}.script").write_text(script)
     print(number)
 
@@ -49,7 +52,9 @@ def lost(queue, runs, script):
     """Whether it is time that this job's node dies."""
     if (queue / "lost").exists():  # and who gave up a job may have removed its script
         return False
-    return "10_train" in Path(script).read_text() and any(Path(runs).glob("*/*/*/seed*/history.jsonl"))
+    told = Path(script).read_text()
+    begun = [path.parent for path in Path(runs).glob("*/*/*/seed*/checkpoint.pt")]
+    return any(f"{'/'.join(folder.parts[-3:])}/10_train" in told for folder in begun)
 
 
 def serve(queue, runs):

@@ -1,5 +1,6 @@
 """A study on a cluster: Snakemake's executor cluster-generic and a stand-in scheduler; profiles and resources."""
 
+import json
 import os
 import shlex
 import signal
@@ -16,6 +17,7 @@ from fmsam_lib.study.grid import NotebookName
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
 from fmsam_lib.study.run import main
 from tests.conftest import PROJECT
+from tests.study.test_faults import results
 from tests.study.test_replanning import Checkout
 from tests.study.test_sweeps import STUDY
 
@@ -82,8 +84,9 @@ def test_slurm_is_given_the_resources_of_the_study(tmp_path, monkeypatch):
     checkout.plan(resources={"10_train": {"cpus": 3, "gpus": 1, "memory_mb": 9000, "minutes": 90}})
     profiles = {"--profile": "slurm", "--workflow-profile": "default"}
     given = [word for option, name in profiles.items() for word in (option, str(checkout.folder / "profiles" / name))]
-    told = checkout.snakemake("-n", *given).stdout
+    told = checkout.snakemake("-n", *given, "--cores", "8").stdout  # a dry run asks for no more than these
     assert told.count("gpu=1, mem_mb=9000") + told.count("gpu=1, runtime=90, mem_mb=9000") == 2
+    assert told.count("threads: 3") == told.count("runtime=90") == 2
 
 
 # --- a cluster
@@ -119,17 +122,23 @@ def compute(study, runs, *more, run=subprocess.run):
 def test_a_cluster_that_loses_a_node_and_answers_late_gives_the_same_bytes(cluster, tmp_path):
     profile, queue, runs = cluster
     study = tmp_path / "tiny.yaml"
-    study.write_text(yaml.safe_dump(TINY))
+    given = {"10_train": {"cpus": 3, "memory_mb": 900, "minutes": 15}}
+    study.write_text(yaml.safe_dump(TINY | {"resources": given}))
     done = compute(study, runs, "--profile", str(profile))
     root = runs / "tiny"
     assert done.returncode == 0, done.stderr + (root / "snakemake.log").read_text()
     assert done.stderr == ""
     assert (queue / f"{(queue / 'lost').read_text()}.ended").read_text() == "failed"
     assert len(list(queue.glob("*.job"))) == 7  # six notebooks, one of them twice
+    asked = [json.loads(path.read_text()) for path in queue.glob("*.asked")]
+    asked = {(job["rule"], job["threads"], *map(job["resources"].get, ("mem_mb", "runtime"))) for job in asked}
+    trains, others = ("10_train", 3, 900, 15), {(name, 1, 4000, 240) for name in ("20_evaluate", "compare")}
+    assert asked == {trains, *others}
     here = compute(study, tmp_path / "here")
     assert here.returncode == 0, here.stderr
-    for name in ("results", "robustness", "comparison", "summary"):
-        assert (root / f"{name}.csv").read_bytes() == (tmp_path / f"here/tiny/{name}.csv").read_bytes(), name
+    assert results(root) == results(tmp_path / "here/tiny")
+    resumed = [json.loads(path.read_text()).get("resumed", []) for path in root.glob("*/*/seed*/config.json")]
+    assert sorted(map(len, resumed)) == [0, 1]  # the lost one went on from its checkpoint
     assert compute(study, runs, "--profile", str(profile)).returncode == 0
     assert len(list(queue.glob("*.job"))) == 7  # nothing is computed again
 

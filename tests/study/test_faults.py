@@ -68,7 +68,7 @@ def command_of(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGHUP])
-def test_a_launcher_that_is_killed_alone_takes_its_workers_along(study, tmp_path, sign):
+def test_a_launcher_that_is_killed_alone_takes_its_workers_along(study, undisturbed, tmp_path, sign):
     how = {"preexec_fn": partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)}  # which nohup would have it ignore
     process = study("--runs", str(tmp_path), "--cores", "1", run=subprocess.Popen, **how)
     children = workers(process, "ipykernel_launcher")
@@ -79,10 +79,12 @@ def test_a_launcher_that_is_killed_alone_takes_its_workers_along(study, tmp_path
     process.communicate()
     with open(tmp_path / "one/.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert study("--runs", str(tmp_path)).returncode == 0
+    assert results(tmp_path / "one") == undisturbed
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_a_launcher_that_a_shell_started_in_the_background(study, tmp_path):
+def test_ctrl_c_reaches_a_launcher_that_a_shell_started_in_the_background(study, undisturbed, tmp_path):
     """A script's shell has what it starts by `&` ignore SIGINT."""
     how = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_IGN)}
     process = study("--runs", str(tmp_path), "--cores", "1", run=subprocess.Popen, **how)
@@ -93,11 +95,14 @@ def test_ctrl_c_reaches_a_launcher_that_a_shell_started_in_the_background(study,
     assert said.splitlines()[-1] == "stopped; the same command goes on from here"
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+    assert study("--runs", str(tmp_path)).returncode == 0
+    assert results(tmp_path / "one") == undisturbed
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_a_study_gives_the_same(study, undisturbed, tmp_path):
-    """SIGKILL and SIGTERM by turns, at moments of a seed, while it trains, evaluates or reports."""
+    """SIGKILL and SIGTERM by turns, at moments of a seed, while it trains, evaluates or reports; each time the clock
+    goes a day back meanwhile, so that all that is there is from the future."""
     rng = random.Random(20)
     for sign, what in [(signal.SIGKILL, "10_train"), (signal.SIGTERM, "10_train"), (signal.SIGKILL, "20_evaluate")]:
         process = study("--runs", str(tmp_path), run=subprocess.Popen)
@@ -106,6 +111,8 @@ def test_killed_at_any_moment_and_run_again_a_study_gives_the_same(study, undist
         process.send_signal(sign)
         process.communicate(timeout=60)
         assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[sign]
+        for path in tmp_path.rglob("*"):
+            os.utime(path, [path.stat().st_mtime + 86400] * 2)
     process = study("--runs", str(tmp_path))
     assert (process.returncode, process.stderr) == (0, "")
     assert results(tmp_path / "one") == undisturbed
