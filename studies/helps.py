@@ -1,6 +1,7 @@
 """What helps more than SAM on an anatomy never seen? The networks of a study, each on the anatomy that it has not seen.
 
     FMSAM_DATA=... python studies/helps.py runs/unseen --seeds 10    # 45 minutes a seed; goes on where it stopped
+    FMSAM_DATA=... python studies/helps.py runs/real3d --trainings adam-2x --means nothing io --pairs 60
 
 For every data set of that anatomy: the network as it is, instance optimisation of each test pair (10 and 50 steps), and
 fine-tuning on 2, 5 and 20 subjects of its training images with Adam (400 steps) and with SAM (200, as many gradients).
@@ -27,28 +28,30 @@ from fmsam_lib.training.checkpoint import trained_with
 from fmsam_lib.training.loop import train
 
 OUT = PROJECT / "figures" / "helps.csv"
-PAIRS, GRADIENTS = 150, 400
+GRADIENTS = 400
 WITH = ["study", "train_domain", "training", "seed", "test_domain", "means", "amount"]
 WITHOUT = {"none": None, "ants-syn": ants_syn}  # networks
 AMOUNTS = {"nothing": (0,), "io": (10, 50), "fine-tuned, adam": (2, 5, 20), "fine-tuned, sam": (2, 5, 20)}
 
 
-def helped(weights: Path, run: Train, name: str, means: str, amount: int) -> pd.DataFrame:
-    """The metrics of all test pairs of a set, after the network got this much of this help."""
+def helped(weights: Path, run: Train, name: str, means: str, amount: int, pairs: int) -> pd.DataFrame:
+    """The metrics of a set's test pairs, after the network got this much of this help."""
     net = load(weights)
     domain = open_domain(name, shape=tuple(run.shape), subjects=amount if means.startswith("fine") else 0)
     if means == "io":
-        return evaluate(lambda pair: instance_optimised(net, pair, run, steps=amount, lr=0.0003), domain, pairs=PAIRS)
+        return evaluate(lambda pair: instance_optimised(net, pair, run, steps=amount, lr=0.0003), domain, pairs=pairs)
     if means != "nothing":
         optimizer = means.rpartition(" ")[2]
         steps = GRADIENTS // (2 if optimizer == "sam" else 1)
         like = run.model_dump(include={"seed", "batch", "augment", "rho_schedule", *run.loss()})
         like |= {"rho": 0.001, "lr": 0.001, "validation": 0, "progress": False}
         net, _ = train(domain, net=net, optimizer=optimizer, steps=steps, **like)
-    return evaluate(net, domain, pairs=PAIRS)
+    return evaluate(net, domain, pairs=pairs)
 
 
-def asked(study: Path, seeds: list[int], trainings: list[str]) -> Iterator[tuple[tuple, Callable[[], pd.DataFrame]]]:
+def asked(
+    study: Path, seeds: list[int], trainings: list[str], kinds: list[str], pairs: int
+) -> Iterator[tuple[tuple, Callable[[], pd.DataFrame]]]:
     """What to measure, by the columns `WITH`, and how: every network, seed by seed, then what needs none."""
     folders = [f for f in sorted(study.glob("*/*/seed*")) if f.parent.name in trainings and int(f.name[4:]) in seeds]
     sets: dict[str, Train] = {}
@@ -57,20 +60,20 @@ def asked(study: Path, seeds: list[int], trainings: list[str]) -> Iterator[tuple
         tested = pd.read_csv(folder / "results.csv").test_domain.unique()
         new = sorted({*tested} - {*run.train_domain.split("+")})
         sets |= dict.fromkeys(new, run)
-        for name, (means, amounts) in itertools.product(new, AMOUNTS.items()):
-            for amount in amounts:
-                of = functools.partial(helped, folder / "weights.pt", run, name, means, amount)
+        for name, means in itertools.product(new, kinds):
+            for amount in AMOUNTS[means]:
+                of = functools.partial(helped, folder / "weights.pt", run, name, means, amount, pairs)
                 where = study.name, folder.parent.parent.name
                 yield (*where, folder.parent.name, run.seed, name, means, amount), of
     for (name, run), (method, find) in itertools.product(sets.items(), WITHOUT.items()):
-        of = functools.partial(evaluate, find, open_domain(name, shape=tuple(run.shape)), pairs=PAIRS)
+        of = functools.partial(evaluate, find, open_domain(name, shape=tuple(run.shape)), pairs=pairs)
         yield (study.name, "none", method, 0, name, "nothing", 0), of
 
 
-def measure(study: Path, seeds: list[int], trainings: list[str]) -> None:
+def measure(study: Path, *what) -> None:
     table = pd.read_csv(OUT) if OUT.exists() else pd.DataFrame(columns=WITH)
     done, made = set(table[WITH].itertuples(index=False, name=None)), provenance()
-    for keys, of in asked(study, seeds, trainings):
+    for keys, of in asked(study, *what):
         if keys in done:
             continue
         values = of().groupby(["metric", "pair"]).value.mean().groupby("metric")
@@ -86,9 +89,11 @@ def main() -> None:
     arguments.add_argument("study", type=Path, help="folder of a study whose trainings leave anatomies out")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[10])
     arguments.add_argument("--trainings", nargs="+", default=[EQUAL_COMPUTE, "sam"])
+    arguments.add_argument("--means", nargs="+", choices=AMOUNTS, default=[*AMOUNTS])
+    arguments.add_argument("--pairs", type=int, default=150, help="at most, of each set")
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    measure(given.study, given.seeds, given.trainings)
+    measure(given.study, given.seeds, given.trainings, given.means, given.pairs)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ KINDS = ["nothing", "io", "fine-tuned, adam", "fine-tuned, sam"]
 
 def test_every_help_is_measured_once_on_what_was_not_seen(tmp_path, monkeypatch):
     script = as_module("studies/helps.py")
-    small = {"OUT": tmp_path / "helps.csv", "PAIRS": 2, "GRADIENTS": 4, "WITHOUT": {"none": None}}
+    small = {"OUT": tmp_path / "helps.csv", "GRADIENTS": 4, "WITHOUT": {"none": None}}
     small |= {"AMOUNTS": dict(zip(KINDS, [(0,), (2,), (3,), (3,)], strict=True))}
     for name, value in small.items():
         monkeypatch.setattr(script, name, value)
@@ -20,7 +20,7 @@ def test_every_help_is_measured_once_on_what_was_not_seen(tmp_path, monkeypatch)
     net, _ = fm.train(domain, out=folder, seed=10, steps=80, down=[4, 8], levels=2, lr=0.01, progress=False)
     pd.DataFrame({"test_domain": ["heart-mr", "brain-mr"]}).to_csv(folder / "results.csv", index=False)
 
-    script.measure(tmp_path / "study", [10], ["adam-2x"])
+    script.measure(tmp_path / "study", [10], ["adam-2x"], KINDS, 2)
     table = pd.read_csv(tmp_path / "helps.csv")
     assert table.means.tolist() == [*KINDS, "nothing"]
     assert table.training.tolist() == ["adam-2x"] * 4 + ["none"]
@@ -32,5 +32,5 @@ def test_every_help_is_measured_once_on_what_was_not_seen(tmp_path, monkeypatch)
 
     written = (tmp_path / "helps.csv").read_bytes()
     monkeypatch.setattr(script, "helped", lambda *_: pytest.fail("measured twice"))
-    script.measure(tmp_path / "study", [10], ["adam-2x"])
+    script.measure(tmp_path / "study", [10], ["adam-2x"], KINDS, 2)
     assert (tmp_path / "helps.csv").read_bytes() == written
