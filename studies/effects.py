@@ -307,7 +307,8 @@ def answer(table: pd.DataFrame) -> None:
     others = {name: rows.groupby("seed").difference.mean() for name, rows in others}
     others = {INSTEAD[name]: (*ends(seeds), seeds.mean()) for name, seeds in others.items()}
     parts["Adam with other help, minus Adam without (likewise)"] = pd.DataFrame(others, ["low", "high", "mean"]).T
-    names = [*UNSEEN.leave_one_out, THESE, NEW, *INSTEAD.values()]
+    places = {name: float(y) for y, name in enumerate([*UNSEEN.leave_one_out, THESE, NEW])}
+    places |= {name: len(places) - 0.2 + 0.5 * i for i, name in enumerate(INSTEAD.values())}  # a line each
     picture = slices.Picture(figsize=(7.5, 6.4), layout="constrained")
     ax = picture.subplots()
     ax.axvspan(-BAND, BAND, color="#e6e6e6", zorder=0)
@@ -316,16 +317,16 @@ def answer(table: pd.DataFrame) -> None:
         look = style.LOOKS[("adam", "sam", "asam", "random")[i]] | {"linestyle": "-"}
         ax.plot([], [], label=label, **look)
         for name, row in part.iterrows():
-            y = names.index(name) + (0 if name in INSTEAD.values() else 0.26 * (i - 1))
+            y = places[name] + (0 if name in INSTEAD.values() else 0.29 * (i - 1))
             ax.plot([row.low, row.high], [y, y], linewidth=2.5, color=look["color"])
             ax.plot(row["mean"], y, **look)
             told = f"{row['mean']:+z.3f} [{row.low:+.3f}, {row.high:+.3f}]".replace("-", "−")
             at = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9, "color": look["color"]}
             ax.annotate(told, (1.02, y), **at)
-    for above in (THESE, next(iter(INSTEAD.values()))):
-        ax.axhline(names.index(above) - 0.5, color="gray", linewidth=0.8)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.5, -0.5)
+    for y in (places[THESE], places[NEW] + 1):
+        ax.axhline(y - 0.5, color="gray", linewidth=0.8)
+    ax.set_yticks([*places.values()], [*places])
+    ax.set_ylim(max(places.values()) + 0.4, -0.5)
     ax.set_xlabel("change of Dice on anatomies never seen (90 % intervals; grey: ±0.01)")
     style.open_up(ax)
     picture.legend(loc="outside upper center", frameon=False)

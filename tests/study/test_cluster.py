@@ -139,8 +139,16 @@ def test_a_cluster_that_loses_a_node_and_answers_late_gives_the_same_bytes(clust
     assert results(root) == results(tmp_path / "here/tiny")
     resumed = [json.loads(path.read_text()).get("resumed", []) for path in root.glob("*/*/seed*/config.json")]
     assert sorted(map(len, resumed)) == [0, 1]  # the lost one went on from its checkpoint
+
+    def kept():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.glob("*/*/seed0/[!.]*")}
+
+    before = kept()
+    study.write_text(yaml.safe_dump(TINY | {"resources": given, "seeds": [0, 1]}))
     assert compute(study, runs, "--profile", str(profile)).returncode == 0
-    assert len(list(queue.glob("*.job"))) == 7  # nothing is computed again
+    assert len(list(queue.glob("*.job"))) == 7 + 5  # the new seed's trainings and evaluations, and the report
+    assert kept() == before
+    assert (root / "results.csv").read_text().count(",sam-rho=0.02,1,")
 
 
 @pytest.mark.slow

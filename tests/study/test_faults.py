@@ -112,7 +112,7 @@ def test_killed_at_any_moment_and_run_again_a_study_gives_the_same(study, undist
         process.communicate(timeout=60)
         assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[sign]
         for path in tmp_path.rglob("*"):
-            os.utime(path, [path.stat().st_mtime + 86400] * 2)
+            os.utime(path, (path.stat().st_mtime + 86400,) * 2)
     process = study("--runs", str(tmp_path))
     assert (process.returncode, process.stderr) == (0, "")
     assert results(tmp_path / "one") == undisturbed
