@@ -59,14 +59,15 @@ def measured(folder: Path | str, forms: dict, batches: int) -> list[dict]:
     for form, (changes, radii) in forms.items():
         for rho in radii:
             how = Train(**run.model_dump() | {"optimizer": "sam", "rho": rho} | changes)
-            sam, rises = perturbation(net, how), []
+            sam, rises, losses = perturbation(net, how), [], []
             for step in range(run.updates, run.updates + batches):
                 batch = make_batches(dataset, how, step)
                 state = State(step=how.updates)
                 loss = train_step(net, batch, how, frozen, sam, state)
-                rises.append(float(sam.rise) / float(loss.total))
+                losses.append(float(loss.total))
+                rises.append(float(sam.rise) / losses[-1])
             row = {"form": form, "rho": rho, "rise": np.mean(rises), "sd": np.std(rises, ddof=1), **about}
-            rows.append(row | {"weights": len(weights), "length": float(weights.norm()), "loss": float(loss.total)})
+            rows.append(row | {"weights": len(weights), "length": float(weights.norm()), "loss": np.mean(losses)})
             print(rows[-1], flush=True)
     return rows
 

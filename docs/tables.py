@@ -231,13 +231,17 @@ def gap() -> pd.DataFrame:
 def share(lost: pd.DataFrame, behind: pd.DataFrame) -> pd.DataFrame:
     """A ratio of means for every anatomy, a column each, and for their mean; a row a seed.
 
-    Its interval is that of `lost - share * behind` over seeds (the delta method).
+    Its interval is Fieller's: the shares for which the t test over seeds does not tell `lost - share * behind` from 0.
     """
     lost, behind = (table.assign(**{THESE: table.mean(axis=1)}) for table in (lost, behind))
-    share = lost.mean() / behind.mean()
-    rest = lost - share * behind
-    half = t.ppf((1 + LEVEL) / 2, len(rest) - 1) * rest.sem() / behind.mean()
-    return pd.DataFrame({"mean": share, "low": share - half, "high": share + half})
+    n, rows = len(lost), {}
+    for name in lost:
+        means = np.array([lost[name].mean(), behind[name].mean()])
+        spread = np.cov(lost[name], behind[name]) * t.ppf((1 + LEVEL) / 2, n - 1) ** 2 / n
+        (ll, lb), (_, bb) = np.outer(means, means) - spread
+        low, high = sorted(np.roots([bb, -2 * lb, ll]).real) if bb > 0 else (np.nan, np.nan)  # no gap, no share
+        rows[name] = {"mean": means[0] / means[1], "low": low, "high": high}
+    return pd.DataFrame(rows).T
 
 
 def radii() -> pd.DataFrame:

@@ -50,8 +50,8 @@ TUNED, LONGER, STEPS, STEPS_LONGER = (  # both primary arms at two lengths, at e
 PRIMARY = [f"as tuned (rho 0.001), {n} gradients" for n in ("8,000", "16,000")]
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
 INSTEAD = {  # beside the answer
-    "trained on two anatomies, not one": "one more anatomy",
-    "fine-tuned on 5 subjects": "five subjects",
+    "trained on two anatomies, not one": "two anatomies, not one",
+    "fine-tuned on 5 subjects": "five subjects of it",
     "50 steps of instance optimisation": "50 steps on the pair",
 }
 MORE = {
@@ -119,6 +119,7 @@ EFFECTS = {
 }
 RADII = {"sam-0.003": "SAM, rho 0.003", "sam-0.01": "SAM, rho 0.01"}  # beside 0.001, falling to 0
 RADII |= {f"constant-{rho}": f"SAM, rho {rho}, constant" for rho in (0.001, 0.01)}
+PENALTIES = ("lambda-3", "adam-2x", "lambda-0.75")  # Adam's, from the smoothest maps on, with as many gradients
 ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
 HELPS = {  # network, means and amount: of the baseline, and of the treatment
     (BY_SAM, "both after 50 steps of instance optimisation"): (("adam-2x", IO, 50), ("sam", IO, 50)),
@@ -306,7 +307,9 @@ def answer(table: pd.DataFrame) -> None:
     others = table[(table.kind == OTHER) & table.effect.isin(INSTEAD)].groupby("effect")
     others = {name: rows.groupby("seed").difference.mean() for name, rows in others}
     others = {INSTEAD[name]: (*ends(seeds), seeds.mean()) for name, seeds in others.items()}
-    parts["Adam with other help, minus Adam without (likewise)"] = pd.DataFrame(others, ["low", "high", "mean"]).T
+    parts["Adam with other help, minus Adam without (likewise; 3 seeds)"] = pd.DataFrame(
+        others, ["low", "high", "mean"]
+    ).T
     places = {name: float(y) for y, name in enumerate([*UNSEEN.leave_one_out, THESE, NEW])}
     places |= {name: len(places) - 0.2 + 0.5 * i for i, name in enumerate(INSTEAD.values())}  # a line each
     picture = slices.Picture(figsize=(7.5, 6.4), layout="constrained")
@@ -349,8 +352,8 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
         averaged = line.drop(index=plain.index)
         if not seen:
             look = style.LOOKS[kind] | {"marker": "D", "linestyle": "", "markerfacecolor": "white"}
-            label = f"{style.name_of(kind)}, averaged weights"
-            panels[0].plot(1.08 * averaged.gradients, averaged.dice, label=label, **look)
+            label = f"{style.name_of(kind)}, averaged weights (EMA)"
+            panels[0].plot(averaged.gradients, averaged.dice, label=label, **look, markersize=9)
     syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice.groupby(ANATOMY).mean().mean()
     panels[0].axhline(syn, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
     on_two, number = lengths(two[two.study.isin(["unseen", "forms"])], {*arms, *RADII})
@@ -360,14 +363,14 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     for i, (name, label) in enumerate(RADII.items()):
         (point,) = on_two[on_two.optimizer == name].itertuples()
         look = {"marker": "^v<>"[i], "color": "#E69F00" if "constant" in name else "#CC79A7", "linestyle": ""}
-        panels[1].plot(point.gradients * 1.08 ** (i + 1), point.dice, label=label, **look)
+        panels[1].plot(point.gradients, point.dice, label=label, **look)
     for ax in panels:
         ax.set_xscale("log", base=2)
         ticks = sorted({*on_all.gradients})
         ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
         style.open_up(ax)
         ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-        ax.set_xlabel("gradients spent in training")
+        ax.set_xlabel("gradients spent (SAM: two a step)")
     picture.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     picture.savefig(FIGURES / "spent.png", dpi=slices.DPI, metadata={"Software": None})
 
@@ -435,7 +438,18 @@ def arms(networks: pd.DataFrame) -> pd.DataFrame:
     keys = ["optimizer", "gradients"]
     each = rows.groupby([*keys, "seed", "anatomy"])[MEASURES].mean()
     means = each.groupby(keys).mean().assign(seeds=rows.seed.nunique())
+    of_seeds = each.groupby(["seed", *keys]).mean().reset_index(keys)
+    beside = of_seeds.groupby("seed", group_keys=False).apply(beside_the_penalty).groupby(keys).beside
+    beside = {arm: "" if of.isna().any() or arm[0] in PENALTIES else with_interval(of.mean(), of) for arm, of in beside}
+    means["beside"] = pd.Series(beside)
     return means.sort_values("dice", ascending=False).reset_index()
+
+
+def beside_the_penalty(of_seed: pd.DataFrame) -> pd.DataFrame:
+    """How far the arms of a seed lie above Adam's line from one weight of the penalty to the next, where it reaches."""
+    line = of_seed.set_index("optimizer").loc[[*PENALTIES]]
+    there = np.interp(of_seed.sdlogj, line.sdlogj, line.dice, left=np.nan)
+    return of_seed.assign(beside=of_seed.dice - there)
 
 
 def arms_told(means: pd.DataFrame) -> pd.DataFrame:
@@ -444,6 +458,7 @@ def arms_told(means: pd.DataFrame) -> pd.DataFrame:
     told = means.drop(columns="seeds").assign(
         **{name: means[name].map(f"{{:.{n}f}}".format) for name, n in digits.items()}
     )
+    told = told.rename(columns={"beside": "Dice, above lambda's line [90 %]"})
     names = {"optimizer": "arm", "dice": "Dice", "worst": "Dice, worst 5 %", "hd95": "HD95, mm or samples"}
     return told.rename(columns=names | {"sdlogj": "SDlogJ", "folding_percent": "folded, %"})
 
@@ -456,7 +471,7 @@ def smoothness(means: pd.DataFrame) -> None:
     )
     ax, adam, sam = picture.subplots(), style.LOOKS["adam"], style.LOOKS["sam"]
     lines = {
-        "Adam, 8,000 gradients, by lambda": (["lambda-3", "adam-2x", "lambda-0.75"], adam),
+        "Adam, 8,000 gradients, by lambda": ([*PENALTIES], adam),
         "SAM, 8,000 gradients, by lambda": (["sam", "sam-lambda-0.75"], sam),
         "Adam, lambda 1.5, by gradients": (["adam", "adam-2x", "adam-4x"], adam | {"linestyle": ":"}),
         "SAM, lambda 1.5, by gradients": (["sam", "sam-2x"], sam | {"linestyle": ":"}),

@@ -148,7 +148,7 @@ def within(table: pd.DataFrame) -> pd.DataFrame:
     for (optimizer, kind), mine in table.groupby(["optimizer", "kind"]):
         seeds = mine.seed.unique()
         line = {"networks of": style.name_of(optimizer), "domains": kind}
-        line |= {"networks": len(mine.drop_duplicates(RUN)), "sets": mine.test_domain.nunique()}
+        line |= {"sets": mine.test_domain.nunique(), "networks a set": mine.groupby("test_domain").size().max()}
         for measure, name in names.items():
             whole, n = tau(mine, measure), len(seeds)
             parts = np.array([n * whole - (n - 1) * tau(mine[mine.seed != seed], measure) for seed in seeds])

@@ -9,6 +9,7 @@ the steps of Adam's, which is the same compute. docs/pretrained.md has what came
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 import zlib
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 
 import fmsam_lib as fm
-from fmsam_lib.model.spatial import identity_map, warp
+from fmsam_lib.model.spatial import identity_map, warp, warp_label
 from fmsam_lib.model.weights import SHIPPED, golden, sha256, shipped
 from fmsam_lib.records import PROJECT, provenance, write_csv, written_whole
 
@@ -77,30 +78,33 @@ def judged(dim: int, pairs: int = 30) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def shifted(net: fm.GradICON | None, by: float):
-    """A registration of a pair whose moving image was shifted by this share of a side, in a direction of its own."""
+class Shifted:
+    """A domain whose moving images, with their labels, are shifted by a share of a side, each in its own direction."""
 
-    def method(pair: fm.Pair) -> tuple[torch.Tensor, None]:
+    def __init__(self, domain, by: float) -> None:
+        self.domain, self.by = domain, by
+
+    def __getattr__(self, name: str):
+        return getattr(self.domain, name)
+
+    def test_pair(self, index: int) -> fm.Pair:
+        pair = self.domain.test_pair(index)
         random = torch.Generator().manual_seed(zlib.crc32(pair.name.encode()))
-        offset = torch.randn(pair.fixed.dim() - 1, generator=random)
-        offset = (by * offset / offset.norm()).view(1, -1, *[1] * (pair.fixed.dim() - 1))
-        points = identity_map(tuple(pair.fixed.shape[1:]))
-        if net is None:
-            return points + offset, None
-        with torch.no_grad():
-            return net(warp(pair.moving[None], points + offset), pair.fixed[None]).map + offset, None
-
-    return method
+        offset = torch.randn(len(self.shape), generator=random)
+        offset = (self.by * offset / offset.norm()).view(1, -1, *[1] * len(self.shape))
+        points = identity_map(tuple(self.shape)) + offset
+        image, label = warp(pair.moving[None], points)[0], warp_label(pair.moving_label[None], points)[0]
+        return dataclasses.replace(pair, moving=image, moving_label=label)
 
 
 def captured(dim: int, pairs: int = 10) -> pd.DataFrame:
     """Dice on the sets never seen, on the grid of the last stage, where one image is shifted against the other."""
     methods, lines = {"before": None}, []
-    methods |= {name: fm.pretrained(name).eval() for name in shipped() if NETWORKS[name][0] == dim}
+    methods |= {name: fm.pretrained(name) for name in shipped() if NETWORKS[name][0] == dim}
     for test in [name for name in SETS[dim] if name not in DOMAINS[dim].split("+")]:
         domain = fm.open_domain(test, shape=STAGES[dim][-1][0])
         for (name, net), by in itertools.product(methods.items(), SHIFTS):
-            dice = fm.evaluate(shifted(net, by), domain, pairs=pairs).query("metric == 'dice'")
+            dice = fm.evaluate(net, Shifted(domain, by), pairs=pairs).query("metric == 'dice'")
             about = {"network": name, "dim": dim, "tested on": test, "shift": by, "pairs": dice.pair.nunique()}
             lines.append(about | {"dice": dice.groupby("pair").value.mean().mean()})
     return pd.DataFrame(lines)

@@ -15,6 +15,7 @@ from pathlib import Path
 import mistune
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 
 from fmsam_lib import SAM, parameters
@@ -198,14 +199,16 @@ def test_a_changed_number_is_found(tables):
 
 
 def test_a_share_is_a_ratio_of_means(tables):
-    """Where every loss is half of its gap, so is the mean, and the interval has no width; else that of the rest."""
+    """Where every loss is half of its gap, so is the mean, and the interval has no width; else it is Fieller's."""
     gap = pd.DataFrame({"heart": [0.01, 0.02, 0.03], "knee": [0.02, 0.04, 0.06]})
     exact = tables.share(-0.5 * gap, gap)
     assert exact.to_numpy() == pytest.approx(-0.5)
     assert list(exact.index) == ["heart", "knee", THESE]
-    other = tables.share(gap.assign(knee=[0.01, 0.04, 0.01]), gap).loc["knee"]
-    assert other["mean"] == pytest.approx(0.5)
-    assert other.high - other["mean"] == pytest.approx(2.92 * (0.02**2 / 3) ** 0.5 / 0.04, rel=1e-3)  # rests 0, 2, -2
+    lost = gap.knee * [0.5, 1, 0.2]
+    found = tables.share(gap.assign(knee=lost), gap).loc["knee"]
+    assert found["mean"] == pytest.approx(lost.mean() / gap.knee.mean())
+    for end in (found.low, found.high):  # where the t test is at its border
+        assert scipy.stats.ttest_1samp(lost - end * gap.knee, 0).pvalue == pytest.approx(0.1)
 
 
 def test_every_table_of_numbers_comes_from_a_csv(page, tables):

@@ -163,7 +163,7 @@ def test_shipped_networks_have_names_and_are_those_that_were_shipped(tmp_path, m
         load("2d")
 
 
-@pytest.mark.parametrize("name", ["2d", "2d-sam", "3d"])
+@pytest.mark.parametrize("name", ["2d", "2d-sam", "3d", "3d-sam"])
 def test_the_networks_that_come_with_fmsam_register_at_once(name):
     assert weights.check(name)["fine"]
     net = weights.pretrained(name)

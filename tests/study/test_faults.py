@@ -106,10 +106,11 @@ def test_killed_at_any_moment_and_run_again_a_study_gives_the_same(study, undist
     rng = random.Random(20)
     for sign, what in [(signal.SIGKILL, "10_train"), (signal.SIGTERM, "10_train"), (signal.SIGKILL, "20_evaluate")]:
         process = study("--runs", str(tmp_path), run=subprocess.Popen)
-        workers(process, what)
+        children = workers(process, what)
         time.sleep(rng.uniform(0, 8))
         process.send_signal(sign)
         process.communicate(timeout=60)
+        psutil.wait_procs(children, timeout=20)
         assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[sign]
         for path in tmp_path.rglob("*"):
             os.utime(path, (path.stat().st_mtime + 86400,) * 2)

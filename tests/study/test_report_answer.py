@@ -247,6 +247,24 @@ def test_variants_are_told_by_their_optimizer_and_by_what_both_spent_alike():
     assert told([8000, 7000], [8000, 14000])[0] == "Adam (adam-4x)"
 
 
+@pytest.mark.parametrize(
+    ("baseline", "treatment", "spent", "told"),
+    [
+        ("adam-2x-lr=0.1", "sam-lr=0.1", None, "Adam (adam-2x-lr=0.1) at equal compute"),
+        ("adam-2x-lr=0.1", "sam-lr=0.1", (800, 700), "Adam, twice the steps (adam-2x-lr=0.1)"),
+        ("adam-2x", "sam-late=0.5", (800, 600), "Adam, twice the steps"),
+        ("adam-2x", "sam", (800, 800), "Adam at equal compute"),
+    ],
+)
+def test_the_baseline_has_its_own_name_and_histories_say_what_was_spent(baseline, treatment, spent, told):
+    variants = {name: {"optimizer": name.split("-l")[0]} for name in (baseline, treatment) if "=" in name}
+    history = pd.DataFrame()
+    if spent:
+        history = pd.DataFrame({"optimizer": [baseline, treatment], "step": (800, 400), "gradient_evaluations": spent})
+    study = STUDY.model_copy(update={"variants": variants})
+    assert run(history=history, study=study).versus(baseline, treatment) == told
+
+
 def alone():
     """A study of single synthetic domains, each left out in turn: no groups, no patients."""
     results, pairs = simulated(np.random.default_rng(1))
