@@ -191,6 +191,22 @@ def pretrained() -> pd.DataFrame:
     return wide.reset_index().assign(seen=lambda table: table.seen.map({True: "yes", False: "no"}))
 
 
+def licences() -> pd.DataFrame:
+    """Dice on an anatomy never seen, of networks that saw free sets or all."""
+    rows = pd.read_csv(FIGURES / "licences.csv")
+    wide = rows.pivot(index=["tested on", "grid"], columns="trained on", values="dice")[["free sets", "all sets"]]
+    wide["free - all"] = (wide["free sets"] - wide["all sets"]).map("{:+.3f}".format)
+    return wide.reset_index().assign(**{name: wide[name].map("{:.3f}".format).to_numpy() for name in wide.columns[:2]})
+
+
+def captured() -> pd.DataFrame:
+    """Dice on the sets never seen where one image is shifted, of the networks that ship."""
+    rows = pd.read_csv(FIGURES / "captured.csv")
+    rows["network"] = rows.network.mask(rows.network == "before", "before, " + rows.dim.astype(str) + "-D")
+    table = rows.groupby(["network", "shift"]).dice.mean().unstack().map("{:.3f}".format)
+    return table.rename(columns="{:.0%}".format).rename(columns=lambda name: name.replace("%", " %")).reset_index()
+
+
 def longer() -> pd.DataFrame:
     """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have all of these
     lengths, and the differences at equal compute, over seeds."""
@@ -260,6 +276,8 @@ MADE = {
         volumes,
         radii,
         pretrained,
+        licences,
+        captured,
         heldout,
         radius,
         tuning,

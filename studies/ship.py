@@ -2,6 +2,7 @@
 
     FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d 3d-sam    # each 15 to 60 minutes on one core; goes on
     FMSAM_DATA=... python studies/ship.py --judge                # Dice of all: figures/pretrained.csv, captured.csv
+    FMSAM_DATA=... python studies/ship.py --licences             # 40 minutes on one core: figures/licences.csv
 
 They see synthetic images and those real sets whose licences allow any use: CardiacSunnybrook2D (CC0), FetalHeadUS
 (CC BY 4.0), HippocampusMR (CC BY-SA 4.0). Each is trained on a coarse grid first, then on a finer one. SAM's has half
@@ -21,6 +22,7 @@ import fmsam_lib as fm
 from fmsam_lib.model.spatial import identity_map, warp, warp_label
 from fmsam_lib.model.weights import SHIPPED, golden, sha256, shipped
 from fmsam_lib.records import PROJECT, provenance, write_csv, written_whole
+from fmsam_lib.study.file import read_study
 
 SYNTHETIC = "brain-mr+lung-ct+knee-mr+abdomen-ct+heart-mr"
 DOMAINS = {2: f"CardiacSunnybrook2D+FetalHeadUS+{SYNTHETIC}", 3: f"HippocampusMR+{SYNTHETIC}"}
@@ -43,15 +45,29 @@ GRIDS = {2: [(64, 64), (128, 128), (256, 256)], 3: [(48, 48, 48), (64, 64, 64)]}
 SHIFTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)  # of a side of the grid
 
 
-def trained(name: str, runs: str) -> fm.GradICON:
-    dim, optimizer = NETWORKS[name]
+def trained(name: str, runs: str, dim: int, domains: str, optimizer: dict = OPTIMIZERS[""]) -> fm.GradICON:
     weights = ""
     for i, (shape, options) in enumerate(STAGES[dim]):
-        domain, out = fm.open_domain(DOMAINS[dim], shape=shape), f"{runs}/{name}/{i}"
+        domain, out = fm.open_domain(domains, shape=shape), f"{runs}/{name}/{i}"
         steps = options["steps"] // (2 if optimizer["optimizer"] == "sam" else 1)
         fm.train(domain, out=out, weights=weights, **options | optimizer | {"steps": steps})
         weights = f"{out}/weights.pt"
     return fm.load(weights)
+
+
+def licences(runs: str, pairs: int = 30) -> pd.DataFrame:
+    """Does it cost anything to train on free sets alone? `2d` beside the same recipe with all real sets, an anatomy
+    left out of both: the Dice on it."""
+    study, lines = read_study(PROJECT / "studies" / "unseen.yaml"), []
+    real = {one: [name for name in study.members(one) if not name.islower()] for one in study.leave_one_out}
+    for left in [one for one in real if not {*real[one]} & {*DOMAINS[2].split("+")}]:
+        seen = "+".join(name for one in real if one != left for name in real[one]) + f"+{SYNTHETIC}"
+        both = {"free sets": fm.pretrained("2d"), "all sets": trained(f"2d without the {left}", runs, 2, seen)}
+        for (name, net), shape, test in itertools.product(both.items(), GRIDS[2][:2], real[left]):
+            dice = fm.evaluate(net, fm.open_domain(test, shape=shape), pairs=pairs).query("metric == 'dice'")
+            about = {"left out": left, "tested on": test, "grid": " x ".join(map(str, shape)), "trained on": name}
+            lines.append(about | {"dice": dice.groupby("pair").value.mean().mean()})
+    return pd.DataFrame(lines)
 
 
 def ship(name: str, net: fm.GradICON) -> None:
@@ -114,16 +130,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="networks to train")
     parser.add_argument("--judge", action="store_true", help="measure those that are there")
+    parser.add_argument(
+        "--licences", action="store_true", help="compare 2d with networks that saw sets that are not free"
+    )
     parser.add_argument("--runs", default=str(PROJECT / "runs" / "pretrained"), help="folder of the trainings")
     given = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     for name in given.names:
-        ship(name, trained(name, given.runs))
-    if given.judge:
-        made = provenance()
-        for measure, name in ((judged, "pretrained"), (captured, "captured")):
-            table = pd.concat([measure(dim) for dim in STAGES], ignore_index=True)
-            write_csv(table.assign(commit=made["commit"], cpu=made["cpu"]), PROJECT / "figures" / f"{name}.csv")
+        dim, optimizer = NETWORKS[name]
+        ship(name, trained(name, given.runs, dim, DOMAINS[dim], optimizer))
+    tables = {"licences": licences(given.runs)} if given.licences else {}
+    for measure, name in ((judged, "pretrained"), (captured, "captured")) if given.judge else ():
+        tables[name] = pd.concat([measure(dim) for dim in STAGES], ignore_index=True)
+    made = provenance()
+    for name, table in tables.items():
+        write_csv(table.assign(commit=made["commit"], cpu=made["cpu"]), PROJECT / "figures" / f"{name}.csv")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def test_damaged_and_missing_weights_are_named(tmp_path):
     path = tmp_path / "weights.pt"
     with pytest.raises(ValueError, match=r"weights\.pt.*No such file"):
         load(path)
-    with pytest.raises(ValueError, match=r"in 2D, got: No such file, and none of .* 3d \(did you mean 2d\?\);"):
+    with pytest.raises(ValueError, match=r"in 2D, got: No such file, and none of .* 3d-sam \(did you mean 2d\?\);"):
         load("2D")
     small(2).save(path)
     path.write_bytes(path.read_bytes()[:1000])
