@@ -189,6 +189,13 @@ def test_a_variant_has_its_own_seconds_and_not_those_of_the_optimizer_that_it_va
     assert lines == [["d/sam-0.03/seed0", "abc", "one (2 cores)", "2", "1", "9.000", "now"]]
 
 
+def test_every_training_has_a_line_with_its_parameters():
+    configs = {f"d/sam-{name}/seed0": config(rho=rho, down=[4, 8]) for name, rho in (("rho=0.1", 0.1), ("late", 0.2))}
+    table = run("tables", configs=configs).tables["trainings"].set_index("optimizer")
+    assert table.rho.to_dict() == {"sam-rho=0.1": 0.1, "sam-late": 0.2}
+    assert table.loc["sam-late", ["train_domain", "seed", "trained_with", "down"]].tolist() == ["d", 0, "sam", [4, 8]]
+
+
 def test_a_run_whose_history_was_not_read_has_its_line_of_provenance():
     assert [line[5] for line in provenance(configs={"d/sam/seed0": config()})] == ["–"]
 
