@@ -137,8 +137,7 @@ def surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple
     >>> surface_distances(a, b, (2.0, 1.0))[0]
     2.0
     """
-    # Here: MONAI takes seconds to import. DeepMind's package gives the same to 1e-7 (MONAI's areas are float32), and
-    # takes up to twice as long, for it sorts in Python.
+    # Here: MONAI takes seconds to import. DeepMind's package gives the same to 1e-7 and takes up to twice as long.
     from monai.metrics.utils import get_mask_edges
 
     if a.shape != b.shape or a.dim() != len(spacing) or a.dim() not in (2, 3):
@@ -147,7 +146,8 @@ def surface_distances(a: Tensor, b: Tensor, spacing: tuple[float, ...]) -> tuple
     if not (a.any() and b.any()):
         raise ValueError("expected two masks with something in them, got an empty one; there is no distance to it")
     (around,) = find_objects((a | b).numpy().astype(np.uint8))  # the smallest box
-    a, b = (F.pad(mask[around], [1] * (2 * mask.dim())) for mask in (a, b))
+    sides = [n for side in around[::-1] for n in (1, 1 + (side.start - side.stop) % 8)]  # torch keeps what a size needs
+    a, b = (F.pad(mask[around], sides) for mask in (a, b))
     surface_a, surface_b, weight_a, weight_b = (e.numpy() for e in get_mask_edges(a, b, crop=False, spacing=spacing))
     one = distance_transform_edt(~surface_b, sampling=spacing)[surface_a]
     other = distance_transform_edt(~surface_a, sampling=spacing)[surface_b]
