@@ -267,6 +267,15 @@ def radii() -> pd.DataFrame:
     return table.reindex(rows.form.unique()).fillna("").rename(columns="rho {:g}".format).reset_index()
 
 
+def architectures() -> pd.DataFrame:
+    """The relative rise of the loss at SAM's step in networks of other sizes, in per cent, a radius a column."""
+    rows = pd.read_csv(FIGURES / "architectures.csv")
+    keys = ["network", "weights", "steps"]
+    table = rows.assign(rise=(100 * rows.rise).map("{:.1f} %".format)).pivot(index=keys, columns="rho", values="rise")
+    table = table.reindex(pd.MultiIndex.from_frame(rows[keys].drop_duplicates()))
+    return table.rename(columns="rho {:g}".format).reset_index().astype({"weights": int})
+
+
 MADE = {
     f"table_{make.__name__}": make
     for make in (
@@ -275,6 +284,7 @@ MADE = {
         gap,
         volumes,
         radii,
+        architectures,
         pretrained,
         licences,
         captured,
