@@ -106,6 +106,13 @@ def volumes() -> pd.DataFrame:
     shown["SAM - Adam [90 %]"] = unseen.apply(interval, axis=1)
     shown["verdict"] = unseen.verdict
     shown["where trained on it [90 %]"] = seen.apply(interval, axis=1).reindex(shown.index).fillna("")
+    helps = pd.read_csv(FIGURES / "helps.csv").query("study == 'real3d' and training == 'adam-2x'")
+    helps["anatomy"] = helps.train_domain.str.removeprefix("all-but-")
+    dice = helps.pivot(index="anatomy", columns=["means", "amount"], values="dice").reindex(shown.index)
+    for steps in (10, 50):
+        gain = dice["io", steps] - dice["nothing", 0]
+        gain[THESE] = gain.mean()
+        shown[f"Adam, gain by {steps} steps on the pair"] = gain.map("{:+.3f}".format).replace("+nan", "")
     return shown.rename_axis("anatomy, never seen").reset_index()
 
 
