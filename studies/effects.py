@@ -51,7 +51,7 @@ PRIMARY = [f"as tuned (rho 0.001), {n} gradients" for n in ("8,000", "16,000")]
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
 INSTEAD = {  # beside the answer
     "trained on two anatomies, not one": "two anatomies, not one",
-    "fine-tuned on 5 subjects": "five subjects of it",
+    "fine-tuned on 5 subjects": "five of its subjects",
     "50 steps of instance optimisation": "50 steps on the pair",
 }
 MORE = {
@@ -448,7 +448,7 @@ def arms(networks: pd.DataFrame) -> pd.DataFrame:
 def beside_the_penalty(of_seed: pd.DataFrame) -> pd.DataFrame:
     """How far the arms of a seed lie above Adam's line from one weight of the penalty to the next, where it reaches."""
     line = of_seed.set_index("optimizer").loc[[*PENALTIES]]
-    there = np.interp(of_seed.sdlogj, line.sdlogj, line.dice, left=np.nan)
+    there = np.interp(of_seed.sdlogj, line.sdlogj, line.dice, left=np.nan, right=np.nan)
     return of_seed.assign(beside=of_seed.dice - there)
 
 

@@ -497,3 +497,17 @@ def test_landmark_errors_are_in_the_moving_images_millimetres():
     pair = Pair("", torch.zeros(1, *SHAPE), torch.zeros(1, *SHAPE), spacing=(1.0, 1.0, 1.0), fixed_landmarks=points)
     pair = replace(pair, moving_landmarks=points + torch.tensor([1 / 23, 0, 0]), moving_spacing=(2.5, 1.0, 1.0))
     assert landmark_error(pair, None) == pytest.approx(2.5, rel=1e-5)
+
+
+def test_surfaces_are_measured_in_boxes_of_few_sizes(monkeypatch):
+    """torch keeps what it needs for every size: a box is padded to the next of few."""
+    import monai.metrics.utils as monai
+
+    sizes, edges = set(), monai.get_mask_edges
+    monkeypatch.setattr(monai, "get_mask_edges", lambda a, *rest, **how: sizes.add(a.shape) or edges(a, *rest, **how))
+    for height in range(1, 25):
+        for width in range(1, 25, 5):
+            a = torch.zeros(40, 40, dtype=torch.bool)
+            a[3 : 3 + height, 5 : 5 + width] = True
+            surface_distances(a, a.roll(4, 0), (1.0, 2.0))
+    assert 1 < len(sizes) <= 16  # of 120

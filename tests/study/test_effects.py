@@ -4,8 +4,10 @@ import itertools
 
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import ttest_1samp
 
+import fmsam_lib as fm
 from tests.conftest import PROJECT, as_module
 
 FIGURES = PROJECT / "figures"
@@ -164,3 +166,25 @@ def test_corrupted_dice_is_the_mean_over_severities_and_pairs(script, tmp_path, 
     (line,) = script.corrupted(tmp_path / "shifts").to_dict("records")
     assert line["dice"] == pytest.approx(0.7)
     assert (line["study"], line["optimizer"], line["seen"], line["corruption"]) == ("shifts", "sam", True, "noise")
+
+
+def test_an_arm_lies_beside_the_line_of_the_penalties_and_nowhere_beyond_it(script):
+    rows = [("lambda-3", 0.3, 0.80), ("adam-2x", 0.34, 0.82), ("lambda-0.75", 0.4, 0.82)]
+    rows += [("sam", 0.32, 0.80), ("wide", 0.37, 0.83), ("smooth", 0.2, 0.8), ("rough", 0.5, 0.8)]
+    found = script.beside_the_penalty(pd.DataFrame(rows, columns=["optimizer", "sdlogj", "dice"]))
+    expected = [0, 0, 0, -0.01, 0.01, float("nan"), float("nan")]
+    assert found.beside.to_numpy() == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_shifted_pair_has_its_image_and_its_label_moved_alike():
+    ship = as_module("studies/ship.py")
+    plain = fm.open_domain("brain-mr", shape=(40, 40))
+    before, after = plain.test_pair(0), ship.Shifted(plain, 0.2).test_pair(0)
+    here, there = (
+        torch.stack([p.nonzero()[:, 1:].double().mean(0) for p in (pair.moving_label > 0, pair.moving > 0.2)])
+        for pair in (before, after)
+    )
+    assert (there - here).norm(dim=1).tolist() == pytest.approx([0.2 * 39] * 2, rel=0.25)
+    assert torch.equal(before.fixed, after.fixed)
+    zero = ship.Shifted(plain, 0.0).test_pair(0)
+    assert torch.equal(zero.moving_label, before.moving_label)
