@@ -54,20 +54,18 @@ def measured(folder: Path | str, forms: dict, batches: int) -> list[dict]:
     run, net = trained_with(Path(folder)), load(f"{folder}/weights.pt").train()
     dataset = open_domain(run.train_domain, shape=tuple(run.shape), data=run.data or None)
     frozen, rows = torch.optim.SGD(net.parameters(), lr=0.0), []
-    weights = torch.cat([p.detach().flatten() for p in net.parameters()])
-    about = {"trained_on": run.train_domain, "steps": run.updates, "seed": run.seed, "batches": batches}
+    about = {"weights": sum(p.numel() for p in net.parameters())}
+    about |= {"trained_on": run.train_domain, "steps": run.updates, "seed": run.seed, "batches": batches}
     for form, (changes, radii) in forms.items():
         for rho in radii:
             how = Train(**run.model_dump() | {"optimizer": "sam", "rho": rho} | changes)
-            sam, rises, losses = perturbation(net, how), [], []
+            sam, rises = perturbation(net, how), []
             for step in range(run.updates, run.updates + batches):
                 batch = make_batches(dataset, how, step)
                 state = State(step=how.updates)
                 loss = train_step(net, batch, how, frozen, sam, state)
-                losses.append(float(loss.total))
-                rises.append(float(sam.rise) / losses[-1])
-            row = {"form": form, "rho": rho, "rise": np.mean(rises), "sd": np.std(rises, ddof=1), **about}
-            rows.append(row | {"weights": len(weights), "length": float(weights.norm()), "loss": np.mean(losses)})
+                rises.append(float(sam.rise) / float(loss.total))
+            rows.append({"form": form, "rho": rho, "rise": np.mean(rises), "sd": np.std(rises, ddof=1), **about})
             print(rows[-1], flush=True)
     return rows
 
@@ -88,7 +86,7 @@ def main() -> None:
                 rows += [{"network": name} | row for row in measured(f"{folder}/{name}", {"SAM": FORMS["SAM"]}, 20)]
             write_csv(pd.DataFrame(rows).assign(**about), figures / "architectures.csv", float_format="%.4g")
         elif given.run:
-            rows = pd.DataFrame(measured(given.run, FORMS, BATCHES)).drop(columns=["weights", "length", "loss"])
+            rows = pd.DataFrame(measured(given.run, FORMS, BATCHES))
             write_csv(rows.assign(**about), figures / "radii.csv", float_format="%.4g")
         else:
             trained(folder, **SMALL)

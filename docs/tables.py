@@ -202,8 +202,8 @@ def licences() -> pd.DataFrame:
     """Dice on an anatomy never seen, of networks that saw free sets or all."""
     rows = pd.read_csv(FIGURES / "licences.csv")
     wide = rows.pivot(index=["tested on", "grid"], columns="trained on", values="dice")[["free sets", "all sets"]]
-    wide["free - all"] = (wide["free sets"] - wide["all sets"]).map("{:+.3f}".format)
-    return wide.reset_index().assign(**{name: wide[name].map("{:.3f}".format).to_numpy() for name in wide.columns[:2]})
+    difference = (wide["free sets"] - wide["all sets"]).map("{:+.3f}".format)
+    return wide.map("{:.3f}".format).assign(**{"free - all": difference}).reset_index()
 
 
 def captured() -> pd.DataFrame:
@@ -211,7 +211,7 @@ def captured() -> pd.DataFrame:
     rows = pd.read_csv(FIGURES / "captured.csv")
     rows["network"] = rows.network.mask(rows.network == "before", "before, " + rows.dim.astype(str) + "-D")
     table = rows.groupby(["network", "shift"]).dice.mean().unstack().map("{:.3f}".format)
-    return table.rename(columns="{:.0%}".format).rename(columns=lambda name: name.replace("%", " %")).reset_index()
+    return table.rename(columns=lambda shift: f"{100 * shift:.0f} %").reset_index()
 
 
 def longer() -> pd.DataFrame:
@@ -268,19 +268,21 @@ def share(lost: pd.DataFrame, behind: pd.DataFrame) -> pd.DataFrame:
 
 
 def radii() -> pd.DataFrame:
-    """The relative rise of the loss at each form's step, in per cent, a radius a column."""
-    rows = pd.read_csv(FIGURES / "radii.csv")
-    table = rows.assign(rise=(100 * rows.rise).map("{:.1f} %".format)).pivot(index="form", columns="rho", values="rise")
-    return table.reindex(rows.form.unique()).fillna("").rename(columns="rho {:g}".format).reset_index()
+    """The relative rise of the loss at each form's step."""
+    return rises("radii", ["form"])
 
 
 def architectures() -> pd.DataFrame:
-    """The relative rise of the loss at SAM's step in networks of other sizes, in per cent, a radius a column."""
-    rows = pd.read_csv(FIGURES / "architectures.csv")
-    keys = ["network", "weights", "steps"]
+    """The same of SAM's step in networks of other sizes."""
+    return rises("architectures", ["network", "weights", "steps"])
+
+
+def rises(name: str, keys: list[str]) -> pd.DataFrame:
+    """Relative rises of the loss in per cent, in the order that they were measured in, a radius a column."""
+    rows = pd.read_csv(FIGURES / f"{name}.csv")
     table = rows.assign(rise=(100 * rows.rise).map("{:.1f} %".format)).pivot(index=keys, columns="rho", values="rise")
-    table = table.reindex(pd.MultiIndex.from_frame(rows[keys].drop_duplicates()))
-    return table.rename(columns="rho {:g}".format).reset_index().astype({"weights": int})
+    table = table.reindex(rows.drop_duplicates(keys).set_index(keys).index)
+    return table.fillna("").rename(columns="rho {:g}".format).reset_index()
 
 
 MADE = {

@@ -340,7 +340,6 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     """Mean Dice against the gradients spent, of the seeds that have every arm: on all anatomies, and of each radius."""
     arms = {name for of in (TUNED, LONGER, STEPS) for _, name in of}
     runs = networks[networks.study == "unseen"]
-    two = networks[networks.train_domain.isin(["all but chest", "all but knee"]) & ~networks.seen]
     picture, panels = style.panels(2, 2, 4.0, "Dice, mean of the anatomies")
     on_all, number = lengths(runs, {*arms, "adam-2x+ema", "sam+ema"})
     panels[0].set_title(f"five anatomies, {number} seeds", fontsize=10)
@@ -356,7 +355,7 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
             panels[0].plot(averaged.gradients, averaged.dice, label=label, **look, markersize=9)
     syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice.groupby(ANATOMY).mean().mean()
     panels[0].axhline(syn, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
-    on_two, number = lengths(two[two.study.isin(["unseen", "forms"])], {*arms, *RADII})
+    on_two, number = lengths(on_chest_and_knee(networks), {*arms, *RADII})
     panels[1].set_title(f"chest and knee, never seen, {number} seeds", fontsize=10)
     for kind, line in on_two[~on_two.optimizer.isin([*RADII])].groupby("kind"):
         panels[1].plot(line.gradients, line.dice, **style.LOOKS[kind] | {"linestyle": "-"})
@@ -377,10 +376,8 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
 
 def lengths(networks: pd.DataFrame, arms: set[str]) -> tuple[pd.DataFrame, int]:
     """Mean Dice over anatomies, a row for each of the arms and whether it saw them; of how many seeds."""
-    runs = networks[networks.optimizer.isin(arms)]
-    runs = runs.drop_duplicates(["optimizer", "seed", "train_domain", "test_domain"])  # what forms shares with unseen
-    runs = whole_seeds(runs, "optimizer", "train_domain", "test_domain")
-    kinds = runs.optimizer.str.replace(r"[-+].*|constant.*", "", regex=True).replace("", "sam")
+    runs = whole_seeds(networks[networks.optimizer.isin(arms)], "optimizer", "train_domain", "test_domain")
+    kinds = np.where(runs.optimizer.str.startswith("adam"), "adam", "sam")
     runs = runs.assign(anatomy=runs.test_domain.map(ANATOMY), kind=kinds)
     keys = ["kind", "optimizer", "seen", "gradients"]
     sets = runs.groupby([*keys, "anatomy", "test_domain"]).dice.mean()
@@ -425,15 +422,20 @@ def matrix(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
     picture.savefig(FIGURES / "unseen_matrix.png", dpi=slices.DPI, metadata={"Software": None})
 
 
+def on_chest_and_knee(networks: pd.DataFrame) -> pd.DataFrame:
+    """The networks on all subjects that left out the chest or the knee, on it; what two studies share once."""
+    rows = networks[networks.study.isin(["unseen", "forms", "settings"]) & ~networks.seen]
+    rows = rows[rows.train_domain.isin(["all but chest", "all but knee"])]
+    return rows.drop_duplicates(["optimizer", "seed", "train_domain", "test_domain"])
+
+
 def arms(networks: pd.DataFrame) -> pd.DataFrame:
     """Means of every arm without the chest or the knee on these two, of the seeds that every arm has but the longest.
 
     Are the arms alike in their transforms? An arm and its gradients a row, the best first.
     """
-    rows = networks[networks.study.isin(["unseen", "forms", "settings"]) & ~networks.seen]
-    rows = rows[rows.train_domain.isin(["all but chest", "all but knee"])]
+    rows = on_chest_and_knee(networks)
     rows = rows[~rows.optimizer.str.contains("+", regex=False) & ~rows.optimizer.isin(["adam-8x", "sam-4x"])]
-    rows = rows.drop_duplicates(["optimizer", "seed", "train_domain", "test_domain"])  # what forms shares with unseen
     rows = whole_seeds(rows, "optimizer", "test_domain").assign(anatomy=rows.test_domain.map(ANATOMY))
     keys = ["optimizer", "gradients"]
     each = rows.groupby([*keys, "seed", "anatomy"])[MEASURES].mean()
@@ -465,10 +467,8 @@ def arms_told(means: pd.DataFrame) -> pd.DataFrame:
 
 def smoothness(means: pd.DataFrame) -> None:
     """Dice against SDlogJ, a point an arm; those that differ by the penalty or by the length alone are joined."""
-    at, picture = (
-        means.set_index("optimizer")[["sdlogj", "dice"]],
-        slices.Picture(figsize=(7, 4.6), layout="constrained"),
-    )
+    at = means.set_index("optimizer")[["sdlogj", "dice"]]
+    picture = slices.Picture(figsize=(7, 4.6), layout="constrained")
     ax, adam, sam = picture.subplots(), style.LOOKS["adam"], style.LOOKS["sam"]
     lines = {
         "Adam, 8,000 gradients, by lambda": ([*PENALTIES], adam),

@@ -4,7 +4,6 @@ Holm (1979), "A simple sequentially rejective multiple test procedure".
 """
 
 import itertools
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,15 +11,11 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 from fmsam_lib.evaluation.statistics import CELL, difference, per_pair, seen
-from fmsam_lib.parameters import EQUAL_COMPUTE
 
 GRID = [*CELL, "optimizer", "seed"]
-COLUMNS = [*CELL, "metric", "unit", "baseline", "treatment", "equal", "seeds", "pairs", "units", "left_out"]
+COLUMNS = [*CELL, "metric", "unit", "baseline", "treatment", "seeds", "pairs", "units", "left_out"]
 COLUMNS += ["mean_baseline", "mean_treatment", "mean", "low", "high", "p", "p_holm", "d_z", "rank_biserial"]
 COLUMNS += ["worst_baseline", "worst_treatment"]
-# What both spend alike, by their names without swept values; those of variants, and with a swept `late`, do not tell.
-EQUAL: dict[tuple, str] = {("adam", name): "steps" for name in ("sam", "asam", "sam-every", "looksam", "random")}
-EQUAL |= {(EQUAL_COMPUTE, name): "compute" for name in ("sam", "asam")}
 
 
 def comparison(results: pd.DataFrame, against: list[tuple[str, str]], *, metrics=("dice",)) -> pd.DataFrame:
@@ -29,16 +24,14 @@ def comparison(results: pd.DataFrame, against: list[tuple[str, str]], *, metrics
     The lines "seen" and "unseen" in place of a test domain are means over those domains (where there are several, and
     of one unit), the lines "each" in place of a training domain means over trainings too, as leave-one-domain-out
     wants them. p_holm: p corrected (Holm 1979) over all cells of train and test domain of one metric, baseline and
-    treatment. equal: steps or compute, "" where names do not say. A cell in which nothing is paired has its line, with
-    NaN; a metric that is not in the results has none.
+    treatment. A cell in which nothing is paired has its line, with NaN; a metric that is not in the results has none.
     """
     lines = []
     for metric in metrics:
         values, units = per_pair(results, metric).assign(metric=metric), units_of(results, metric)
         for baseline, treatment in against:
             rows = values[(values.train_domain != "") & values.optimizer.isin([baseline, treatment])]
-            kinds = tuple(re.sub(r"-(?!.*late=)\w+=.*|\+.*", "", name) for name in (baseline, treatment))
-            about = {"metric": metric, "baseline": baseline, "treatment": treatment, "equal": EQUAL.get(kinds, "")}
+            about = {"metric": metric, "baseline": baseline, "treatment": treatment}
             for train, test, group in _groups(rows):
                 unit = set(units.reindex(group.test_domain).dropna())
                 if len(unit) != 1:

@@ -17,12 +17,14 @@ from tests.study.report import STUDY, run
 
 ANATOMIES = STUDY.model_copy(update={"groups": GROUPS, "leave_one_out": list(DESIGN)})
 NONE = comparison(made_up().head(0), [])
+SPENT = pd.DataFrame({"optimizer": ["adam", "adam-2x", "sam"], "step": [4, 8, 4], "gradient_evaluations": [4, 8, 8]})
 SECTIONS = ("contrasts", "sentence", "forest")
 
 
 def answered(results, pairs, against=(BOTH,), study=ANATOMIES, differences=NONE, **given):
     study = study.model_copy(update={"train_domains": sorted(results.train_domain.unique())})
     given |= {"results": results, "pairs": pairs, "study": study, "differences": differences}
+    given.setdefault("history", SPENT)
     return run(*SECTIONS, against=list(against), **given)
 
 
@@ -250,10 +252,11 @@ def test_variants_are_told_by_their_optimizer_and_by_what_both_spent_alike():
 @pytest.mark.parametrize(
     ("baseline", "treatment", "spent", "told"),
     [
-        ("adam-2x-lr=0.1", "sam-lr=0.1", None, "Adam (adam-2x-lr=0.1) at equal compute"),
+        ("adam-2x-lr=0.1", "sam-lr=0.1", (800, 800), "Adam (adam-2x-lr=0.1) at equal compute"),
         ("adam-2x-lr=0.1", "sam-lr=0.1", (800, 700), "Adam, twice the steps (adam-2x-lr=0.1)"),
         ("adam-2x", "sam-late=0.5", (800, 600), "Adam, twice the steps"),
         ("adam-2x", "sam", (800, 800), "Adam at equal compute"),
+        ("adam-2x", "sam", None, "Adam, twice the steps"),
     ],
 )
 def test_the_baseline_has_its_own_name_and_histories_say_what_was_spent(baseline, treatment, spent, told):
@@ -316,7 +319,7 @@ def test_one_optimizer_has_no_answer():
 
 def other(results, against=(("adam", "sam"),)):
     differences = comparison(results, list(against))
-    return run(*SECTIONS, results=results, against=list(against), differences=differences)
+    return run(*SECTIONS, results=results, against=list(against), differences=differences, history=SPENT)
 
 
 def test_another_study_answers_from_the_comparison():

@@ -189,6 +189,21 @@ def test_a_variant_has_its_own_seconds_and_not_those_of_the_optimizer_that_it_va
     assert lines == [["d/sam-0.03/seed0", "abc", "one (2 cores)", "2", "1", "9.000", "now"]]
 
 
+def test_the_comparison_says_what_both_spent_alike():
+    """By their histories, of averaged weights too; nothing where neither is equal, or where one has no history."""
+    study = STUDY.model_copy(update={"optimizers": ["adam", "adam-2x", "sam", "late", "lost"], "variants": {}})
+    spent = {"adam": (4, 4), "adam-2x": (8, 8), "sam": (4, 8), "late": (5, 7)}
+    history = [{"optimizer": name, "step": n, "gradient_evaluations": g} for name, (n, g) in spent.items()]
+    names = [*study.optimizers, "adam-2x+ema", "sam+ema"]
+    table = run("comparison", results=made_up(optimizers=names), study=study, history=pd.DataFrame(history))
+    table = table.tables["comparison"].drop_duplicates(["baseline", "treatment"]).set_index(["baseline", "treatment"])
+    assert list(table.columns).index("equal") == list(table.columns).index("seeds") - 1
+    assert table.equal.to_dict() == {
+        ("adam", "sam"): "steps", ("adam-2x", "sam"): "compute", ("adam-2x+ema", "sam+ema"): "compute",
+        **{(adam, name): "" for adam in ("adam", "adam-2x") for name in ("late", "lost")},
+    }  # fmt: skip
+
+
 def test_every_training_has_a_line_with_its_parameters():
     configs = {f"d/sam-{name}/seed0": config(rho=rho, down=[4, 8]) for name, rho in (("rho=0.1", 0.1), ("late", 0.2))}
     table = run("tables", configs=configs).tables["trainings"].set_index("optimizer")
