@@ -178,7 +178,11 @@ def test_files_are_named_safely_whatever_the_value(study_of):
 def test_a_sweep_is_compared_with_adam_of_the_same_values(study_of):
     study = study_of(optimizers=["adam-2x", "adam", "sam"], train={"lr": [0.001, 0.002], "rho": [0.01, 0.03]})
     assert compared(study) == ("adam-lr=0.001", "sam-lr=0.001-rho=0.01")
-    of = report.run("comparison", real=["compare_what"], study=study, results=made_up(study.optimizers))
+    spent = {"adam-2x": (2, 2), "adam": (1, 1), "sam": (1, 2)}
+    history = [(name, *spent[name.partition("-lr=")[0]]) for name in study.optimizers]
+    history = pd.DataFrame(history, columns=["optimizer", "step", "gradient_evaluations"])
+    results = made_up(study.optimizers)
+    of = report.run("comparison", real=["compare_what"], study=study, results=results, history=history)
     told = {(b, t): equal for b, t, equal in of.differences[["baseline", "treatment", "equal"]].values}
     assert told == {
         (f"{base}-lr={lr}", f"sam-lr={lr}-rho={rho}"): equal
