@@ -50,17 +50,19 @@ def _same_threads():
 
 @pytest.fixture
 def disk(tmp_path):
-    """A small ext4, mounted, and `power_cut()`: what is not on it when the block begins is gone when it ends.
+    """A small ext4, mounted, and two blocks.
 
-    The cut is ext4's own switch (FS_IOC_SHUTDOWN, without a flush). A file that takes another's name is not written out
-    first (noauto_da_alloc), as on harsher file systems.
+    power_cut(): what is not on it when the block begins is gone when it ends. read_only(): nothing can be written in
+    the block, as after an error of the disk. Both are ext4's own switches (FS_IOC_SHUTDOWN, without a flush;
+    trigger_fs_error). A file that takes another's name is not written out first (noauto_da_alloc), as on harsher file
+    systems.
     """
     fcntl = pytest.importorskip("fcntl")
     image, mounted = tmp_path / "image", tmp_path / "disk"
     mounted.mkdir()
     with open(image, "wb") as file:
         file.truncate(256 << 20)
-    mount = ["mount", "-o", "loop,noauto_da_alloc,commit=1", str(image), str(mounted)]
+    mount = ["mount", "-o", "loop,noauto_da_alloc,commit=1,errors=remount-ro", str(image), str(mounted)]
 
     @contextmanager
     def power_cut():
@@ -68,13 +70,24 @@ def disk(tmp_path):
         fcntl.ioctl(top, 0x8004587D, struct.pack("I", 2))
         os.close(top)
         yield
+        mount_again()
+
+    @contextmanager
+    def read_only():
+        device = os.stat(mounted).st_dev
+        name = os.path.basename(os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"))
+        Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("1", encoding="utf-8")
+        yield
+        mount_again()
+
+    def mount_again():
         subprocess.run(["umount", str(mounted)], check=True)
         subprocess.run(mount, check=True)
 
     made = shutil.which("mkfs.ext4") and subprocess.run(["mkfs.ext4", "-q", str(image)]).returncode == 0
     if not made or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a file system, which mkfs.ext4 makes")
-    yield mounted, power_cut
+    yield mounted, power_cut, read_only
     subprocess.run(["umount", str(mounted)], check=True)
 
 

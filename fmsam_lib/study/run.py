@@ -58,9 +58,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, mostly
-        todo = "make room and run the same command again, or name another folder with --runs (make study RUNS=folder)"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        told = f"nothing more can be written to {root} ({error.strerror}): {todo}" if full else error
+        cure = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "mend the disk"}.get(error.errno or 0)
+        todo = f"{cure} and run the same command again, or name another folder with --runs (make study RUNS=folder)"
+        told = f"nothing more can be written to {root} ({error.strerror}): {todo}" if cure else error
         print(f"error: {told}", file=sys.stderr)
         return 1
 

@@ -84,7 +84,7 @@ def test_a_short_name_stays_beside_a_long_one(tmp_path):
 
 
 def test_after_a_power_cut_a_summary_stands_beside_whole_results(disk):
-    mounted, power_cut = disk
+    mounted, power_cut, _ = disk
     with staged(mounted) as staging:
         (staging / "warped.nii.gz").write_bytes(bytes(100_000))
         (staging / "summary.json").write_text('{"files": ["warped.nii.gz", "summary.json"]}')

@@ -140,10 +140,30 @@ def test_a_full_disk_ends_in_a_sentence_and_with_room_again_the_study_goes_on(st
 
 
 @pytest.mark.slow
+def test_a_disk_that_turns_read_only_midway_ends_in_a_sentence_and_the_study_goes_on(study, undisturbed, disk):
+    """At moments of a seed, while it trains, evaluates and reports."""
+    rng = random.Random(22)
+    mounted, _, read_only = disk
+    for what in ["10_train", "20_evaluate", "40_compare"]:
+        process = study("--runs", str(mounted), run=subprocess.Popen)
+        workers(process, what)
+        time.sleep(rng.uniform(0, 4))
+        with read_only():
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "Traceback" not in said
+        last = said.splitlines()[-1]
+        assert last.startswith(f"error: nothing more can be written to {mounted}/one (Read-only file system): mend")
+    process = study("--runs", str(mounted))
+    assert (process.returncode, process.stderr) == (0, "")
+    assert results(mounted / "one") == undisturbed
+
+
+@pytest.mark.slow
 def test_after_power_cuts_a_study_goes_on_to_the_same(study, undisturbed, disk):
     """At moments of a seed, while it trains, evaluates and reports; then at its end, when all is newly written."""
     rng = random.Random(21)
-    mounted, power_cut = disk
+    mounted, power_cut, _ = disk
     for what in ["10_train", "10_train", "10_train", "20_evaluate", "40_compare", None]:
         process = study("--runs", str(mounted), run=subprocess.Popen)
         children = workers(process, what) if what else []
