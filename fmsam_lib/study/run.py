@@ -48,17 +48,17 @@ def main() -> int:
     arguments.add_argument("--cores", type=int, default=cores, help="of this machine to use (default: all allowed)")
     arguments.add_argument("--profile", type=profile, help="slurm, or the folder of another Snakemake profile")
     given = arguments.parse_args()
-    data = str(data_folder(given.data).resolve())
     try:
         if given.cores < 1:
             raise ConfigError(f"expected --cores of 1 or more, got {given.cores}")
         study_file, root = placed(given.study, Path(given.runs))
-        return computed(study_file, root, data, given.cores, given.profile)
+        return computed(study_file, root, str(data_folder(given.data).resolve()), given.cores, given.profile)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, mostly
-        cure = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "mend the disk"}.get(error.errno or 0)
+        room = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
+        cure = (room | {errno.EROFS: "mend the disk"}).get(error.errno or 0)
         todo = f"{cure} and run the same command again, or name another folder with --runs (make study RUNS=folder)"
         told = f"nothing more can be written to {root} ({error.strerror}): {todo}" if cure else error
         print(f"error: {told}", file=sys.stderr)

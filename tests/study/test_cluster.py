@@ -1,5 +1,6 @@
 """A study on a cluster: Snakemake's executor cluster-generic and a stand-in scheduler; profiles and resources."""
 
+import itertools
 import json
 import os
 import shlex
@@ -89,6 +90,30 @@ def test_slurm_is_given_the_resources_of_the_study(tmp_path, monkeypatch):
     assert told.count("threads: 3") == told.count("runtime=90") == 2
 
 
+def compute(study, runs, *more, run=subprocess.run):
+    command = [sys.executable, "-m", "fmsam_lib.study", str(study), "--runs", str(runs), *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, **pipes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["mem_mb=7000", "gpu=1"])
+def test_a_profile_of_one_machine_limits_memory_and_gpus(tmp_path, limit):
+    """Two cores are there, but not the memory for two notebooks, or a GPU for each."""
+    study, profile = tmp_path / "tiny.yaml", tmp_path / "profile"
+    profile.mkdir()
+    (profile / "config.yaml").write_text(yaml.safe_dump({"cores": 2, "resources": [limit]}))
+    needs = {name: {"gpus": 1} for name in ("10_train", "20_evaluate")}
+    study.write_text(yaml.safe_dump(TINY | {"train": TINY["train"] | {"steps": 10}, "resources": needs}))
+    done = compute(study, tmp_path / "runs", "--profile", str(profile))
+    assert (done.returncode, done.stderr) == (0, "")
+    notebooks = (tmp_path / "runs/tiny").glob("*/**/[12]0_*.ipynb")
+    ran = [json.loads(path.read_text())["metadata"]["papermill"] for path in notebooks]
+    ran = sorted((one["start_time"], one["end_time"]) for one in ran)
+    assert len(ran) == 5
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ran))
+
+
 # --- a cluster
 
 
@@ -110,12 +135,6 @@ def cluster(tmp_path):
     yield profile, queue, runs
     server.terminate()
     server.wait(30)
-
-
-def compute(study, runs, *more, run=subprocess.run):
-    command = [sys.executable, "-m", "fmsam_lib.study", str(study), "--runs", str(runs), *more]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return run(command, env=os.environ | {"PYTHONPATH": str(PROJECT)}, **pipes)
 
 
 @pytest.mark.slow
