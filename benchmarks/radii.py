@@ -1,12 +1,13 @@
 """How far each form of SAM climbs: the relative rise of the training loss at w + eps, over the radius.
 
     python benchmarks/radii.py [--run FOLDER]      # 3 minutes on one core
-    python benchmarks/radii.py --architectures     # of SAM alone, in networks of other sizes: 15 minutes on one core
+    python benchmarks/radii.py --architectures     # of SAM alone, in networks of other sizes: 18 minutes on one core
 
 FOLDER is a run of notebook 10, trained with Adam; without it a small network is trained on four synthetic domains (400
 steps, seed 0). The rise is `L(w + eps) / L(w) - 1` in training mode, the mean over 50 batches of steps that the
 training did not have (20 of other sizes), each with its own eps. Radii of two forms match where the rises do. With
---run it writes figures/radii.csv; --architectures trains each network with Adam and writes figures/architectures.csv.
+--run it writes figures/radii.csv; --architectures trains with Adam each network that figures/architectures.csv lacks, and
+adds it there.
 """
 
 import argparse
@@ -39,6 +40,7 @@ VOLUMES = SMALL | {"shape": [48, 48, 48], "batch": 2}
 ARCHITECTURES = {  # all but the last with the rate of their studies, which diverges at the width of the last
     "2-D, (16, 32, 64)": SMALL | {"lr": 0.004},
     "2-D, twice the channels": SMALL | {"lr": 0.002, "down": [32, 64, 128]},
+    "2-D, uniGradICON's channels": SMALL | {"lr": 0.002, **UNIGRADICON},
     "3-D, (16, 32, 64)": VOLUMES | {"lr": 0.004},
     "3-D, uniGradICON's own": VOLUMES | {"lr": 5e-5, "steps": 200, "batch": 1, **UNIGRADICON},
 }
@@ -80,11 +82,12 @@ def main() -> None:
     about = {"commit": made["commit"], "cpu": made["cpu"]}
     with tempfile.TemporaryDirectory() as folder:
         if given.architectures:
-            rows = []
-            for name, options in ARCHITECTURES.items():
-                trained(f"{folder}/{name}", **options)
+            kept, rows = pd.read_csv(figures / "architectures.csv"), []
+            for name in [name for name in ARCHITECTURES if name not in {*kept.network}]:
+                trained(f"{folder}/{name}", **ARCHITECTURES[name])
                 rows += [{"network": name} | row for row in measured(f"{folder}/{name}", {"SAM": FORMS["SAM"]}, 20)]
-            write_csv(pd.DataFrame(rows).assign(**about), figures / "architectures.csv", float_format="%.4g")
+            rows = pd.concat([kept, pd.DataFrame(rows).assign(**about)]).set_index("network").loc[[*ARCHITECTURES]]
+            write_csv(rows.reset_index(), figures / "architectures.csv", float_format="%.4g")
         elif given.run:
             rows = pd.DataFrame(measured(given.run, FORMS, BATCHES))
             write_csv(rows.assign(**about), figures / "radii.csv", float_format="%.4g")
