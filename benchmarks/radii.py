@@ -6,8 +6,8 @@
 FOLDER is a run of notebook 10, trained with Adam; without it a small network is trained on four synthetic domains (400
 steps, seed 0). The rise is `L(w + eps) / L(w) - 1` in training mode, the mean over 50 batches of steps that the
 training did not have (20 of other sizes), each with its own eps. Radii of two forms match where the rises do. With
---run it writes figures/radii.csv; --architectures trains with Adam each network that figures/architectures.csv lacks, and
-adds it there.
+--run it writes figures/radii.csv; --architectures trains with Adam each network that figures/architectures.csv lacks,
+and adds it there.
 """
 
 import argparse
