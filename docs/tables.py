@@ -274,7 +274,8 @@ def radii() -> pd.DataFrame:
 
 def architectures() -> pd.DataFrame:
     """The same of SAM's step in networks of other sizes."""
-    return rises("architectures", ["network", "weights", "steps"])
+    table = rises("architectures", ["network", "weights", "steps"])
+    return table.assign(weights=table.weights.map("{:,}".format))
 
 
 def rises(name: str, keys: list[str]) -> pd.DataFrame:
