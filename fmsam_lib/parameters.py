@@ -26,6 +26,8 @@ Side = Annotated[int, Field(ge=16)]
 Shape = Annotated[list[Side], Field(min_length=2, max_length=3)]
 Channels = Annotated[list[Count], Field(min_length=1)]
 Folder = Annotated[str, AfterValidator(in_project)]
+MINE = "runs/mine/brain-mr"
+Beside = Annotated[Folder, AfterValidator(lambda given, at: given or at.data.get("run") or in_project(f"{MINE}/none"))]
 
 EQUAL_COMPUTE = "adam-2x"  # Adam with twice the steps: the baseline at SAM's cost
 Optimizer = Literal["adam", "adam-2x", "sam", "asam", "sam-every", "looksam", "random"]
@@ -36,7 +38,6 @@ Corruption = Literal["noise", "bias_field", "gamma", "inversion", "blur", "slice
 
 DATA = "folder of data sets; empty: the environment's FMSAM_DATA, else the project's data"
 THREADS = "processor threads; another number may change the last bits of a result"
-MINE = "runs/mine/brain-mr"
 
 
 class Start(Parameters):
@@ -162,7 +163,7 @@ class Evaluate(Parameters):
     """Notebook 20: one trained network, or what it is compared with, on every test domain."""
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train; empty for none and ants-syn")
-    out: Folder = Field(f"{MINE}/sam/seed0", min_length=1, description="folder for results.csv and the other tables")
+    out: Beside = Field("", description="folder for the tables; empty: the run's, else runs/mine/brain-mr/none")
     methods: Some[Method] = Field(["network"], description="network, also +io, +ema, +tail, +bn; io, none, ants-syn")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="synthetic domains or data sets")
     shape: Shape = Field([64, 64], description="samples along each axis")
@@ -193,7 +194,7 @@ class Landscape(Parameters):
 
     run: Folder = Field(f"{MINE}/sam/seed0", description="folder of a run of 10_train")
     other: Folder = Field("", description="folder of a second run from the same start, to walk to; empty: none")
-    out: Folder = Field(f"{MINE}/sam/seed0", min_length=1, description="folder for landscape.csv and flatness.csv")
+    out: Beside = Field("", description="folder for both tables; empty: the run's")
     test_domains: Names = Field(["brain-mr", "heart-mr"], description="whose loss, beside that of the training images")
     data: Folder = Field("", description=DATA)
     pairs: Count = Field(4, description="pairs in the batch that the loss is measured on")

@@ -91,7 +91,18 @@ def test_no_default_leaves_the_project(kind):
 
 def test_an_absolute_folder_and_an_empty_one_stay_as_they_are(tmp_path):
     assert Train(out=tmp_path / "a b").out == str(tmp_path / "a b")
-    assert Evaluate(run="", methods=["none"]).run == ""
+    assert Evaluate(run="", out="runs/x", methods=["none"]).run == ""
+
+
+@pytest.mark.parametrize("model", [Evaluate, Landscape])
+def test_tables_go_beside_the_run_unless_another_folder_is_named(model):
+    assert model().out == model().run
+    assert model(run="runs/x", out="").out == str(records.PROJECT / "runs/x")
+    assert model(run="runs/x", out="runs/y").out == str(records.PROJECT / "runs/y")
+
+
+def test_tables_without_a_run_have_a_folder_of_their_own():
+    assert Evaluate(run="", methods=["none"]).out == str(records.PROJECT / "runs/mine/brain-mr/none")
 
 
 def test_data_and_a_home_are_found_wherever_a_notebook_is_started(monkeypatch):

@@ -23,8 +23,7 @@ def identity_map(shape: tuple[int, ...], dtype=torch.float32, device="cpu") -> T
     """
     with torch.inference_mode(False):  # whoever asks first, later ones may need gradients through it
         axes = [torch.linspace(0, 1, n, dtype=torch.float64) for n in shape]
-        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-        return grid[None].to(dtype=dtype, device=device)
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None].to(dtype=dtype, device=device)
 
 
 def sample(image: Tensor, points: Tensor, *, mode: str = "bilinear", padding: str = "border") -> Tensor:

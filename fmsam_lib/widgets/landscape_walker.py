@@ -86,8 +86,7 @@ class Walk:
         axes = figure.subplots()
         finite = np.ma.masked_invalid(self.losses)
         low, high = float(finite.min()), max(float(finite.max()), float(finite.min()) + 1e-12)
-        wide = 0 < 50 * low < high
-        levels, norm = (np.geomspace, colors.LogNorm) if wide else (np.linspace, colors.Normalize)
+        levels, norm = (np.geomspace, colors.LogNorm) if 0 < 50 * low < high else (np.linspace, colors.Normalize)
         filled = axes.contourf(self.alphas, self.betas, finite, levels(low, high, 15), norm=norm(low, high))
         axes.contour(filled, colors="white", linewidths=0.4)
         for name, place in self.places.items():

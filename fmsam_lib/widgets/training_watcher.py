@@ -59,8 +59,7 @@ class Watcher:
         start, asked = time.perf_counter(), self.asked
         if asked or state.step == self.run.updates or start >= self.due:
             self._draw(state, net)
-            taken = time.perf_counter() - start
-            self.due = start + max(EVERY, taken / SHARE)
+            self.due = start + max(EVERY, (time.perf_counter() - start) / SHARE)
         return asked
 
     def _draw(self, state: State, net: GradICON) -> None:
