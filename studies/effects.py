@@ -85,6 +85,7 @@ EFFECTS = {
     (BY_SAM, "no augmentation"): (("settings", "plain"), ("settings", "sam-plain")),
     (BY_SAM, "no augmentation, equal steps, 4,000"): (("settings", "adam-plain"), ("settings", "sam-plain")),
     (BY_SAM, "twice the channels"): (("settings", "wide"), ("settings", "sam-wide")),
+    (BY_SAM, "uniGradICON's channels, 4,000 gradients"): (("settings", "unigradicon"), ("settings", "sam-unigradicon")),
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
@@ -112,6 +113,7 @@ EFFECTS = {
     (OTHER, "twice the penalty (lambda 3)"): (("unseen", "adam-2x"), ("settings", "lambda-3")),
     (OTHER, "no augmentation"): (("unseen", "adam-2x"), ("settings", "plain")),
     (OTHER, "twice the channels"): (("unseen", "adam-2x"), ("settings", "wide")),
+    (OTHER, "uniGradICON's channels, 4,000 gradients"): (("unseen", "adam"), ("settings", "unigradicon")),
     (OTHER, "no synthetic images"): (("unseen", "adam-2x"), ("real", "adam-2x")),
     (OTHER, "8,000 gradients, not 4,000"): (("unseen", "adam"), ("unseen", "adam-2x")),
     (OTHER, "16,000 gradients, not 8,000"): (("unseen", "adam-2x"), ("unseen", "adam-4x")),
@@ -448,10 +450,14 @@ def arms(networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside_the_penalty(of_seed: pd.DataFrame) -> pd.DataFrame:
-    """How far the arms of a seed lie above Adam's line from one weight of the penalty to the next, where it reaches."""
+    """How far the arms of a seed lie above Adam's line from one weight of the penalty to the next.
+
+    Not a number where the line does not reach, and of arms with more gradients or fewer than those on the line have.
+    """
     line = of_seed.set_index("optimizer").loc[[*PENALTIES]]
     there = np.interp(of_seed.sdlogj, line.sdlogj, line.dice, left=np.nan, right=np.nan)
-    return of_seed.assign(beside=of_seed.dice - there)
+    as_long = (of_seed.gradients / line.gradients.iloc[0] - 1).abs() < 0.01
+    return of_seed.assign(beside=(of_seed.dice - there).where(as_long))
 
 
 def arms_told(means: pd.DataFrame) -> pd.DataFrame:
@@ -479,7 +485,7 @@ def smoothness(means: pd.DataFrame) -> None:
     for label, (names, look) in lines.items():
         ax.plot(at.sdlogj[names], at.dice[names], label=label, **look)
     others = at.drop(index={name for names, _ in lines.values() for name in names})
-    by_adam = others.index.isin(["plain", "adam-plain", "wide", "adam-part"])
+    by_adam = others.index.isin(["plain", "adam-plain", "wide", "unigradicon", "adam-part"])
     for label, of, look in (("Adam, other arms", by_adam, adam), ("SAM, other forms and arms", ~by_adam, sam)):
         ax.plot(others.sdlogj[of], others.dice[of], label=label, **look | {"linestyle": "", "markerfacecolor": "white"})
     below, left = {"xytext": (7, -11)}, {"xytext": (-7, 4), "ha": "right"}
@@ -524,7 +530,8 @@ def main() -> None:
     smoothness(means)
     if len(spoilt):
         write_csv(by_kind(spoilt), FIGURES / "table_corrupted.csv")
-    draw(table[(table.kind != MEASURED) & (table.groupby(["kind", "effect"]).seed.transform("nunique") > 1)])
+    several = table.groupby(["kind", "effect"]).seed.transform("nunique") > 1
+    draw(table[several & (table.kind != MEASURED) & ~table.effect.str.startswith("averaged weights (last quarter)")])
     answer(table)
     spent(networks, helps)
     matrix(networks, helps)

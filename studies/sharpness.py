@@ -41,15 +41,16 @@ FORMS = {"layer-0.0014": "SAM by layer", "part-0.0064": "SAM by part", "sam-0.01
 FORMS |= {"every-5": "SAM in one step of five", "adam-part": "Adam by part", "sam-2x": "SAM, twice the steps"}
 FORMS |= {"adam-4x": "Adam, four times the steps"}
 DRAWN = ("SAM", *(name for name in FORMS.values() if name.startswith("SAM")))
-PLAIN, WIDE = "no augmentation", "twice the channels"
+PLAIN, WIDE, LARGE = "no augmentation", "twice the channels", "uniGradICON's channels"
 FORMS |= {"adam-plain": f"Adam, {PLAIN}", "plain": f"Adam, twice the steps, {PLAIN}", "sam-plain": f"SAM, {PLAIN}"}
 FORMS |= {f"constant-{rho}": f"SAM, rho {rho} constant" for rho in RHOS}
 FORMS |= {"sam-4x": "SAM, four times the steps", "adam-8x": "Adam, eight times the steps"}
 FORMS |= {"sam-0.003": "SAM, rho 0.003", "wide": f"Adam, twice the steps, {WIDE}", "sam-wide": f"SAM, {WIDE}"}
+FORMS |= {"unigradicon": f"Adam, {LARGE}", "sam-unigradicon": f"SAM, {LARGE}"}
 # Adam at equal compute; with as small batches in BatchNorm
 CONTROL = {"SAM by part": "Adam by part", "SAM, twice the steps": "Adam, four times the steps"}
 CONTROL |= {"SAM, four times the steps": "Adam, eight times the steps"}
-CONTROL |= {f"SAM, {of}": f"Adam, twice the steps, {of}" for of in (PLAIN, WIDE)}
+CONTROL |= {f"SAM, {of}": f"Adam, twice the steps, {of}" for of in (PLAIN, WIDE)} | {f"SAM, {LARGE}": f"Adam, {LARGE}"}
 
 
 def measured(folder: Path) -> list[dict]:

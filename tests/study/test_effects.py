@@ -168,11 +168,13 @@ def test_corrupted_dice_is_the_mean_over_severities_and_pairs(script, tmp_path, 
     assert (line["study"], line["optimizer"], line["seen"], line["corruption"]) == ("shifts", "sam", True, "noise")
 
 
-def test_an_arm_lies_beside_the_line_of_the_penalties_and_nowhere_beyond_it(script):
+def test_an_arm_as_long_lies_beside_the_line_of_the_penalties_and_nowhere_beyond_it(script):
     rows = [("lambda-3", 0.3, 0.80), ("adam-2x", 0.34, 0.82), ("lambda-0.75", 0.4, 0.82)]
-    rows += [("sam", 0.32, 0.80), ("wide", 0.37, 0.83), ("smooth", 0.2, 0.8), ("rough", 0.5, 0.8)]
-    found = script.beside_the_penalty(pd.DataFrame(rows, columns=["optimizer", "sdlogj", "dice"]))
-    expected = [0, 0, 0, -0.01, 0.01, float("nan"), float("nan")]
+    rows += [("sam", 0.32, 0.80), ("wide", 0.37, 0.83), ("smooth", 0.2, 0.8), ("rough", 0.5, 0.8), ("long", 0.34, 0.8)]
+    gradients = [8000, 8000, 8000, 7999, 8000, 8000, 8000, 16000]
+    rows = pd.DataFrame(rows, columns=["optimizer", "sdlogj", "dice"]).assign(gradients=gradients)
+    found = script.beside_the_penalty(rows)
+    expected = [0, 0, 0, -0.01, 0.01, *[float("nan")] * 3]
     assert found.beside.to_numpy() == pytest.approx(expected, nan_ok=True)
 
 
