@@ -1,8 +1,8 @@
 """Can a registration be trusted? Signs that need no label: "fine", "look at it" with the reasons, or "unknown".
 
-Each sign is divided by its limit; the worst one decides. The limits come from a small network's registrations of
-synthetic and real 2-D pairs. `benchmarks/verdict.py` finds them, and measures on other pairs how well the signs predict
-a low Dice: `figures/verdict.csv`.
+Each sign is counted from what is usual to its limit; the worst one decides. The limits come from a small network's
+registrations of synthetic and real 2-D pairs. `benchmarks/verdict.py` finds them, and measures on other pairs how well
+the signs predict a low Dice: `figures/verdict.csv`.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from fmsam_lib.model.spatial import inverse_error, voxels
 from fmsam_lib.pair import Pair
 from fmsam_lib.training.seen import unlike
 
-# By sign: what is usual, the median of good registrations, and the limit, their 90th percentile. Nothing folded there.
+# By sign: what is usual, the median of good registrations, and the limit, their 90th percentile (folding: by hand).
 LIMITS = {
     "inverse_error": (2.4, 3.7),
     "folding": (0.0, 0.1),
