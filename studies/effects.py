@@ -49,6 +49,7 @@ TUNED, LONGER, STEPS, STEPS_LONGER = (  # both primary arms at two lengths, at e
 )
 PRIMARY = [f"as tuned (rho 0.001), {n} gradients" for n in ("8,000", "16,000")]
 ONE = ("alone", "adam-2x")  # trained on one anatomy; with as many gradients, 4,000, on more of them
+LARGE = ("settings", "sam-unigradicon")
 INSTEAD = {  # beside the answer
     "trained on two anatomies, not one": "two anatomies, not one",
     "fine-tuned on 5 subjects": "five of its subjects",
@@ -85,7 +86,8 @@ EFFECTS = {
     (BY_SAM, "no augmentation"): (("settings", "plain"), ("settings", "sam-plain")),
     (BY_SAM, "no augmentation, equal steps, 4,000"): (("settings", "adam-plain"), ("settings", "sam-plain")),
     (BY_SAM, "twice the channels"): (("settings", "wide"), ("settings", "sam-wide")),
-    (BY_SAM, "uniGradICON's channels, 4,000 gradients"): (("settings", "unigradicon"), ("settings", "sam-unigradicon")),
+    (BY_SAM, "uniGradICON's channels, 4,000 gradients"): (("settings", "unigradicon"), LARGE),
+    (BY_SAM, "uniGradICON's channels, equal steps, 2,000"): (("settings", "adam-unigradicon"), LARGE),
     (BY_SAM, "trained on real images alone"): (("real", "adam-2x"), ("real", "sam")),
     (BY_SAM, "another hospital, same anatomy"): (("hospital", "adam-2x"), ("hospital", "sam")),
     (BY_SAM, "another modality, other anatomies"): (("modality", "adam-2x"), ("modality", "sam")),
@@ -485,7 +487,7 @@ def smoothness(means: pd.DataFrame) -> None:
     for label, (names, look) in lines.items():
         ax.plot(at.sdlogj[names], at.dice[names], label=label, **look)
     others = at.drop(index={name for names, _ in lines.values() for name in names})
-    by_adam = others.index.isin(["plain", "adam-plain", "wide", "unigradicon", "adam-part"])
+    by_adam = others.index.isin(["plain", "adam-plain", "wide", "unigradicon", "adam-unigradicon", "adam-part"])
     for label, of, look in (("Adam, other arms", by_adam, adam), ("SAM, other forms and arms", ~by_adam, sam)):
         ax.plot(others.sdlogj[of], others.dice[of], label=label, **look | {"linestyle": "", "markerfacecolor": "white"})
     below, left = {"xytext": (7, -11)}, {"xytext": (-7, 4), "ha": "right"}

@@ -46,11 +46,12 @@ FORMS |= {"adam-plain": f"Adam, {PLAIN}", "plain": f"Adam, twice the steps, {PLA
 FORMS |= {f"constant-{rho}": f"SAM, rho {rho} constant" for rho in RHOS}
 FORMS |= {"sam-4x": "SAM, four times the steps", "adam-8x": "Adam, eight times the steps"}
 FORMS |= {"sam-0.003": "SAM, rho 0.003", "wide": f"Adam, twice the steps, {WIDE}", "sam-wide": f"SAM, {WIDE}"}
-FORMS |= {"unigradicon": f"Adam, {LARGE}", "sam-unigradicon": f"SAM, {LARGE}"}
+FORMS |= {"unigradicon": f"Adam, twice the steps, {LARGE}", "adam-unigradicon": f"Adam, {LARGE}"}
+FORMS |= {"sam-unigradicon": f"SAM, {LARGE}"}
 # Adam at equal compute; with as small batches in BatchNorm
 CONTROL = {"SAM by part": "Adam by part", "SAM, twice the steps": "Adam, four times the steps"}
 CONTROL |= {"SAM, four times the steps": "Adam, eight times the steps"}
-CONTROL |= {f"SAM, {of}": f"Adam, twice the steps, {of}" for of in (PLAIN, WIDE)} | {f"SAM, {LARGE}": f"Adam, {LARGE}"}
+CONTROL |= {f"SAM, {of}": f"Adam, twice the steps, {of}" for of in (PLAIN, WIDE, LARGE)}
 
 
 def measured(folder: Path) -> list[dict]:
@@ -167,7 +168,7 @@ def draw(table: pd.DataFrame) -> None:
         raise ValueError(f"expected a name in FORMS, and its control if it is not {EQUAL_COMPUTE}, for {unknown}")
     pairs = [(CONTROL.get(name, EQUAL_COMPUTE), name) for name in others]
     pairs += [("adam", name) for name in others if name == "sam" or name.endswith(" constant")]
-    pairs += [(f"Adam, {PLAIN}", f"SAM, {PLAIN}"), ("adam", EQUAL_COMPUTE)]
+    pairs += [(f"Adam, {of}", f"SAM, {of}") for of in (PLAIN, LARGE)] + [("adam", EQUAL_COMPUTE)]
     lines = []
     for (baseline, treatment), kind in itertools.product(pairs, (OWN, *KINDS)):
         rows = differences(table, baseline, treatment).query("kind == @kind")
