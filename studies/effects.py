@@ -34,7 +34,9 @@ from fmsam_lib.training.checkpoint import trained_with
 
 FIGURES = PROJECT / "figures"
 SPOILT = FIGURES / "corrupted.csv"
-UNSEEN, REAL, SHIFTS = (read_study(PROJECT / "studies" / f"{name}.yaml") for name in ("unseen", "real", "shifts"))
+UNSEEN, REAL, SHIFTS, FORMS, SETTINGS = (
+    read_study(PROJECT / "studies" / f"{name}.yaml") for name in ("unseen", "real", "shifts", "forms", "settings")
+)
 ANATOMY = {name: anatomy for anatomy, names in UNSEEN.groups.items() for name in names}
 SHIFT = dict(zip(SHIFTS.train_domains, ["one hospital", "the other hospital", "MR", "no MR"], strict=True))
 ABOUT = ["study", "train_domain", "subjects", "optimizer", "seed", "gradients", "test_domain", "seen", "pairs"]
@@ -487,7 +489,8 @@ def smoothness(means: pd.DataFrame) -> None:
     for label, (names, look) in lines.items():
         ax.plot(at.sdlogj[names], at.dice[names], label=label, **look)
     others = at.drop(index={name for names, _ in lines.values() for name in names})
-    by_adam = others.index.isin(["plain", "adam-plain", "wide", "unigradicon", "adam-unigradicon", "adam-part"])
+    variants = FORMS.variants | SETTINGS.variants
+    by_adam = np.array([variants[name]["optimizer"].startswith("adam") for name in others.index])
     for label, of, look in (("Adam, other arms", by_adam, adam), ("SAM, other forms and arms", ~by_adam, sam)):
         ax.plot(others.sdlogj[of], others.dice[of], label=label, **look | {"linestyle": "", "markerfacecolor": "white"})
     below, left = {"xytext": (7, -11)}, {"xytext": (-7, 4), "ha": "right"}

@@ -57,10 +57,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, mostly
-        room = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
-        cure = (room | {errno.EROFS: "mend the disk"}).get(error.errno or 0)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        cure = "mend the disk" if error.errno == errno.EROFS else "make room"
         todo = f"{cure} and run the same command again, or name another folder with --runs (make study RUNS=folder)"
-        told = f"nothing more can be written to {root} ({error.strerror}): {todo}" if cure else error
+        told = f"nothing more can be written to {root} ({error.strerror}): {todo}" if full else error
         print(f"error: {told}", file=sys.stderr)
         return 1
 
