@@ -38,6 +38,14 @@ def data_error(where, expected: str, found: str | Exception, todo: str) -> DataE
     return DataError(f"{where}: expected {expected}, found {found}. {todo}")
 
 
+def encodable(path: str | os.PathLike) -> str:
+    """A path that ITK takes; it ends the program at one that is not in UTF-8. Raises DataError."""
+    shown = os.fsencode(path).decode(errors="backslashreplace")
+    if shown != os.fspath(path):
+        raise data_error(shown, "a path in UTF-8", "other bytes", "Rename it.")
+    return shown
+
+
 def provenance() -> dict:
     """Commit, hash of the library's sources, versions and hardware, for `config.json`."""
     import torch  # here: reading parameters does not need it

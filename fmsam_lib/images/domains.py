@@ -52,9 +52,11 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, su
     if "+" in name:
         how: dict = {"shape": shape, "data": data, "seed": seed, "subjects": subjects}
         return Mixture(name, [open_domain(part, **how) for part in name.split("+")])
+    folder, known = data_folder(data), domain_names(data)
+    if known.count(name) > 1:
+        raise data_error(folder / name, "a data set of another name", "a synthetic domain's", "Rename it.")
     if name in synthetic.DOMAINS:
         return SyntheticDomain(name, shape, seed, subjects)
-    folder, known = data_folder(data), domain_names(data)
     if name not in known:
         todo = "Correct the name, or set FMSAM_DATA to the folder of data sets."
         raise data_error(folder, f"one of {', '.join(known)}", f"{name!r}{nearest(name, known)}", todo)
@@ -140,9 +142,11 @@ class FileDomain:
             listed = listed and [pair for pair in listed if all(manifest.subject[i] in kept for i in pair)]
         self.training_count, self.validation_count = len(self.training), len(self.validation_pairs)
         self.training_pairs, self.test_count = listed, len(manifest.test_pairs)
-        named, n = Counter(map(stem, manifest.subject)), len(manifest.folder.parts)
-        front = {i: [*i.parts[n:-1]] if named[stem(i)] > 1 else [] for i in manifest.subject}  # folders, of equal names
-        self.called = {i: "_".join([*folders, stem(i)]) for i, folders in front.items()}
+        named, here = Counter(map(stem, manifest.subject)), manifest.folder
+        below = {i: i.relative_to(here if i.is_relative_to(here) else i.anchor) for i in manifest.subject}
+        called = {i: "_".join((*p.parts[: -1 if named[stem(i)] > 1 else 0], stem(i))) for i, p in below.items()}
+        again = Counter(called.values())  # T1.nii.gz beside T1.mha
+        self.called = {i: name if again[name] == 1 else f"{name}{i.suffix}" for i, name in called.items()}
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
         self.hashed: list = []  # what the files of `samples` were when they were last hashed for a training
 
@@ -233,7 +237,7 @@ def landmarks(path: Path, sample: Sample) -> Tensor:
         outside = ~(np.abs(unit - 0.5) <= 0.5 + 1 / (np.array(shape) - 1)).all(axis=1)
         if outside.any():
             raise ValueError(f"{points[outside][0].tolist()}, which is not in the image")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         expected = "x,y,z in each line and no header: a voxel's index in the image's file"
         raise data_error(path, expected, str(error), "Correct the file.") from error
     return torch.from_numpy(unit).float()

@@ -21,7 +21,7 @@ from nibabel.analyze import AnalyzeImage
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
-from fmsam_lib.records import data_error
+from fmsam_lib.records import data_error, encodable
 
 # ITK's threads do not survive a fork (of a data loader, of a test), and reading gains nothing by them.
 sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -133,7 +133,7 @@ def _check_scale(scale: np.ndarray, where: str) -> None:
 def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
     if isinstance(source, SpatialImage):
         return _from_nibabel(source, where)
-    path = Path(source)
+    path = Path(encodable(source))
     if os.path.isdir(path):  # False of a name too long, where Path raises
         return _read_series(path)
     if not os.path.isfile(path):
@@ -178,8 +178,7 @@ def _check_nifti(path: Path, where: str, reader: sitk.ImageFileReader, content: 
     if kind in (16, 64):  # float32, float64
         pair = offset < 348  # .hdr and .img
         header: Any = _loaded(path, where).header if pair else nibabel.Nifti1Header(content[:348], check=False)
-        stored = np.frombuffer(content, f"{header.endianness}f{bits // 8}", pixels, offset)
-        _check_finite(stored, where)
+        _check_finite(np.frombuffer(content, f"{header.endianness}f{bits // 8}", pixels, offset), where)
 
 
 def _said(error: RuntimeError) -> str:
@@ -203,11 +202,11 @@ def parts(path: Path) -> list[Path]:
 
 def _unzipped(path: Path, where: str) -> bytes:
     """What the file with the values holds, unzipped; read to the checksum at its end, which ITK does not compare."""
-    path = next(file for file in (parts(path)[-1], path) if file.is_file())
-    content = path.read_bytes()
-    header = re.match(rb"(?s)NRRD.*?\n\r?\n|.*?\nElementDataFile *= *LOCAL *\r?\n", content[: 1 << 16])
-    text, start = (header.group(), header.end()) if header else (b"", 0)
     try:
+        path = next(file for file in (parts(path)[-1], path) if file.is_file())
+        content = path.read_bytes()
+        header = re.match(rb"(?s)NRRD.*?\n\r?\n|.*?\nElementDataFile *= *LOCAL *\r?\n", content[: 1 << 16])
+        text, start = (header.group(), header.end()) if header else (b"", 0)
         if content.startswith(b"\x1f\x8b"):
             return gzip.decompress(content)
         if path.suffix == ".zraw" or re.search(rb"(?i)\n(encoding: *gz|CompressedData *= *True)", text):
@@ -216,7 +215,8 @@ def _unzipped(path: Path, where: str) -> bytes:
             if not stream.eof:
                 raise EOFError("the end of its compressed stream is missing")
     except UNREADABLE as error:
-        raise data_error(where, "a readable image", str(error), DAMAGED) from error
+        denied = isinstance(error, PermissionError)
+        raise data_error(where, "a readable image", error, "Allow reading." if denied else DAMAGED) from error
     return content
 
 
@@ -226,8 +226,9 @@ def _from_nibabel(image: Any, where: str) -> sitk.Image:
         path = Path(folder) / "image.nii"
         try:
             given, values, kind = image, np.asanyarray(image.dataobj), image.get_data_dtype()
-            if held := values.dtype.kind == "f" and not nibabel.is_proxy(image.dataobj):
-                kind = np.result_type(kind, values)  # an array in memory: its own numbers, whatever its header says
+            if held := values.dtype.kind in "iuf" and not nibabel.is_proxy(image.dataobj):
+                # an array in memory: its own numbers, whatever its header says
+                kind = np.result_type(kind, values) if values.dtype.kind == "f" else values.dtype
             placed = not isinstance(image, AnalyzeImage) or isinstance(image, nibabel.Nifti1Pair)  # Analyze is not
             if held or type(image) is not nibabel.Nifti1Image:
                 image = nibabel.Nifti1Image(values, image.affine if placed else None, dtype=kind)

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 from fmsam_lib.images.files import Source, ids, name_of, read_labels, read_values
-from fmsam_lib.records import data_error
+from fmsam_lib.records import data_error, warn_once
 
 CT_WINDOW = (-1000.0, 1000.0)  # HU, as uniGradICON
 
@@ -47,6 +47,12 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
     """
     dim = len(shape)
     image = read_values(image_path, dim)
+    cosines = np.sort(np.abs(np.reshape(image.GetDirection(), (image.GetDimension(), -1))), axis=0)
+    if (cosines[-1] - cosines[-2]).min() < 0.1 and oriented(image):  # 41 to 49 degrees
+        told = (
+            "an axis lies halfway between two of the body's; beside images on the other side of 45 degrees it is turned"
+        )
+        warn_once(f"{image_path}: {told} by 90. Resample it along the body's axes.")
     grid, label = reference(image, shape), None
     if label_path is not None:
         values = read_labels(label_path, dim, labels)
@@ -63,27 +69,36 @@ def affine(image: sitk.Image) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
 
 
+def orientation(image: sitk.Image, beside: sitk.Image | None = None) -> np.ndarray:
+    """Nibabel's orientation of an image's axes along the body's or, `beside` another image, along that one's."""
+    frame, turn = affine(beside)[:3, :3] if beside else np.eye(3), affine(image)
+    turn[:3, :3] = (frame / np.linalg.norm(frame, axis=0)).T @ turn[:3, :3]
+    return nibabel.io_orientation(turn)
+
+
 def oriented(image: sitk.Image) -> bool:
     """Whether the file says where the axes point: of NIfTI, unless the codes of qform and sform are 0; a PNG never."""
     codes = {*image.GetMetaDataKeys()} & {"qform_code", "sform_code"}
     return not codes or any(image.GetMetaData(key) != "0" for key in codes)
 
 
-def reference(image: sitk.Image, shape: Sequence[int]) -> sitk.Image:
+def reference(image: sitk.Image, shape: Sequence[int], beside: sitk.Image | None = None) -> sitk.Image:
     """The grid of `shape` over the image's field of view, its axes in canonical order; x of a picture as it is stored.
 
     Of a volume and a 2-D `shape`: over the one slice that the file has, else the middle one; that axis comes last.
+    beside: another image's grid, whose axes these follow as closely as they can: for two images on either side of 45
+    degrees canonical axes are others.
     """
     size = (*image.GetSize(), 1)[:3]
     dim, steps = image.GetDimension(), np.ones(3)
-    orientation = nibabel.io_orientation(affine(image))
-    orientation[0, 1] = 1 if dim == 2 and not oriented(image) else orientation[0, 1]  # a picture is not mirrored
-    axes = [int(axis) for axis in np.argsort(orientation[:, 0])]  # the file's, in canonical order
+    along = orientation(image, beside)
+    along[0, 1] = 1 if dim == 2 and not oriented(image) else along[0, 1]  # a picture is not mirrored
+    axes = [int(axis) for axis in np.argsort(along[:, 0])]  # the file's, in canonical order
     across = ([axis for axis in axes if size[axis] == 1] or axes[-1:])[-1] if len(shape) == 2 else None
     axes.sort(key=lambda axis: axis == across)
     first = np.zeros(3)
     for axis, n in zip(axes, (*shape, 1)[:3], strict=True):
-        flipped = orientation[axis, 1] < 0
+        flipped = along[axis, 1] < 0
         steps[axis] = (1.0 if axis == across else size[axis] / n) * (-1 if flipped else 1)
         middle = size[axis] // 2 if axis == across else abs(steps[axis]) / 2 - 0.5
         first[axis] = size[axis] - 1 - middle if flipped else middle
@@ -199,7 +214,9 @@ def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, floa
         _check_hounsfield(where, image)
     if min(image.max(), high) <= max(image.min(), low):
         what = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
-        raise data_error(name_of(where), f"an image that varies {what}", f"{image.min():g} throughout", "Leave it out.")
+        rest = ", but for 1 % of it" if modality != "CT" and image.max() > low else ""
+        found = f"{image.min():g} throughout{rest}"
+        raise data_error(name_of(where), f"an image that varies {what}", found, "Leave it out, or crop it.")
     return low, high
 
 

@@ -68,7 +68,8 @@ def read_manifest(folder: Path | str) -> Manifest:
     pairs of an image with itself, an unknown modality, a subject in both training and test by other images.
     """
     folder = Path(folder)
-    path = folder / f"{folder.resolve().name}_dataset.json"
+    paths = [folder / f"{called.name}_dataset.json" for called in (folder.absolute(), folder.resolve())]  # of a link
+    path = next(filter(Path.is_file, paths), paths[0])
     if not path.is_file():
         found, other = "no such file" if folder.is_dir() else "no such folder", [*folder.glob("*_dataset.json")][:1]
         todo = "Rename it." if other else "Put the data set there or set FMSAM_DATA to its parent."
@@ -77,7 +78,7 @@ def read_manifest(folder: Path | str) -> Manifest:
         return _checked(path, json.loads(path.read_text(encoding="utf-8-sig")))
     except DataError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         found = f"{type(error).__name__}: {error}"
         raise data_error(path, "JSON of Learn2Reg's structure", found, "Compare it with another data set's.") from error
 
@@ -129,7 +130,8 @@ def _checked(path: Path, content: dict) -> Manifest:
     demand(not twice, "every training image once", f"{', '.join(twice)} again", "Remove the second entry.")
     trained_on, tested_on = {*training, *itertools.chain(*(training_pairs or []))}, {*itertools.chain(*test_pairs)}
     images = sorted(trained_on | tested_on)
-    subjects = {i: str(entries.get(i, {}).get("subject", subject_of(i, len(read_as) > 1))) for i in images}
+    stated = {i: entries.get(i, {}).get("subject") for i in images}
+    subjects = {i: subject_of(i, len(read_as) > 1) if s is None else str(s) for i, s in stated.items()}
     again = {subjects[image] for image in trained_on & tested_on}
     left = [image for image in training if subjects[image] not in again]
     left_pairs = training_pairs and [p for p in training_pairs if not again & {subjects[image] for image in p}]
@@ -159,6 +161,7 @@ def _checked(path: Path, content: dict) -> Manifest:
     files = [*images, *itertools.chain(*(of.values() for of in beside.values()))]
     absent = [str(file) for file in files if file and not os.path.isfile(file)]
     gone = f"{len(absent)} missing: {', '.join(absent[:3])}"
+    gone += " (a folder: dcm2niix makes a file of it)" * any(map(os.path.isdir, absent))
     demand(not absent, "every listed file on disk", gone, "Copy the files there or correct the manifest.")
     spacing_known = content.get("spacing_known", not any(image.suffix.lower() == ".png" for image in images))
     demand(isinstance(spacing_known, bool), "spacing_known true or false", repr(spacing_known))

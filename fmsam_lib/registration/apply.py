@@ -16,7 +16,7 @@ import SimpleITK as sitk  # noqa: N813
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.files import read_labels, read_values, stem
 from fmsam_lib.images.grid import check_same_grid, nearest
-from fmsam_lib.records import data_error, read_json, write_csv
+from fmsam_lib.records import data_error, encodable, read_json, write_csv
 from fmsam_lib.registration.folder import RESULT, SUMMARY
 from fmsam_lib.registration.result import linearly, write
 
@@ -113,7 +113,7 @@ def apply(
     if space not in (None, *SPACES):
         raise ConfigError(f"expected space to be one of {', '.join(SPACES)}, got {space!r}")
     transform, target, source, modality = saved(folder, inverse=inverse)
-    dim, out, made, theirs = target.GetDimension(), Path(out), {}, f"the images of {folder}"
+    dim, out, made, theirs = target.GetDimension(), Path(encodable(out)), {}, f"the images of {folder}"
     if paired_points and not points:
         raise data_error(paired_points, "points of the other image too", "none", "Give both.")
     if source is None and points and space == "voxels":

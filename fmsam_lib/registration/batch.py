@@ -85,8 +85,7 @@ def read_pairs(path: Path, out: Path) -> dict[str, dict[str, str]]:
         name = row.pop("name", "_".join(fitting(*(stem(row.get(role, "")) for role in ROLES[:2]))))
         wrong = ["a cell without a column"] * bool(cells.get("")) + [f"no {r}" for r in ROLES[:2] if r not in row]
         wrong += [f"no file {path.parent / cell}" for cell in row.values() if not (path.parent / cell).exists()]
-        long = len(os.fsencode(name)) > LONGEST
-        if name in pairs or name.startswith(".") or "/" in name or name == TABLE or long:
+        if name in pairs or name.startswith(".") or "/" in name or name == TABLE or len(os.fsencode(name)) > LONGEST:
             wrong.append(f"expected a name for a folder of its own, in a column `name`, found {name!r}")
         if any(cells.values()):
             found += [f"line {line}: {problem}" for problem in wrong]

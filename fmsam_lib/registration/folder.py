@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fmsam_lib.records import data_error, read_json
+from fmsam_lib.records import data_error, encodable, read_json
 
 ROLES = ("fixed", "moving", "labels", "fixed_labels", "fixed_mask", "moving_mask")  # of the input files
 SUMMARY = "summary.json"
@@ -26,14 +26,14 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
 
     However the block ends, that summary only ever stands beside results that are complete, and earlier results are
     replaced only at the very end. Raises DataError, before the block, when `folder` cannot be written, or when a
-    result there would take the place of one of the `inputs`.
+    result there would take the place of one of the `inputs`, or of a file that no registration has left there.
     """
-    folder = Path(folder)
-    for path in map(Path, inputs):
-        if path.resolve().parent == folder.resolve() and RESULT.fullmatch(path.name):
-            found = "a folder where a result of the same name would replace it"
-            raise data_error(path, "another folder for the results", found, "Choose another one.")
+    folder = Path(encodable(folder))
     try:
+        for path in (*map(Path, inputs), *foreign(folder)):
+            if path.resolve().parent == folder.resolve() and RESULT.fullmatch(path.name):
+                found = "a folder where a result of the same name would replace it"
+                raise data_error(path, "another folder for the results", found, "Choose another one.")
         made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
@@ -45,8 +45,7 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
         for name in new:  # on the disk before they have their names, or a power cut would leave them empty
             with open(staging / name, "rb+") as written:
                 os.fsync(written.fileno())
-        named = read_json(folder / SUMMARY, {}).get("files")
-        old = {name for name in map(str, named if isinstance(named, list) else []) if RESULT.fullmatch(name)}
+        old = listed(folder / SUMMARY)
         (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
         for name in old.difference(new):  # another pair's should not stay beside the new ones
             (folder / name).unlink(missing_ok=True)
@@ -57,6 +56,18 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
         with suppress(OSError):  # what is not empty stays
             for path in made:
                 path.rmdir()
+
+
+def listed(summary: Path) -> set[str]:
+    """The results that a `summary.json` names."""
+    named = read_json(summary, {}).get("files")
+    return {name for name in map(str, named if isinstance(named, list) else []) if RESULT.fullmatch(name)}
+
+
+def foreign(folder: Path) -> list[Path]:
+    """What is called as a result and is none: neither of a summary there, nor of one that a kill left to be moved."""
+    ours = {SUMMARY}.union(*map(listed, [folder / SUMMARY, *folder.glob(f".fmsam-*.partial/{SUMMARY}")]))
+    return [path for path in folder.glob("*") if path.name not in ours and RESULT.fullmatch(path.name)]
 
 
 def check_room(folder: str | Path, size: int) -> None:

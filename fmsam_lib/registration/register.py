@@ -79,7 +79,8 @@ def register(
         here, there = (sitk.JoinSeries([i]) if i.GetDimension() == 2 else i for i in (here, there))
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    grid, own = reference(here, shape), reference(there, shape)
+    grid = reference(here, shape)
+    own = reference(there, shape, beside=grid)
     fixed_on_grid = on_grid(here, grid, modality["fixed"].upper(), where[0])
     moving_alone = on_grid(there, own, modality["moving"].upper(), where[1]) if how.start in FOUND else fixed_on_grid
     start = starting(how.start, (grid, own), (fixed_on_grid, moving_alone), where)
@@ -97,7 +98,7 @@ def register(
     if all(structures) and (alone := sorted(structures[0] ^ structures[1])):
         notes.append(f"no Dice of the labels {alone}: only one of the two images has them")
         warnings.warn(notes[-1], stacklevel=2)
-    masks = {}
+    masks: dict[str, Any] = {}
     if {"fixed_mask", "moving_mask"} & marks.keys():  # where only one image has a mask, all of the other counts
         everywhere = torch.ones_like(fixed_on_grid)
         masks = {role: marks_on_grid.get(role, everywhere) != 0 for role in ("fixed_mask", "moving_mask")}
@@ -111,8 +112,7 @@ def register(
         labels={n: str(n) for n in sorted(structures[0])},
         spacing=grid.GetSpacing()[:dim],
         affine=torch.from_numpy(affine(grid)) if sided else None,
-        fixed_mask=masks.get("fixed_mask"),
-        moving_mask=masks.get("moving_mask"),
+        **masks,
     )
     if not pair.moving.any():
         found = f"nothing of it there, from the start {how.start}"
@@ -178,6 +178,9 @@ def short(path: str) -> str:
 
 def _read(source: Source, dim: int, what: str) -> sitk.Image:
     image = read_values(source, dim, what)
+    if max(image.GetSize()) > 32_767:
+        todo = "Shrink or cut it."
+        raise data_error(name_of(source, what), "sides of 32,767, as NIfTI has", f"size {image.GetSize()}", todo)
     if dim == 2 and min((*image.GetSize(), 1)[:3]) > 1:
         found, todo = f"a volume of shape {image.GetSize()}", "Use a network for volumes, or save one slice."
         raise data_error(name_of(source, what), "a single slice, for this 2-D network", found, todo)

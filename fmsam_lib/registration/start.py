@@ -10,13 +10,12 @@ a file   whatever transform SimpleITK reads, fixed to moving, as its registratio
 
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from fmsam_lib.images.grid import affine, oriented
+from fmsam_lib.images.grid import affine, orientation, oriented
 from fmsam_lib.records import data_error
 
 FOUND = ("rigid", "affine")
@@ -105,11 +104,11 @@ def index_to_lps(image: sitk.Image) -> np.ndarray:
 def _check_alike(grids: tuple[sitk.Image, sitk.Image], names: tuple[str, str]) -> None:
     """Raises DataError unless the two fields of view could show the same thing."""
     dim = sum(n > 1 for n in grids[0].GetSize())
-    along = [sorted(nibabel.io_orientation(affine(grid))[:dim, 0].astype(int)) for grid in grids]
-    fixed, moving = (" and ".join(("left-right", "back-front", "down-up")[axis] for axis in axes) for axes in along)
-    if fixed != moving:
+    if orientation(grids[1], grids[0])[:dim, 0].max() >= dim:
+        along = [sorted(orientation(grid)[:dim, 0].astype(int)) for grid in grids]
+        fixed, moving = (" and ".join(("left-right", "back-front", "down-up")[axis] for axis in axes) for axes in along)
         expected, todo = f"a slice along {fixed}, as {names[0]}", "Take slices of one orientation."
-        raise data_error(names[1], expected, f"one along {moving}", todo)
+        raise data_error(names[1], expected, f"one along {moving}, over 45 degrees off", todo)
     sizes = np.array([np.array(grid.GetSize()[:dim]) * grid.GetSpacing()[:dim] for grid in grids])
     ratio = sizes[1] / sizes[0]
     if ratio.max() > 3 or ratio.min() < 1 / 3:

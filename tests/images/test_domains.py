@@ -14,7 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from fmsam_lib.checking import ConfigError
-from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again
+from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again, readable
 from fmsam_lib.images.manifest import data_folder, read_manifest
 from fmsam_lib.metrics import measure
 from fmsam_lib.model.spatial import identity_map
@@ -577,3 +577,39 @@ def test_files_of_one_name_in_a_folder_each_make_pairs_of_other_names(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"labels": {}, "test": entries}))
     domain = open_domain("Cases", shape=(8, 8, 8), data=tmp_path)
     assert [domain.test_pair(i).name for i in range(2)] == ["case0_mr<-case1_mr", "case2_mr<-case3_mr"]
+
+
+def test_files_of_one_name_listed_by_whole_paths_make_pairs_of_other_names(tmp_path):
+    """However deep the manifest lies, and whatever their endings."""
+    images = [save(tmp_path / f"images/p{i}/T1.nii", image(i)) for i in range(3)]
+    itk = tmp_path / "images/p2/T1.mha"
+    sitk.WriteImage(sitk.ReadImage(images[2]), itk)
+    listed = [{"fixed": str(f), "moving": str(m)} for f, m in zip(images, [*images[1:], itk], strict=True)]
+    entries = [{"image": str(i), "subject": str(i)} for i in (*images, itk)]
+    data = tmp_path / "deep/er/and/deeper/data"
+    dataset(data / "Own", train=(), write=False, test_entries=None, labels={}, registration_val=listed, test=entries)
+    domain = open_domain("Own", shape=(8, 8, 8), data=data)
+    names = [domain.test_pair(i).name for i in range(3)]
+    assert len({*names}) == 3
+    assert names[0].endswith("images_p0_T1<-" + "_".join([*images[1].parts[1:-1], "T1"]))
+    assert [name[-4:] for name in names[2].split("<-")] == [".nii", ".mha"]
+
+
+def test_a_data_set_called_as_a_synthetic_domain_is_refused(tmp_path):
+    dataset(tmp_path / "heart-mr")
+    with pytest.raises(DataError, match="heart-mr: expected a data set of another name, found a synthetic domain's"):
+        open_domain("heart-mr", shape=(16, 16, 16), data=tmp_path)
+
+
+def test_a_test_pair_that_may_not_be_read_does_not_stop_the_others(tmp_path, monkeypatch):
+    def read(path, of=Path.read_bytes):
+        if path.name == "p9.nii.gz":
+            raise PermissionError(13, "Permission denied", str(path))
+        return of(path)
+
+    dataset(tmp_path / "Own", test=(("p8", "p9"), ("p8", "p7")))
+    monkeypatch.setattr(Path, "read_bytes", read)
+    problems = []
+    domain = open_domain("Own", shape=(8, 8, 8), data=tmp_path)
+    assert [pair.name for pair in readable(domain, range(2), problems)] == ["p8<-p7"]
+    assert "Permission denied" in problems[0]

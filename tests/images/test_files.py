@@ -249,6 +249,32 @@ def test_a_link_to_a_folder_is_followed(tmp_path):
     assert len(read_manifest(folder).training) == 2
 
 
+def test_a_link_to_a_data_set_is_called_as_the_link(tmp_path):
+    dataset(tmp_path / "releases/v3", name="Own")
+    (tmp_path / "Own").symlink_to(tmp_path / "releases/v3")
+    assert len(read_manifest(tmp_path / "Own").training) == 3  # by the manifest's own name
+    (tmp_path / "releases/v3/v3_dataset.json").rename(tmp_path / "releases/v3/Own_dataset.json")
+    assert len(read_manifest(tmp_path / "Own").training) == 3
+    assert open_domain("Own", shape=(8, 8, 8), data=tmp_path).name == "Own"
+
+
+def test_a_subject_of_null_is_none_given(tmp_path):
+    folder = dataset(tmp_path / "Own")
+    path = folder / "Own_dataset.json"
+    content = json.loads(path.read_text())
+    content["training"] = [entry | {"subject": None} for entry in content["training"]]
+    path.write_text(json.dumps(content))
+    assert {*read_manifest(folder).subject.values()} == {"p1", "p2", "p3", "p8", "p9"}
+
+
+def test_a_folder_in_place_of_an_image_is_told(tmp_path):
+    folder = dataset(tmp_path / "Own")
+    (folder / "imagesTr/p2_ED.nii.gz").unlink()
+    (folder / "imagesTr/p2_ED.nii.gz").mkdir()
+    with pytest.raises(DataError, match=r"1 missing: .*p2_ED.nii.gz \(a folder: dcm2niix makes a file of it\)"):
+        read_manifest(folder)
+
+
 def test_a_file_is_one_however_its_path_is_written(tmp_path):
     listed = [f"{way}p{n}_ED.nii.gz" for n, way in ((1, "imagesTr/"), (2, "./imagesTr/"), (1, "imagesTr/../imagesTr/"))]
     with pytest.raises(DataError, match=says("every training image once", "p1_ED.nii.gz again")):
@@ -406,6 +432,32 @@ def test_floats_in_memory_are_read_as_they_are():
     header.set_data_dtype(np.uint8)
     marks[0], marks[1] = 7, 41
     assert ids(read_labels(nibabel.Nifti1Image(marks, np.eye(4), header), 3)) == [0, 7, 41]
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.int32, np.int64, np.uint16])
+def test_whole_numbers_in_memory_are_read_as_they_are(kind):
+    """Under the header of another image, of bytes."""
+    header, marks = nibabel.Nifti1Header(), np.zeros((8, 9, 10), kind)
+    header.set_data_dtype(np.uint8)
+    marks[0], marks[1], marks[2] = 3, 1001, 2035
+    assert ids(read_labels(nibabel.Nifti1Image(marks, np.eye(4), header), 3)) == [0, 3, 1001, 2035]
+
+
+def test_a_path_that_is_not_in_utf8_is_an_error_and_not_the_end_of_the_program(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/fr\xe9.nii.gz")
+    save(Path(path), image())
+    with pytest.raises(DataError, match=r"fr\\xe9.nii.gz: expected a path in UTF-8, found other bytes. Rename it"):
+        read_values(path, 3)
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    path = save(tmp_path / "a.nii.gz", image())
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(DataError, match=r"a.nii.gz: expected a readable image, found Permission denied. Allow read"):
+        read_values(path, 3)
 
 
 def test_nrrd_without_a_space_says_nothing_of_the_patient(tmp_path):

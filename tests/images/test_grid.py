@@ -638,7 +638,11 @@ RGB = np.zeros(GRID, [("R", "u1"), ("G", "u1"), ("B", "u1")])
         (broken(image(), (1, 2, 3), np.nan), np.float32, ["finite values", "1 NaN or infinite"]),
         (broken(image(), (slice(2), 0, 0), np.inf), np.float32, ["finite values", "2 NaN or infinite"]),
         (np.full(GRID, 7), np.uint8, ["varies", "7 throughout"]),
-        (broken(np.zeros(GRID), (0, 0, 0), 9), np.uint8, ["varies", "0 throughout"]),
+        (
+            broken(np.zeros(GRID), (0, 0, 0), 9),
+            np.uint8,
+            ["varies", "0 throughout, but for 1 % of it. Leave it out, or crop it"],
+        ),
         (image(shape=(6, 7, 8, 2)), np.float32, ["a 2-D or 3-D image", "(6, 7, 8, 2)"]),
         (image(shape=(6, 7)), np.float32, ["a 3-D image", "(6, 7)"]),
         (image(shape=(6, 7, 1)), np.float32, ["a 3-D image", "(6, 7, 1)"]),
@@ -691,3 +695,25 @@ def test_missing_and_truncated_files_never_reach_the_cache(tmp_path):
             with pytest.raises(DataError, match=says(name, "a readable image", "copy it again")):
                 load(path, modality="MR", shape=GRID)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("axis", ["x", "y", "z"])
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, 1), (1, -1, -1)])
+def test_the_grid_beside_another_one_follows_its_axes(axis, flips):
+    """On either side of 45 degrees, where the closest canonical axes are others."""
+    grids = []
+    for angle in (43, 47):
+        there = itk_image(image())
+        turn = Rotation.from_euler(axis, angle, degrees=True).as_matrix() * flips
+        there.SetDirection(turn.ravel())
+        grids.append(reference(there, (8, 8, 8), *grids))
+    along = np.array(grids[0].GetDirection()).reshape(3, 3).T @ np.array(grids[1].GetDirection()).reshape(3, 3)
+    assert np.allclose(np.diag(along), [np.cos(np.radians(4)) if a != axis else 1 for a in "xyz"])
+
+
+def test_an_axis_halfway_between_two_is_told_in_a_data_set(tmp_path, recwarn):
+    for angle in (30, 44):
+        decode(save(tmp_path / f"{angle}.nii", image(), turned(angles=(0, 0, angle))), modality="MR", shape=GRID)
+    told = [str(w.message) for w in recwarn if "halfway" in str(w.message)]
+    assert len(told) == 1
+    assert "44.nii: an axis lies halfway between two of the body's" in told[0]

@@ -343,7 +343,7 @@ def test_label_images(tmp_path, pair):
 
 def test_the_summary_says_how_it_went(tmp_path, pair):
     files = [pair["fixed"], pair["moving"], pair["weights"]]
-    result = register(*files, shape=GRID, labels=pair["labels"], fixed_labels=pair["fixed_labels"])
+    result = registering(*files, shape=GRID, labels=pair["labels"], fixed_labels=pair["fixed_labels"])
     summary = result.summary
     ours = xyz(result.warp_labels(pair["labels"]))
     after = [summary["dice"][n]["after"] for n in ("1", "2")]
@@ -843,7 +843,7 @@ def test_the_end_of_a_clusters_time_leaves_nothing(tmp_path, pair, monkeypatch):
 
 def test_while_results_are_replaced_there_is_no_summary(tmp_path, monkeypatch):
     for name in ("warped.nii.gz", "summary.json"):
-        (tmp_path / name).write_text("old")
+        (tmp_path / name).write_text('{"files": ["warped.nii.gz", "summary.json"]}')
     original = os.replace
 
     def stops(source, target):
@@ -860,6 +860,40 @@ def test_while_results_are_replaced_there_is_no_summary(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="stopped here"):
         replace_all()
     assert set(visible(tmp_path)) <= {"a.nii.gz", "warped.nii.gz"}
+
+
+def test_a_persons_own_file_is_never_replaced(tmp_path, pair, capsys):
+    out = tmp_path / "patient"
+    out.mkdir()
+    (out / "labels.nii.gz").write_text("drawn by hand")
+    assert run(pair, out, "--labels", pair["labels"], "--quiet") == 1
+    assert "labels.nii.gz: expected another folder for the results, found a folder where" in capsys.readouterr().err
+    assert [path.read_text() for path in out.iterdir()] == ["drawn by hand"]
+
+
+def test_what_a_kill_left_of_our_results_is_replaced(tmp_path):
+    left = tmp_path / ".fmsam-1.partial"
+    left.mkdir()
+    (left / "summary.json").write_text('{"files": ["warped.nii.gz", "labels.nii.gz", "summary.json"]}')
+    (tmp_path / "warped.nii.gz").write_text("moved before the kill")
+    with staged(tmp_path) as staging:
+        (staging / "warped.nii.gz").write_text("new")
+    assert (tmp_path / "warped.nii.gz").read_text() == "new"
+
+
+def test_images_on_either_side_of_45_degrees_are_not_laid_over_each_other_turned(tmp_path):
+    """By 90 degrees, as each one's closest canonical axes would have it."""
+    files = [tmp_path / f"{angle}.nii.gz" for angle in (43, 47)]
+    for file, angle in zip(files, (43, 47), strict=True):
+        save(file, texture((32, 32, 32)), affine(angles=(0, 0, angle)))
+    result = registering(*files, network(strength=0), shape=(32, 32, 32), keep_worse=True)
+    assert result.summary["similarity"]["before"] > 0.99
+
+
+def test_a_picture_too_wide_for_nifti_is_refused_before_the_work(tmp_path):
+    wide = sitk.Image([40_000, 16], sitk.sitkUInt8)
+    with pytest.raises(DataError, match=r"expected sides of 32,767, as NIfTI has, found size \(40000, 16\)"):
+        registering(wide, wide, network(dim=2), shape=(16, 16))
 
 
 def test_results_of_another_pair_do_not_stay_beside_the_new_ones(tmp_path, pair):
