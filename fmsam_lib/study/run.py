@@ -46,12 +46,12 @@ def main() -> int:
     arguments.add_argument("--runs", default="runs", help="folder for the results (default: %(default)s)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     arguments.add_argument("--cores", type=int, default=cores, help="of this machine to use (default: all allowed)")
-    arguments.add_argument("--profile", type=profile, help="slurm, or the folder of another Snakemake profile")
+    arguments.add_argument("--profile", type=profile, help="kubernetes, slurm, or another Snakemake profile's folder")
     given = arguments.parse_args()
     try:
         if given.cores < 1:
             raise ConfigError(f"expected --cores of 1 or more, got {given.cores}")
-        study_file, root = placed(given.study, Path(given.runs))
+        study_file, root = placed(given.study, Path(given.runs).expanduser())
         return computed(study_file, root, str(data_folder(given.data).resolve()), given.cores, given.profile)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,6 +85,8 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
     made_by = {job.name: sources() for job in left if job.notebook != "10_train"}  # trainings record their own
     write_if_new(root / "sources.json", json.dumps(read_json(root / "sources.json", {}) | made_by))
     remember([job for job in work if not left or (job.folder and job not in left)], root)
+    if profile:  # it may hold an executor of its own
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [profile, os.environ.get("PYTHONPATH")]))
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
         *("--workflow-profile", str(PROJECT / "profiles" / "default")),
@@ -129,7 +131,7 @@ def profile(name: str) -> str:
     """The folder of a Snakemake profile, by its name in `profiles/` or its path."""
     found = [path for path in (PROJECT / "profiles" / name, Path(name).resolve()) if (path / "config.yaml").is_file()]
     if not found:
-        raise argparse.ArgumentTypeError(f"no profile {name}: expected slurm, or a folder with a config.yaml")
+        raise argparse.ArgumentTypeError(f"no profile {name}: expected kubernetes, slurm or a folder with config.yaml")
     return str(found[0])
 
 

@@ -1,9 +1,10 @@
-"""A study on a cluster: Snakemake's executor cluster-generic and a stand-in scheduler; profiles and resources."""
+"""A study on a cluster: Snakemake's executors and stand-ins for scheduler and Kubernetes; profiles and resources."""
 
 import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fmsam_lib.study.grid import NotebookName
 from fmsam_lib.study.notebooks import NOTEBOOKS, jobs
 from fmsam_lib.study.run import main
 from tests.conftest import PROJECT
+from tests.study.kubernetes_api import Cluster, container_of
 from tests.study.test_faults import results
 from tests.study.test_replanning import Checkout
 from tests.study.test_sweeps import STUDY
@@ -75,19 +77,54 @@ def test_an_unknown_profile_is_an_error_before_anything_is_computed(tmp_path, ca
     monkeypatch.setattr(sys, "argv", ["study", "smoke", "--runs", str(tmp_path), "--profile", "slrum"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "no profile slrum: expected slurm, or a folder with a config.yaml" in capsys.readouterr().err
+    assert "no profile slrum: expected kubernetes, slurm or a folder with config.yaml" in capsys.readouterr().err
+
+
+def profiles(checkout, name):
+    """The options that a study gives Snakemake."""
+    chosen = {"--profile": name, "--workflow-profile": "default"}
+    return [word for option, name in chosen.items() for word in (option, str(checkout.folder / "profiles" / name))]
+
+
+def test_kubernetes_is_given_the_resources_of_the_study(tmp_path, monkeypatch):
+    """A dry run; `test_pods_that_share_a_volume_give_the_same_bytes` has more, and takes minutes."""
+    pytest.importorskip("snakemake_executor_plugin_kubernetes")
+    checkout = Checkout(tmp_path)
+    checkout.path += os.pathsep + str(checkout.folder / "profiles/kubernetes")
+    for name in ("JUPYTER_PATH", "PYTHONIOENCODING", "PYTHONUTF8"):  # of the launcher
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    checkout.plan(resources={"10_train": {"cpus": 3, "gpus": 1, "memory_mb": 9000}})
+    told = checkout.snakemake("-n", *profiles(checkout, "kubernetes"), "--cores", "8")
+    assert told.returncode == 0, told.stdout
+    trains = [line for line in told.stdout.splitlines() if "gpu=1" in line]
+    assert len(trains) == 2
+    assert all("mem_mb=9000" in line and "gpu_manufacturer=nvidia" in line for line in trains)
+    assert told.stdout.count("threads: 3") == 2
 
 
 def test_slurm_is_given_the_resources_of_the_study(tmp_path, monkeypatch):
-    """A dry run: what sbatch would be asked for."""
+    """A dry run; then the launcher, with a stand-in for sbatch that notes what it is asked for and takes no job."""
     pytest.importorskip("snakemake_executor_plugin_slurm")
-    checkout = Checkout(tmp_path)
-    checkout.plan(resources={"10_train": {"cpus": 3, "gpus": 1, "memory_mb": 9000, "minutes": 90}})
-    profiles = {"--profile": "slurm", "--workflow-profile": "default"}
-    given = [word for option, name in profiles.items() for word in (option, str(checkout.folder / "profiles" / name))]
-    told = checkout.snakemake("-n", *given, "--cores", "8").stdout  # a dry run asks for no more than these
+    needs = {"10_train": {"cpus": 3, "gpus": 1, "memory_mb": 9000, "minutes": 90}}
+    checkout, programs, asked = Checkout(tmp_path), tmp_path / "programs", tmp_path / "asked"
+    checkout.plan(resources=needs)
+    told = checkout.snakemake("-n", *profiles(checkout, "slurm"), "--cores", "8").stdout  # asks for no more than these
     assert told.count("gpu=1, mem_mb=9000") + told.count("gpu=1, runtime=90, mem_mb=9000") == 2
     assert told.count("threads: 3") == told.count("runtime=90") == 2
+
+    programs.mkdir()
+    of_slurm = {"sacct": "echo mine", "sacctmgr": "echo mine", "sinfo": "echo 'all*'"}
+    for name, does in (of_slurm | {"sbatch": f"printf '%s ' \"$@\" >> {asked}; echo >> {asked}; exit 1"}).items():
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(programs), os.environ["PATH"]]))
+    study = tmp_path / "tiny.yaml"
+    study.write_text(yaml.safe_dump(TINY | {"resources": needs}))
+    assert compute(study, tmp_path / "cluster", "--profile", "slurm").returncode == 1
+    train = [line for line in asked.read_text().splitlines() if "rule_10_train" in line]
+    assert len(train) == 6  # two trainings, three times
+    words = ["-t", "90", "--mem", "9000", "--cpus-per-task=3", "--gpus=1"]
+    assert all(set(words) <= set(line.split()) for line in train)
 
 
 def compute(study, runs, *more, run=subprocess.run):
@@ -170,10 +207,8 @@ def test_a_cluster_that_loses_a_node_and_answers_late_gives_the_same_bytes(clust
     assert (root / "results.csv").read_text().count(",sam-rho=0.02,1,")
 
 
-@pytest.mark.slow
-def test_an_interrupted_study_takes_its_jobs_off_the_cluster(cluster, tmp_path):
-    profile, queue, runs = cluster
-    (queue / "lost").touch()  # no node dies here
+def interrupt(tmp_path, runs, profile):
+    """Start a study that takes long, and end it by Ctrl-C once it trains."""
     study = tmp_path / "long.yaml"
     study.write_text(yaml.safe_dump(TINY | {"train": TINY["train"] | {"steps": 20000}}))
     process = compute(study, runs, "--profile", str(profile), run=subprocess.Popen)
@@ -186,9 +221,70 @@ def test_an_interrupted_study_takes_its_jobs_off_the_cluster(cluster, tmp_path):
     _, said = process.communicate(timeout=90)
     assert process.returncode == 130
     assert "the same command goes on from here" in said
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_takes_its_jobs_off_the_cluster(cluster, tmp_path):
+    profile, queue, runs = cluster
+    (queue / "lost").touch()  # no node dies here
+    interrupt(tmp_path, runs, profile)
     started = {path.stem for path in queue.glob("*.started")}
     deadline = time.monotonic() + 20
     while {path.stem for path in queue.glob("*.ended")} < started:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert list(queue.glob("*.cancel"))
+
+
+# --- Kubernetes
+
+
+@pytest.fixture
+def kubernetes(tmp_path, monkeypatch):
+    """A cluster, and the profile of this project with what a person writes into it."""
+    pytest.importorskip("snakemake_executor_plugin_kubernetes")
+    profile = shutil.copytree(PROJECT / "profiles/kubernetes", tmp_path / "profile")
+    told = yaml.safe_load((profile / "config.yaml").read_text())
+    told |= {"container-image": "study:1", "kubernetes-volume-persistent-volumes": [f"claim:{tmp_path}"]}
+    hurried = {"jobs": 2, "latency-wait": 30, "seconds-between-status-checks": 1}
+    (profile / "config.yaml").write_text(yaml.safe_dump(told | hurried))
+    cluster = Cluster(tmp_path / "cluster", tmp_path / "runs")
+    monkeypatch.setenv("KUBECONFIG", str(cluster.config))
+    yield cluster, profile
+    cluster.close()
+
+
+@pytest.mark.slow
+def test_pods_that_share_a_volume_give_the_same_bytes(kubernetes, tmp_path):
+    cluster, profile = kubernetes
+    study, root = tmp_path / "tiny.yaml", tmp_path / "runs/tiny"
+    study.write_text(yaml.safe_dump(TINY | {"resources": {"10_train": {"cpus": 3, "gpus": 1, "memory_mb": 900}}}))
+    done = compute(study, tmp_path / "runs", "--profile", str(profile))
+    assert done.returncode == 0, done.stderr + (root / "snakemake.log").read_text()
+    assert done.stderr == ""
+    assert len(cluster.jobs) == 8  # six notebooks, two of them twice
+    assert {*cluster.deleted} == {*cluster.jobs} - {cluster.lost}
+    assert cluster.failed in cluster.deleted
+    assert (root / f".snakemake/auxiliary/kubernetes-logs/{cluster.failed}.log").is_file()
+    assert not cluster.secrets
+    containers = [container_of(job) for job in cluster.jobs.values()]
+    limits = {tuple(c["resources"]["limits"][name] for name in ("cpu", "memory", "nvidia.com/gpu")) for c in containers}
+    assert limits == {("3000m", "900M", "1"), ("1000m", "4000M", "0")}
+    mounts = {(c["image"], volume["name"], volume["mountPath"]) for c in containers for volume in c["volumeMounts"]}
+    assert mounts == {("study:1", "workdir", "/workdir"), ("study:1", "claim", str(tmp_path))}
+    here = compute(study, tmp_path / "here")
+    assert here.returncode == 0, here.stderr
+    assert results(root) == results(tmp_path / "here/tiny")
+    resumed = [json.loads(path.read_text()).get("resumed", []) for path in root.glob("*/*/seed*/config.json")]
+    assert sorted(map(len, resumed)) == [0, 1]  # the lost one went on from its checkpoint
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_deletes_its_pods(kubernetes, tmp_path):
+    cluster, profile = kubernetes
+    cluster.lost = "none"
+    interrupt(tmp_path, tmp_path / "runs", profile)
+    assert cluster.jobs
+    assert {*cluster.deleted} == {*cluster.jobs}
+    assert not cluster.pods
+    assert not cluster.secrets
