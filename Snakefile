@@ -17,10 +17,6 @@ python, there = shlex.quote(sys.executable), shlex.quote(str(notebooks))
 papermill = f"FMSAM_HEADLESS=1 {python} -m papermill --kernel python3 --cwd {there} --log-level ERROR --no-progress-bar"
 template = shlex.quote(str(notebooks.parent / "studies/report.html.j2"))
 to_html = f"{python} -m jupyter nbconvert --log-level ERROR --to html --no-prompt --template-file {template}"
-compared = (
-    "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"
-    " && sync {log:q} report.html"
-)
 
 
 wildcard_constraints:
@@ -70,7 +66,8 @@ rule compare:
         mem_mb=report["resources"]["mem_mb"],
         runtime=report["resources"]["runtime"],
     shell:
-        compared
+        "{papermill} - {log:q} -f 40_compare.yaml < {there}/40_compare.ipynb && {to_html} --output report.html {log:q}"
+        " && sync {log:q} report.html"
 
 
 # The same report of whatever is there, after other rules have failed.

@@ -4,12 +4,11 @@ In: a pydantic model of `parameters` and values from a parameter cell, a study f
 model filled in, or a `ConfigError`.
 """
 
-import ast
 import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+import symtable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -45,17 +44,6 @@ def in_project(path: str) -> str:
     return str(PROJECT / os.path.expanduser(path)) if path else ""
 
 
-class Parameters(BaseModel):
-    """A model that takes nothing it does not know, and numbers only for numbers; tuples and numpy's numbers will do."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain(cls, values: Any) -> Any:
-        return plain(values)
-
-
 def plain(value: Any) -> Any:
     """Tuples as lists, paths as text, numpy's numbers as Python's."""
     if isinstance(value, dict):
@@ -65,6 +53,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+
+
+class Parameters(BaseModel):
+    """A model that takes nothing it does not know, and numbers only for numbers; tuples and numpy's numbers will do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+    _plain = model_validator(mode="before")(plain)
 
 
 WORDS = {
@@ -149,8 +144,6 @@ def from_notebook(kind: type[Model], namespace: dict) -> Model:
     return read(kind, values, source="the parameter cell")
 
 
-def _assigned(cell: str) -> Iterator[str]:
-    for node in ast.parse(cell).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names = (name for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name))
-        yield from (name.id for name in names if isinstance(name.ctx, ast.Store))
+def _assigned(cell: str) -> list[str]:
+    names = symtable.symtable(cell, "cell", "exec").get_symbols()
+    return [name.get_name() for name in names if name.is_assigned() and not name.is_imported()]

@@ -183,8 +183,7 @@ def map_error(pair: Pair, phi_map: Tensor | None) -> float:
     Over the x in a structure of the fixed label; over all x where there is no label, or nothing in it.
     """
     assert pair.true_map is not None
-    identity = identity_map(tuple(pair.fixed.shape[1:]))
-    error = (identity if phi_map is None else phi_map) - pair.true_map[None]
+    error = (identity_map(tuple(pair.fixed.shape[1:])) if phi_map is None else phi_map) - pair.true_map[None]
     if pair.fixed_label is not None and pair.fixed_label.any():
         error = error[:, :, pair.fixed_label[0] != 0]
     return _mean_length(error, pair)

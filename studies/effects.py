@@ -150,8 +150,7 @@ def kept(study: Path) -> pd.DataFrame:
         if results.duplicated([*results.columns.drop("value")]).any():
             raise ValueError(f"{folder}/results.csv holds a value twice: remove it, and the study measures again")
         last = json.loads((folder / "history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        values = {name: per_pair(results, name) for name in MEASURES if name != "worst"}
-        values = {name: table.groupby(["optimizer", "test_domain"]).value for name, table in values.items()}
+        values = {m: per_pair(results, m).groupby(["optimizer", "test_domain"]).value for m in MEASURES if m != "worst"}
         for (name, test), dice in values["dice"]:
             about = {"study": study.name, "train_domain": trained_on(run.train_domain), "subjects": run.subjects}
             after = "".join(name.partition("+")[1:])
@@ -359,6 +358,10 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
             look = style.LOOKS[kind] | {"marker": "D", "linestyle": "", "markerfacecolor": "white"}
             label = f"{style.name_of(kind)}, averaged weights (EMA)"
             panels[0].plot(averaged.gradients, averaged.dice, label=label, **look, markersize=9)
+    alone, _ = lengths(runs[(runs.seed == 10) & ~runs.seen], {*arms, "adam-8x", "sam-4x"})
+    for kind, line in alone.groupby("kind"):
+        thin = style.LOOKS[kind] | {"linestyle": "-", "marker": ".", "alpha": 0.5}
+        panels[0].plot(line.gradients, line.dice, linewidth=1, label=f"{style.name_of(kind)}, seed 10 alone", **thin)
     syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice.groupby(ANATOMY).mean().mean()
     panels[0].axhline(syn, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
     on_two, number = lengths(on_chest_and_knee(networks), {*arms, *RADII})
@@ -371,7 +374,7 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
         panels[1].plot(point.gradients, point.dice, label=label, **look)
     for ax in panels:
         ax.set_xscale("log", base=2)
-        ticks = sorted({*on_all.gradients})
+        ticks = sorted({*(alone if ax is panels[0] else on_two).gradients})
         ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
         style.open_up(ax)
         ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
@@ -528,8 +531,7 @@ def main() -> None:
     spoilt = spoilt[spoilt.study == "shifts"]
     table = effects(networks, helps, spoilt)
     write_csv(table, FIGURES / "effects.csv", float_format="%.5g")
-    lines = shown(table)
-    write_csv(lines, FIGURES / "table_effects.csv")
+    write_csv(shown(table), FIGURES / "table_effects.csv")
     means = arms(networks)
     write_csv(arms_told(means), FIGURES / "table_arms.csv")
     smoothness(means)

@@ -63,8 +63,7 @@ def asked(
         for name, means in itertools.product(new, kinds):
             for amount in AMOUNTS[means]:
                 of = functools.partial(helped, folder / "weights.pt", run, name, means, amount, pairs)
-                where = study.name, folder.parent.parent.name
-                yield (*where, folder.parent.name, run.seed, name, means, amount), of
+                yield (study.name, folder.parent.parent.name, folder.parent.name, run.seed, name, means, amount), of
     for (name, run), (method, find) in itertools.product(sets.items(), WITHOUT.items()):
         of = functools.partial(evaluate, find, open_domain(name, shape=tuple(run.shape)), pairs=pairs)
         yield (study.name, "none", method, 0, name, "nothing", 0), of

@@ -19,6 +19,7 @@ import scipy.stats
 import torch
 
 from fmsam_lib import SAM, parameters
+from fmsam_lib.checking import read
 from fmsam_lib.evaluation.anatomies import NEW, THESE
 from fmsam_lib.phantoms.anatomies import DOMAINS
 from fmsam_lib.registration.command import main as register
@@ -160,12 +161,22 @@ def test_the_table_of_studies_is_complete():
     assert sorted(re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)) == studies
 
 
+def gradients_of(run):
+    """Of a training: one a step, one more where SAM climbs."""
+    every = run.every if run.optimizer in ("sam-every", "looksam") else 1
+    climbs = [s for s in range(run.updates) if s >= run.late * run.updates and s % every == 0]
+    return run.updates + len(climbs) * (not run.optimizer.startswith("adam"))
+
+
 def test_the_table_of_costs_counts_what_the_study_files_ask_for():
     costs = pd.read_csv(PROJECT / "figures" / "table_costs.csv", index_col="study")
     for name, row in costs[~costs.index.str.contains(",")].iterrows():
         study = read_study(path := PROJECT / "studies" / f"{name}.yaml")
-        assert (row.trainings, row.notebooks) == (len(grid(study)), len(jobs(study, Path("runs"), "", path))), name
-        hours = int(row.gradients.replace(",", "")) * (0.027 if len(study.shape) > 2 else 0.0072) / 3600
+        work, gradients = jobs(study, Path("runs"), "", path), int(row.gradients.replace(",", ""))
+        assert (row.trainings, row.notebooks) == (len(grid(study)), len(work)), name
+        trainings = [read(parameters.Train, job.values) for job in work if job.notebook == "10_train"]
+        assert gradients == pytest.approx(sum(map(gradients_of, trainings)), rel=1e-3), name
+        hours = gradients * (0.027 if len(study.shape) > 2 else 0.0072) / 3600
         told = row["hours on a GPU, training alone"]
         assert hours < 0.01 if told == "below 0.01" else float(told) == pytest.approx(hours, rel=0.15, abs=0.006), name
 

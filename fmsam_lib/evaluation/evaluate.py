@@ -202,6 +202,9 @@ def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[st
         average = f"_{after[1:]}" if after in ("+ema", "+tail") else ""
         if average and not trained.averages:
             raise ConfigError(f"expected a training with averages: true for {name}, got one without in {run.run}")
+        if average and not (Path(run.run) / f"weights{average}.pt").exists():
+            todo = "delete weights.pt, too, and its checkpoint makes all again"
+            raise ConfigError(f"expected weights{average}.pt in {run.run}, got none: {todo}")
         net, about = load(Path(run.run) / f"weights{average}.pt"), trained.about()
         about["optimizer"] += after
         if after != "+io":

@@ -9,7 +9,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import loss_landscapes
 import numpy as np
@@ -31,7 +31,6 @@ RUN = ["train_domain", "test_domain", "optimizer", "seed"]
 COLUMNS = [*RUN, "kind", "direction", "alpha", "beta", "term", "value"]
 TRAINING = "training"  # stands for a test domain: the images that the network was trained on
 
-Normalisation = Literal["filter", "layer", "none"]
 LossOf = Callable[[Any], np.ndarray]  # a network's TERMS, (3,)
 
 
@@ -71,7 +70,7 @@ def loss_of(batch: Batch, **settings: Any) -> LossOf:
     return evaluate
 
 
-def random_direction(net: nn.Module, *, seed: int, normalisation: Normalisation = "filter") -> list[Tensor]:
+def random_direction(net: nn.Module, *, seed: int, normalisation: str = "filter") -> list[Tensor]:
     """A Gaussian direction in weight space, a tensor for every parameter.
 
     "filter": each filter, all weights of one output channel, gets the norm of the network's own; "layer": each tensor
@@ -160,8 +159,7 @@ def landscape(net: GradICON, batch: Batch, where: str, trained: Train, settings:
     for i, direction in enumerate(tqdm(drawn[: settings.directions], desc=f"{where} lines", unit="line")):
         rows = line(net, loss, direction, radius=radius, points=settings.line_points)
         parts.append(rows.assign(kind="line", direction=i))
-    square = plane(net, loss, drawn[0], drawn[1], radius=radius, points=settings.plane_points)
-    parts.append(square.assign(kind="plane"))
+    parts.append(plane(net, loss, *drawn[:2], radius=radius, points=settings.plane_points).assign(kind="plane"))
     pairs = itertools.combinations([*enumerate(map(vector, drawn))], 2)  # cosines, of all parameters as one vector
     angles = [(i, j, float(torch.cosine_similarity(a, b, dim=0))) for (i, a), (j, b) in pairs]
     parts.append(pd.DataFrame(angles, columns=["direction", "alpha", "value"]).assign(kind="cosine"))

@@ -58,23 +58,21 @@ class Transform:
 
     def then(self, displacement: Tensor) -> "Transform":
         """One step finer: this transform after `displacement`."""
-        finer = Transform(self.shape, (displacement,))
-        finer.fields = (*self.fields, *finer.fields)
-        return finer
+        return self.with_fields((*self.fields, *Transform(self.shape, (displacement,)).fields))
 
     def __getitem__(self, batch: slice) -> "Transform":
         """The transforms of some of the batch's pairs."""
-        return self.with_fields(lambda u: u[batch])
+        return self.with_fields(u[batch] for u in self.fields)
 
     def expand(self, n: int) -> "Transform":
         """One pair's transform, seen as those of a batch of `n`."""
-        return self.with_fields(lambda u: u.expand(n, *u.shape[1:]))
+        return self.with_fields(u.expand(n, *u.shape[1:]) for u in self.fields)
 
     def __len__(self) -> int:
         """How many pairs there are in the batch."""
         return len(self.fields[0])
 
-    def with_fields(self, change) -> "Transform":
+    def with_fields(self, fields) -> "Transform":
         changed = Transform(self.shape)
-        changed.fields = tuple(map(change, self.fields))
+        changed.fields = tuple(fields)
         return changed

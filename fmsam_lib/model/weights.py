@@ -31,7 +31,6 @@ from fmsam_lib.records import written_whole
 
 UNIGRADICON: dict[str, Any] = {"down": (16, 32, 64, 256, 512), "up": (16, 32, 64, 128, 256), "levels": 3}
 THEIR_NAMES = {"down": "downConvs", "up": "upConvs", "norm": "batchNorms", "last": "lastConv"}
-OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
 _BY_CONTENT = (EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 DAMAGED = (OSError, *_BY_CONTENT, pickle.UnpicklingError, zipfile.BadZipFile)
 
@@ -196,29 +195,23 @@ def from_icon(state: dict[str, Tensor]) -> GradICON:
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise ValueError("something other than a state dict")
     state = {key.removeprefix("regis_net."): value for key, value in state.items()}
-    found = {key.split(f"{THEIR_NAMES['down']}.")[0] for key in state if f"{THEIR_NAMES['down']}." in key}
+    found = {key.split("downConvs.")[0] for key in state if "downConvs." in key}
     known = {frozenset(icon_prefixes(n, last)): (n, last) for n in range(1, 9) for last in (False, True)}
     if frozenset(found) not in known:
         raise ValueError(f"keys that no network of uniGradICON's kind has, such as {', '.join(sorted(state)[:2])}")
     levels, last_step = known[frozenset(found)]
-    prefixes = icon_prefixes(levels, last_step)
-    weights = {_our_key(key, prefixes): value for key, value in state.items()}
-    depths = range(sum(key.startswith("steps.0.down.") for key in weights) // 2)  # a weight and a bias each
-    down = tuple(len(weights[f"steps.0.down.{depth}.weight"]) for depth in depths)
-    up = tuple(weights[f"steps.0.up.{depth}.weight"].shape[1] for depth in depths)
-    net = GradICON(weights["steps.0.last.weight"].dim() - 2, down=down, up=up, levels=levels, last_step=last_step)
-    net.load_state_dict(weights)
+    first = icon_prefixes(levels, last_step)[0]
+    depths = range(sum(key.startswith(f"{first}downConvs.") for key in state) // 2)  # a weight and a bias each
+    down = tuple(len(state[f"{first}downConvs.{depth}.weight"]) for depth in depths)
+    up = tuple(state[f"{first}upConvs.{depth}.weight"].shape[1] for depth in depths)
+    net = GradICON(state[f"{first}lastConv.weight"].dim() - 2, down=down, up=up, levels=levels, last_step=last_step)
+    ours = dict(zip(to_icon(net), net.state_dict(), strict=True))
+    if more := sorted(state.keys() - ours.keys()):
+        raise ValueError(f"the key {more[0]}, which no network of uniGradICON's kind has")
+    net.load_state_dict({ours[key]: value for key, value in state.items()})
     if (down, up, levels) == tuple(UNIGRADICON.values()):
         net.shape = (175,) * net.dim  # the grid that uniGradICON was trained on
     return net
-
-
-def _our_key(key: str, prefixes: list[str]) -> str:
-    for step, prefix in enumerate(prefixes):
-        part, _, rest = key.removeprefix(prefix).partition(".")
-        if key.startswith(prefix) and part in OUR_NAMES:
-            return f"steps.{step}.{OUR_NAMES[part]}.{rest}"
-    raise ValueError(f"the key {key}, which no network of uniGradICON's kind has")
 
 
 def to_icon(net: GradICON) -> dict[str, Tensor]:

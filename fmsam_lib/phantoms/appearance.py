@@ -46,8 +46,9 @@ def paint(d: Domain, q: Tensor, look: Look, second: bool) -> tuple[Tensor, Tenso
         value = torch.tensor(float(part.value + d.noise * brightness + part.change * second))
         if part.texture:
             value = value + part.texture * texture[box]
-        if part.vessels:
-            value = value + part.vessels * _vessels(here)
+        if part.vessels:  # along a network of curves, where two gyroids vanish together
+            apart = _gyroid(8 * here).square() + _gyroid(7 * here.flip(0) + 1).square()
+            value = value + part.vessels * torch.exp(-8 * apart)
         image[box].lerp_(value, (0.5 - depth / edge).clamp_(0, 1))
         if not part.keep:
             label[box].masked_fill_(depth < 0, numbers.get(part.name, 0))
@@ -98,16 +99,11 @@ def _gyroid(p: Tensor) -> Tensor:
     return s[0] * c[1] + s[1] * c[2] + s[2] * c[0]
 
 
-def _vessels(q: Tensor) -> Tensor:
-    """1 along a network of curves, where two gyroids vanish together, falling to 0 beside them."""
-    return torch.exp(-8 * (_gyroid(8 * q).square() + _gyroid(7 * q.flip(0) + 1).square()))
-
-
 def acquire(image: Tensor, d: Domain, rng: np.random.Generator) -> Tensor:
     """What a scanner makes of the anatomy: noise, and for MR a bias field and a magnitude (Rician noise)."""
     noise = d.noise * torch.randn(image.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**31))))
     if d.modality == "CT":
-        return (image + noise).clamp(-1000, 1000)
+        return image + noise
     coarse = rng.standard_normal((1, *[4 if n > 1 else 1 for n in image.shape]), dtype=np.float32)
     bias = torch.exp(0.1 * refine(torch.from_numpy(coarse), list(image.shape))[0])
     # The imaginary channel's noise is the real one's from the far side: unrelated, and no second draw.

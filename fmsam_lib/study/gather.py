@@ -152,6 +152,9 @@ def _unlike(study: Study, configs: dict[str, dict[str, Any]], by: dict[str, str]
     differ = {"the library (hash of its sources)": by}
     for name in sorted(Train.model_fields.keys() - meant):
         differ[name] = {run: repr(config["parameters"][name]) for run, config in configs.items()}
+    for file in {config["parameters"]["weights"] for config in configs.values()} - {""}:
+        of = {run: str(c.get("start")) for run, c in configs.items() if c["parameters"]["weights"] == file}
+        differ[f"the content of {file}, which they began with"] = of
     problems = []
     for name, values in differ.items():
         first = {value: run for run, value in reversed(values.items())}

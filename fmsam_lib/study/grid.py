@@ -123,8 +123,7 @@ class Study(Parameters):
     def left_out(self, train: str) -> str:
         """The domain or group that these training domains leave out; "" where they are no such training."""
         every = {name for one in self.leave_one_out for name in self.members(one)} | {*self.always}
-        alone = (one for one in self.leave_one_out if {*train.split("+")} == every - {*self.members(one)})
-        return next(alone, "")
+        return next((one for one in self.leave_one_out if {*train.split("+")} == every - {*self.members(one)}), "")
 
     def short(self, train: str) -> str:
         """A name of many training domains that fits a column: "all but heart", "4 domains"."""
@@ -181,6 +180,8 @@ def swept(study: Study) -> Study:
         used = {name: common[name] for name in common if own["optimizer"] in USED_BY.get(name, [own["optimizer"]])}
         lists = {name: values for name, values in sorted((used | own).items()) if _several(name, values)}
         unused = [name for name in unused if name not in used or name in own]
+        if idle := [name for name in lists if own["optimizer"] not in USED_BY.get(name, [own["optimizer"]])]:
+            raise ValueError(f"{optimizer}: expected lists that {own['optimizer']} uses, got {', '.join(idle)}")
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
             words = (re.sub(r"[^\w.-]+", "_", str(value)).strip("_") for value in values)  # of files on any system
@@ -212,7 +213,7 @@ def swept_from(optimizer: str) -> tuple[str, set[str]]:
 def compared(study: Study) -> tuple[str, str]:
     """Baseline and treatment of the report: Adam, and the first optimizer that is another one at the same steps."""
     bases = {optimizer: swept_from(optimizer)[0] for optimizer in study.optimizers}
-    baseline = next((optimizer for optimizer in bases if bases[optimizer] == BASELINE), study.optimizers[0])
+    baseline = next((o for kind in (BASELINE, EQUAL_COMPUTE) for o in bases if bases[o] == kind), study.optimizers[0])
     others = [o for o in bases if bases[o] != bases[baseline]] or study.optimizers[1:] or [baseline]
     return baseline, next((o for o in others if bases[o] != EQUAL_COMPUTE), others[0])
 
@@ -221,6 +222,7 @@ def twins(study: Study) -> list[tuple[Run, Run]]:
     """Runs of baseline and treatment with the same training domain and seed: one start, one loss, two solutions."""
     names = compared(study)
     of = [study.train | study.variants.get(name, {}) for name in names]
-    fit = names[0] != names[1] and of[1].get("rho") != 0 and all(of[0].get(name) == of[1].get(name) for name in ALIKE)
+    alike = all(len({repr(o.get(name, Train.model_fields[name].default)) for o in of}) == 1 for name in ALIKE)
+    fit = names[0] != names[1] and of[1].get("rho") != 0 and alike
     cells = itertools.product(study.train_domains, study.seeds) if fit else ()
     return [(study.run(d, names[0], s), study.run(d, names[1], s)) for d, s in cells]

@@ -13,7 +13,8 @@ from fmsam_lib.records import read_json, written_whole
 from fmsam_lib.study.grid import Resources, Run, Study, compared, grid, twins
 from fmsam_lib.training.loop import GPU_THREADS
 
-TABLES = "results costs robustness landscape flatness between summary comparison methods correlation answer"
+TABLES = """results costs robustness landscape flatness between trainings summary comparison methods
+    robustness_differences correlation answer"""
 REPORT = (*(f"{name}.csv" for name in TABLES.split()), "summary.txt", "problems.json", "report.html")
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the same text, seven times as fast
 

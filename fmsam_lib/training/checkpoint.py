@@ -138,8 +138,7 @@ def record(folder: Path, run: Train, now: dict, net: GradICON, state: State) -> 
     if not there:
         write_json(config, now | {"network": net.settings, "provenance": provenance()})
     elif state.step < run.updates:
-        resumed = [*there.get("resumed", []), {"step": state.step} | provenance()]
-        write_json(config, there | now | {"resumed": resumed})
+        write_json(config, there | now | {"resumed": [*there.get("resumed", []), {"step": state.step} | provenance()]})
     with written_whole(folder / "history.jsonl") as partial:  # the lines after the checkpoint will be made again
         partial.write_text("".join(json.dumps(line) + "\n" for line in state.history), encoding="utf-8")
 
@@ -158,12 +157,17 @@ def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
     """Where the training of the identity `now` goes on from; fills the parts (see `save`).
 
     From the start, with a warning, where the checkpoint cannot be read: that is kept beside, and is of no more use.
-    Raises ConfigError for a folder of a training with other parameters or images.
+    Raises ConfigError for a folder of a training with other parameters or images, or of one that is done and has lost
+    its checkpoint.
     """
     path, there = folder / "checkpoint.pt", read_json(folder / "config.json", {})
     if now.keys() <= there.keys():  # else it is damaged: the checkpoint says whose it is
         refuse_another(there, now, folder)
     if not path.exists():
+        if (folder / "weights.pt").exists():
+            raise ConfigError(
+                f"{folder} has a finished training, but no checkpoint.pt: delete weights.pt to train anew"
+            )
         return State()
     try:
         saved = whole(path)

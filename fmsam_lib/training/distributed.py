@@ -7,7 +7,6 @@ averages behind the scenes what SAM's first pass may want to leave apart.)
 
 import subprocess
 import sys
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -62,25 +61,18 @@ def all_agree(yes: bool, device: torch.device) -> bool:
 
 def share_batch_norm(net: nn.Module) -> None:
     """Let every BatchNorm see the batches of all processes; parameters and buffers stay the same tensors."""
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                setattr(module, name, SharedBatchNorm(child))
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SharedBatchNorm
 
 
-class SharedBatchNorm(nn.Module):
+class SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm (Ioffe & Szegedy 2015) over the samples of all processes, which all have as many; `(N, C, *S)`."""
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-
-    def __init__(self, alone: nn.modules.batchnorm._BatchNorm):
-        super().__init__()
-        self.weight, self.bias = alone.weight, alone.bias
-        self.eps, self.momentum = alone.eps, cast(float, alone.momentum)
-        for name, buffer in alone.named_buffers():
-            self.register_buffer(name, buffer)
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

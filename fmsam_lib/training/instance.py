@@ -62,4 +62,4 @@ def optimise(
 
 
 def _kept(phi: Transform) -> Transform:
-    return phi.with_fields(lambda u: u.detach().to("cpu", torch.float32, copy=True))
+    return phi.with_fields(u.detach().to("cpu", torch.float32, copy=True) for u in phi.fields)

@@ -13,8 +13,6 @@ from fmsam_lib.training.checkpoint import State
 from fmsam_lib.training.losses import Batch, Loss, objective
 from fmsam_lib.training.sam import SAM
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, parallel.SharedBatchNorm)
-
 
 def perturbation(net: GradICON, run: Train) -> SAM | None:
     """What `run.optimizer` puts beside Adam: nothing, SAM, or one of its variants (see `sam.py`)."""
@@ -25,7 +23,7 @@ def perturbation(net: GradICON, run: Train) -> SAM | None:
         "looksam": {"every": run.every, "alpha": run.alpha},
         "random": {"random_seed": run.seed},
     }
-    norms = [p for module in net.modules() if isinstance(module, BATCH_NORMS) for p in module.parameters()]
+    norms = [p for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()]
     params = norms if run.climb == "norms" else net.parameters()
     return SAM(params, run.rho, net=net, **options[run.optimizer]) if run.optimizer in options else None
 

@@ -51,7 +51,7 @@ class Walk:
     surface. loss: settings of `objective`. places: where the networks are.
     """
 
-    def __init__(self, nets, pair, start=None, *, radius=0.5, seed=0, normalisation: Any = "filter", points=21, **loss):
+    def __init__(self, nets, pair, start=None, *, radius=0.5, seed=0, normalisation: str = "filter", points=21, **loss):
         self.pair, self.loss = pair, loss_of(batch_with([pair]), **loss)
         self.weights: Callable[[float, float], AbstractContextManager[nn.Module]]
         if len(nets) != (1 if start is None else 2):

@@ -32,7 +32,7 @@ Map = Transform | Tensor
 
 
 def explore(
-    pair: Pair, phi: Map | Mapping[str, Map] | None = None, *, title: str = "", interactive: bool | None = None
+    pair: Pair, phi: Map | Mapping[str, Map] | None = None, *, interactive: bool | None = None
 ) -> "Explorer | Image":
     """An explorer of a pair, which shows itself at the end of a cell; without a kernel it is a still picture.
 
@@ -45,7 +45,7 @@ def explore(
     """
     named = phi if isinstance(phi, Mapping) else {} if phi is None else {"warped": phi}
     maps = {name: slices.check_map(pair, p.map if isinstance(p, Transform) else p) for name, p in named.items()}
-    return Explorer(pair, maps, title) if in_a_notebook(interactive) else Image(still(pair, maps))
+    return Explorer(pair, maps) if in_a_notebook(interactive) else Image(still(pair, maps))
 
 
 def still(pair: Pair, maps: Mapping[str, Tensor]) -> bytes:
@@ -77,7 +77,7 @@ class Explorer(anywidget.AnyWidget):
     labels = traitlets.Bool(True).tag(sync=True)
     crosshair = traitlets.Bool(True).tag(sync=True)
 
-    def __init__(self, pair: Pair, maps: Mapping[str, Tensor], title: str = ""):
+    def __init__(self, pair: Pair, maps: Mapping[str, Tensor]):
         shape = tuple(pair.fixed.shape[1:])
         images = {"fixed": pair.fixed, "moving": pair.moving}
         volumes = {name: (image.clamp(0, 1) * 255).round().byte().numpy().tobytes() for name, image in images.items()}
@@ -96,7 +96,7 @@ class Explorer(anywidget.AnyWidget):
             scales.append(max(float(np.abs(steps).max()), 1e-6) / 32767)
             volumes[str(n)] = np.rint(steps / scales[-1]).astype(np.int16).tobytes()
         facts: dict[str, Any] = {
-            "title": title or pair.title,
+            "title": pair.title,
             "shape": shape,
             "spacing": pair.spacing or (1.0,) * len(shape),
             "moving_spacing": pair.moving_spacing or pair.spacing or (1.0,) * len(shape),

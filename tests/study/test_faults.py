@@ -101,8 +101,8 @@ def test_ctrl_c_reaches_a_launcher_that_a_shell_started_in_the_background(study,
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_a_study_gives_the_same(study, undisturbed, tmp_path):
-    """SIGKILL and SIGTERM by turns, at moments of a seed, while it trains, evaluates or reports; each time the clock
-    goes a day back meanwhile, so that all that is there is from the future."""
+    """SIGKILL and SIGTERM by turns, at moments of a seed, while it trains, evaluates or reports; each time all that is
+    there is moved a day into the future, as if the clock had gone back."""
     rng = random.Random(20)
     for sign, what in [(signal.SIGKILL, "10_train"), (signal.SIGTERM, "10_train"), (signal.SIGKILL, "20_evaluate")]:
         process = study("--runs", str(tmp_path), run=subprocess.Popen)
@@ -244,7 +244,7 @@ def test_weights_of_which_a_bit_changed_are_not_evaluated(study, whole, undistur
 @pytest.mark.slow
 @pytest.mark.parametrize("days", [1, -10_000])
 def test_a_clock_that_was_wrong_changes_nothing(project, study, whole, undisturbed, days):
-    """All files are from the future, or from 1998; then one is computed anew, and the study asks for something else."""
+    """All files are from the future, or from 1999; then one is computed anew, and the study asks for something else."""
     root, then = whole / "one", time.time() + days * 86400
     for path in root.rglob("*"):
         os.utime(path, (then, then))
@@ -290,9 +290,13 @@ def test_a_notebooks_process_that_is_killed_is_told_as_want_of_memory(study, und
 
 
 @pytest.mark.slow
-def test_a_limit_of_memory_is_told(study, tmp_path):
+def test_a_limit_of_memory_is_told_and_without_it_the_study_goes_on(study, undisturbed, tmp_path):
     """1.5 GB of address space: torch cannot even be imported, or the network cannot be computed."""
     limit = partial(resource.setrlimit, resource.RLIMIT_AS, (1_500_000_000, resource.RLIM_INFINITY))
     process = study("--runs", str(tmp_path), preexec_fn=limit)
     assert process.returncode
     assert "emory" in process.stderr
+    assert "weights.pt" not in {path.name for path in tmp_path.rglob("*")}
+    process = study("--runs", str(tmp_path))
+    assert (process.returncode, process.stderr) == (0, "")
+    assert results(tmp_path / "one") == undisturbed

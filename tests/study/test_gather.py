@@ -314,6 +314,18 @@ def test_a_table_that_no_run_has_is_empty_and_has_its_columns(make):
     assert not found.history[found.history.optimizer == "sam"].seconds.median() > 0  # can be asked
 
 
+def test_runs_that_began_with_other_weights_of_one_name_are_named(make):
+    study, root = make()
+    for path in root.glob("*/*/seed*/config.json"):
+        config = json.loads(path.read_text())
+        config["parameters"]["weights"] = "base.pt"
+        config["start"] = "of another day" if "sam/seed1" in str(path) else "of one day"
+        path.write_text(json.dumps(config))
+    study = study.model_copy(update={"train": study.train | {"weights": "base.pt"}})
+    (problem,) = gather(study, root).problems
+    assert problem.startswith("the runs differ in the content of base.pt, which they began with (of one day in 3")
+
+
 # --- versions of the library ---
 
 

@@ -109,8 +109,9 @@ def test_prose_and_code_of_a_notebook_run_nothing(checkout):
     assert checkout.compute() == []
 
 
-def test_a_table_of_the_whole_study_that_was_removed_is_made_again(checkout):
-    (checkout.root / "summary.csv").unlink()
+@pytest.mark.parametrize("table", ["summary.csv", "trainings.csv"])
+def test_a_table_of_the_whole_study_that_was_removed_is_made_again(checkout, table):
+    (checkout.root / table).unlink()
     assert checkout.compute() == [REPORT]
 
 
@@ -127,6 +128,10 @@ def test_a_table_of_the_whole_study_that_was_removed_is_made_again(checkout):
         ),
         (
             {"optimizers": ["adam", "sam"], "variants": {}, "train": {"steps": 10, "lr": 0.5}},
+            {f"{o}/{n}" for o in ("adam", "sam") for n in [*NOTEBOOKS][:3]} | {"between/35_between_minima"},
+        ),
+        (
+            {"optimizers": ["adam", "sam"], "variants": {}, "train": {"steps": 10, "save_memory": True}},
             {f"{o}/{n}" for o in ("adam", "sam") for n in [*NOTEBOOKS][:3]} | {"between/35_between_minima"},
         ),
         (

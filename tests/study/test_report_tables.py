@@ -12,6 +12,7 @@ from nbformat import v4
 
 from fmsam_lib.evaluation.evaluate import COLUMNS, read_results
 from fmsam_lib.parameters import Compare
+from fmsam_lib.study.grid import compared
 from tests.conftest import PROJECT
 from tests.evaluation.test_comparison import made_up
 from tests.study.report import CELLS, STUDY, run
@@ -123,7 +124,25 @@ def test_methods_have_means_intervals_seconds_and_units():
 def test_what_is_compared_with_what(optimizers, there, expected):
     study = STUDY.model_copy(update={"optimizers": optimizers})
     results = pd.DataFrame({"optimizer": [*optimizers, *there]})
-    assert run(study=study, results=results).compare_what() == expected
+    asked = Compare(**dict(zip(("baseline", "treatment"), compared(study), strict=True)))
+    assert run(study=study, results=results, settings=asked).compare_what() == expected
+
+
+def test_a_contrast_that_is_asked_for_is_made_beside_the_others():
+    optimizers = ["adam", "adam-2x", "sam", "adam-4x", "sam-2x"]
+    study = STUDY.model_copy(update={"optimizers": optimizers})
+    asked = Compare(baseline="adam-4x", treatment="sam-2x")
+    found = run(study=study, settings=asked, results=pd.DataFrame({"optimizer": optimizers}))
+    assert found.compare_what()[-1] == ("adam-4x", "sam-2x")
+    assert ("adam-2x", "sam") in found.compare_what()
+
+
+def test_in_a_sweep_a_variant_of_a_fixed_value_is_compared_with_adam_of_that_value():
+    optimizers = ["adam-lr=0.002", "adam-lr=0.01", "sam-lr=0.002", "sam-lr=0.01", "slow"]
+    study = STUDY.model_copy(update={"optimizers": optimizers, "variants": {"slow": {"optimizer": "sam", "lr": 0.002}}})
+    asked = Compare(baseline="adam-lr=0.002", treatment="sam-lr=0.002")
+    pairs = run(study=study, settings=asked, results=pd.DataFrame({"optimizer": optimizers})).compare_what()
+    assert pairs == [*zip(optimizers[:2], optimizers[2:4], strict=True), ("adam-lr=0.002", "slow")]
 
 
 def test_a_caption_says_data_pairs_and_seeds_and_stands_beside_its_figure(settings, tmp_path):

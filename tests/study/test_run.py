@@ -150,6 +150,8 @@ def test_twins_begin_alike_and_differ_in_the_optimizer(tmp_path):
     assert twins(study_of(tmp_path, optimizers=["adam"])) == []
     for optimizer in ({"optimizer": "sam", "rho": 0.0}, {"optimizer": "sam", "lmbda": 3.0}):  # the same, another loss
         assert twins(study_of(tmp_path, variants={"other": optimizer}, optimizers=["adam", "other"])) == []
+    written_out = {"optimizer": "sam", "lmbda": 1.5}  # which is the default
+    assert len(twins(study_of(tmp_path, variants={"other": written_out}, optimizers=["adam", "other"]))) == 1
 
 
 def test_every_notebook_gets_what_it_needs(tmp_path):
@@ -383,6 +385,22 @@ def test_a_study_file_that_is_no_text_is_refused(tmp_path):
     for name, found in {"s": "'utf-8' codec can't decode byte", "folder": r"\[Errno 21\]"}.items():
         with pytest.raises(ConfigError, match=rf"{name}\.yaml is not valid YAML in UTF-8: {found}"):
             read_study(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("line", ["seeds: [010]", "seeds: [0, 1:30]", "train: {steps: 1:30}"])
+def test_numbers_that_yaml_reads_in_another_base_are_none(tmp_path, line):
+    """Octal seeds, and minutes in place of steps."""
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({k: v for k, v in TINY.items() if k != line[:5]}) + line)
+    with pytest.raises(ConfigError, match=r"expected a whole number, got '0?1"):
+        read_study(tmp_path / "s.yaml")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | {"seeds": []}).replace("seeds: []", "seeds: [0, 0x10, 1_0]"))
+    assert read_study(tmp_path / "s.yaml").seeds == [0, 16, 10]
+
+
+def test_steps_of_instance_optimisation_that_no_method_takes_are_refused(tmp_path):
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | {"evaluate": {"methods": ["network"], "io": 20}}))
+    with pytest.raises(ConfigError, match=r"section evaluate, run .*got io without network\+io"):
+        read_study(tmp_path / "s.yaml")
 
 
 def test_a_study_file_that_contains_itself_is_no_study(tmp_path):

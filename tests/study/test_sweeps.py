@@ -192,6 +192,12 @@ def test_a_sweep_is_compared_with_adam_of_the_same_values(study_of):
     }
 
 
+@pytest.mark.parametrize("optimizers", [["sam", "adam-2x", "late"], ["adam-2x", "sam", "late"]])
+def test_without_adam_its_twice_the_steps_is_the_baseline_in_any_order(study_of, optimizers):
+    study = study_of(optimizers=optimizers, variants={"late": {"optimizer": "sam", "late": 0.75}})
+    assert compared(study) == ("adam-2x", "sam")
+
+
 def made_up(optimizers):
     """Results of them all on one pair."""
     about = {"train_domain": "brain-mr", "test_domain": "heart-mr", "seed": 0, "pair": "p", "label": "x"}
@@ -213,6 +219,10 @@ def made_up(optimizers):
         ({"variants": {"v": {"optimizer": "sam", "roh": [1, 2]}}}, r"(?s)run brain-mr/v/seed0.*roh: unknown"),
         ({"train": {"roh": [0.1, 0.2]}}, r"(?s)section train.*roh: unknown; .*did you mean rho"),
         ({"train": {"lr": [0.1, "1e-3"]}}, r"(?s)run brain-mr/adam-lr=1e-3/seed0.*write 1.0e-3"),
+        (
+            {"optimizers": ["adam", "v"], "variants": {"v": {"optimizer": "adam", "rho": [0.1, 0.2]}}},
+            "v: expected lists that adam uses, got rho",
+        ),
         ({"train": {"seed": [0, 1]}}, "section train: the study itself sets seed"),
         ({"train": {"down": [[4, 8], 8]}}, r"(?s)run brain-mr/adam-down=8/seed0.*down: expected a list, got 8"),
     ],

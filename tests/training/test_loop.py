@@ -288,6 +288,17 @@ def test_a_training_whose_checkpoint_is_damaged_starts_anew_to_the_same_weights(
         assert (tmp_path / "run/checkpoint_damaged.pt").read_bytes() == damaged
 
 
+def test_a_finished_training_without_its_checkpoint_is_left_as_it_is(tmp_path):
+    run(tiny(tmp_path, steps=4))
+    (tmp_path / "checkpoint.pt").unlink()
+    before = (tmp_path / "weights.pt").stat().st_mtime_ns
+    with pytest.raises(
+        ConfigError, match=r"a finished training, but no checkpoint.pt: delete weights.pt to train anew"
+    ):
+        run(tiny(tmp_path, steps=4))
+    assert (tmp_path / "weights.pt").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("content", ["", '{"parameters": {"lr": 0.0', "[]", "{}"])
 def test_a_training_whose_record_is_damaged_goes_on_to_the_same_weights(tmp_path, content, monkeypatch):
     whole, _ = run(tiny(tmp_path / "whole", steps=8))
