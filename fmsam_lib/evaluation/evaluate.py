@@ -203,7 +203,7 @@ def _method(name: str, run: Evaluate) -> tuple[GradICON | Method | None, dict[st
         if average and not trained.averages:
             raise ConfigError(f"expected a training with averages: true for {name}, got one without in {run.run}")
         if average and not (Path(run.run) / f"weights{average}.pt").exists():
-            todo = "delete weights.pt, too, and its checkpoint makes all again"
+            todo = "delete weights.pt and train again: the checkpoint makes both"
             raise ConfigError(f"expected weights{average}.pt in {run.run}, got none: {todo}")
         net, about = load(Path(run.run) / f"weights{average}.pt"), trained.about()
         about["optimizer"] += after

@@ -29,7 +29,7 @@ HELD_OUT = 5  # of the training subjects of a data set, one in so many is kept f
 
 def domain_names(data=None) -> list[str]:
     """The synthetic domains, then the data sets found in the data folder."""
-    return [*synthetic.DOMAINS, *sorted(path.parent.name for path in data_folder(data).glob("*/*_dataset.json"))]
+    return [*synthetic.DOMAINS, *sorted({path.parent.name for path in data_folder(data).glob("*/*_dataset.json")})]
 
 
 def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, subjects: int = 0):
@@ -146,7 +146,7 @@ class FileDomain:
         below = {i: i.relative_to(here if i.is_relative_to(here) else i.anchor) for i in manifest.subject}
         called = {i: "_".join((*p.parts[: -1 if named[stem(i)] > 1 else 0], stem(i))) for i, p in below.items()}
         again = Counter(called.values())  # T1.nii.gz beside T1.mha
-        self.called = {i: name if again[name] == 1 else f"{name}{i.suffix}" for i, name in called.items()}
+        self.called = {i: c if again[c] == 1 else f"{c}~{n}" for n, (i, c) in enumerate(called.items(), 1)}
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
         self.hashed: list = []  # what the files of `samples` were when they were last hashed for a training
 

@@ -52,7 +52,7 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
         told = (
             "an axis lies halfway between two of the body's; beside images on the other side of 45 degrees it is turned"
         )
-        warn_once(f"{image_path}: {told} by 90. Resample it along the body's axes.")
+        warn_once(f"{name_of(image_path)}: {told} by 90. Resample it along the body's axes.")
     grid, label = reference(image, shape), None
     if label_path is not None:
         values = read_labels(label_path, dim, labels)
@@ -215,8 +215,8 @@ def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, floa
     if min(image.max(), high) <= max(image.min(), low):
         what = "in [-1000, 1000] HU" if modality == "CT" else "up to the 99th percentile"
         rest = ", but for 1 % of it" if modality != "CT" and image.max() > low else ""
-        found = f"{image.min():g} throughout{rest}"
-        raise data_error(name_of(where), f"an image that varies {what}", found, "Leave it out, or crop it.")
+        todo = "Leave it out, or crop it." if rest else "Leave it out."
+        raise data_error(name_of(where), f"an image that varies {what}", f"{image.min():g} throughout{rest}", todo)
     return low, high
 
 

@@ -29,6 +29,7 @@ def saved(folder: str | Path, *, inverse: bool = False) -> tuple[sitk.Transform,
     The source is None where the transform has no inverse: then no file lies as the moving image.
     Raises DataError where the folder does not hold it.
     """
+    folder = encodable(folder)
     try:
         summary = read_json(Path(folder) / SUMMARY, {})
         if not (file := Path(folder) / f"{'inverse_' * inverse}transform.h5").exists():

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fmsam_lib.records import data_error, encodable, read_json
+from fmsam_lib.records import data_error, encodable, read_json, write_json
 
 ROLES = ("fixed", "moving", "labels", "fixed_labels", "fixed_mask", "moving_mask")  # of the input files
 SUMMARY = "summary.json"
+MOVING = ".fmsam-moving.json"  # while results get to their places: which these are, and which were there
 LONGEST = 143  # bytes of a file's name that encrypted shares take; others take 255
 RESULT = re.compile(
     r"(warped|labels|(inverse_)?displacement|jacobian|inverse_error|disp_[^/]*)\.nii\.gz|(inverse_)?transform\.h5"
@@ -30,10 +31,10 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
     """
     folder = Path(encodable(folder))
     try:
-        for path in (*map(Path, inputs), *foreign(folder)):
-            if path.resolve().parent == folder.resolve() and RESULT.fullmatch(path.name):
-                found = "a folder where a result of the same name would replace it"
-                raise data_error(path, "another folder for the results", found, "Choose another one.")
+        given = [path for path in map(Path, inputs) if path.resolve().parent == folder.resolve()]
+        for path in filter(lambda path: RESULT.fullmatch(path.name), (*given, *foreign(folder))):
+            found = "a folder where a result of the same name could replace it"
+            raise data_error(path, "another folder for the results", found, "Choose another one.")
         made = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".fmsam-", suffix=".partial", dir=folder))
@@ -45,12 +46,14 @@ def staged(folder: str | Path, inputs: Iterable[str] = ()) -> Iterator[Path]:
         for name in new:  # on the disk before they have their names, or a power cut would leave them empty
             with open(staging / name, "rb+") as written:
                 os.fsync(written.fileno())
-        old = listed(folder / SUMMARY)
+        old = listed(folder / SUMMARY) | listed(folder / MOVING)
+        write_json(folder / MOVING, {"files": sorted(old.union(new))})
         (folder / SUMMARY).unlink(missing_ok=True)  # from here to the end the folder is not complete
         for name in old.difference(new):  # another pair's should not stay beside the new ones
             (folder / name).unlink(missing_ok=True)
         for name in new:
             os.replace(staging / name, folder / name)
+        (folder / MOVING).unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):  # what is not empty stays
@@ -65,9 +68,9 @@ def listed(summary: Path) -> set[str]:
 
 
 def foreign(folder: Path) -> list[Path]:
-    """What is called as a result and is none: neither of a summary there, nor of one that a kill left to be moved."""
-    ours = {SUMMARY}.union(*map(listed, [folder / SUMMARY, *folder.glob(f".fmsam-*.partial/{SUMMARY}")]))
-    return [path for path in folder.glob("*") if path.name not in ours and RESULT.fullmatch(path.name)]
+    """What is called as a result and is none, neither of a summary there nor of a move that was interrupted."""
+    ours = {SUMMARY} | listed(folder / SUMMARY) | listed(folder / MOVING)
+    return [path for path in folder.glob("*") if path.name not in ours]
 
 
 def check_room(folder: str | Path, size: int) -> None:

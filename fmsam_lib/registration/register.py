@@ -180,7 +180,9 @@ def _read(source: Source, dim: int, what: str) -> sitk.Image:
     image = read_values(source, dim, what)
     if max(image.GetSize()) > 32_767:
         todo = "Shrink or cut it."
-        raise data_error(name_of(source, what), "sides of 32,767, as NIfTI has", f"size {image.GetSize()}", todo)
+        raise data_error(
+            name_of(source, what), "sides of at most 32,767, as NIfTI has", f"size {image.GetSize()}", todo
+        )
     if dim == 2 and min((*image.GetSize(), 1)[:3]) > 1:
         found, todo = f"a volume of shape {image.GetSize()}", "Use a network for volumes, or save one slice."
         raise data_error(name_of(source, what), "a single slice, for this 2-D network", found, todo)

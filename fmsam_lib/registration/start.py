@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from fmsam_lib.images.grid import affine, orientation, oriented
-from fmsam_lib.records import data_error
+from fmsam_lib.records import data_error, encodable
 
 FOUND = ("rigid", "affine")
 NAMED = ("overlay", "headers", *FOUND)  # anything else is a file
@@ -49,7 +49,7 @@ def starting(
             matrix = to_lps[1] @ laid @ np.linalg.inv(to_lps[0])
         return sitk.AffineTransform(matrix[:dim, :dim].ravel(), matrix[:dim, 3])
     expected = "overlay, headers, rigid, affine or a file with a transform"
-    if not Path(start).is_file():  # HDF5 would print pages about it
+    if not Path(encodable(start)).is_file():  # HDF5 would print pages about it
         raise data_error(start, expected, "no such file", "Check --start.")
     try:
         transform = sitk.ReadTransform(start)

@@ -25,10 +25,12 @@ class Once(yaml.SafeLoader):
         return node
 
 
-# Without YAML 1.1's octal numbers and those of base 60: 010 and 1:30 are text, and no seed.
+# Without YAML 1.1's octal whole numbers and those of base 60: 010 and 1:30 are text, and no seed.
 OTHERS = {k: [r for r in v if not r[0].endswith(":int")] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 Once.yaml_implicit_resolvers = OTHERS
-Once.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*|0[bx].+)$"), [*"-+0123456789"])
+Once.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)$"), [*"-+0123456789"]
+)
 
 
 def placed(study: str, runs: Path) -> tuple[Path, Path]:
@@ -74,8 +76,9 @@ def read_study(path: Path | str) -> Study:
         if isinstance(given, Evaluate) and job.folder in used:
             other = () if job.folder in averaged else ("+ema", "+tail")
             unfit = {name for name in given.methods if not name.startswith("network") or name.endswith(other)}
-            unfit |= {"io without network+io"} if given.io and "network+io" not in given.methods else set()
-            fit = "methods of networks (others are baselines), +ema and +tail with train: {averages: true}"
+            unfit |= {f"io: {given.io}"} if given.io and "network+io" not in given.methods else set()
+            fit = "methods of networks (others are baselines), network+io with io, "
+            fit += "+ema and +tail with train: {averages: true}"
         elif isinstance(given, Train) and (name := given.weights) in (*OFFICIAL, *shipped()):
             unfit = {name} if len(given.shape) != (3 if name in OFFICIAL else load(name).dim) else unfit
             fit = f"weights for {len(given.shape)} dimensions, as those of shape"

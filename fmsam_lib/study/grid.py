@@ -221,8 +221,8 @@ def compared(study: Study) -> tuple[str, str]:
 def twins(study: Study) -> list[tuple[Run, Run]]:
     """Runs of baseline and treatment with the same training domain and seed: one start, one loss, two solutions."""
     names = compared(study)
-    of = [study.train | study.variants.get(name, {}) for name in names]
-    alike = all(len({repr(o.get(name, Train.model_fields[name].default)) for o in of}) == 1 for name in ALIKE)
-    fit = names[0] != names[1] and of[1].get("rho") != 0 and alike
+    default = {name: Train.model_fields[name].default for name in ALIKE}
+    of = [default | study.train | study.variants.get(name, {}) for name in names]
+    fit = names[0] != names[1] and of[1].get("rho") != 0 and all(of[0][name] == of[1][name] for name in ALIKE)
     cells = itertools.product(study.train_domains, study.seeds) if fit else ()
     return [(study.run(d, names[0], s), study.run(d, names[1], s)) for d, s in cells]

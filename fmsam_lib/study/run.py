@@ -85,8 +85,6 @@ def computed(study_file: Path, root: Path, data: str, cores: int, profile: str |
     made_by = {job.name: sources() for job in left if job.notebook != "10_train"}  # trainings record their own
     write_if_new(root / "sources.json", json.dumps(read_json(root / "sources.json", {}) | made_by))
     remember([job for job in work if not left or (job.folder and job not in left)], root)
-    if profile:  # it may hold an executor of its own
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [profile, os.environ.get("PYTHONPATH")]))
     snakemake = [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(PROJECT / "Snakefile"), "--directory", str(root)),
         *("--workflow-profile", str(PROJECT / "profiles" / "default")),
@@ -252,6 +250,9 @@ def compute(snakemake: list[str], work: list[Job], root: Path, lock: int, log: s
     start, told, every = time.monotonic(), "", 2 if sys.stdout.isatty() else 20
     paths = [str(PROJECT / "profiles" / "jupyter"), *filter(None, [os.environ.get("JUPYTER_PATH")])]
     own = os.environ | {"JUPYTER_PATH": os.pathsep.join(paths), "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8"}
+    if "--profile" in snakemake:  # its folder may hold an executor of its own
+        path = [snakemake[snakemake.index("--profile") + 1], *filter(None, [own.get("PYTHONPATH")])]
+        own["PYTHONPATH"] = os.pathsep.join(path)
     if not os.access(os.path.expanduser("~"), os.W_OK):  # Snakemake, Jupyter and Matplotlib keep things there
         own["HOME"] = str(root / ".snakemake" / "home")
     with (

@@ -164,7 +164,7 @@ def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
     if now.keys() <= there.keys():  # else it is damaged: the checkpoint says whose it is
         refuse_another(there, now, folder)
     if not path.exists():
-        if (folder / "weights.pt").exists():
+        if (folder / "weights.pt").exists() and not (folder / "checkpoint_damaged.pt").exists():
             raise ConfigError(
                 f"{folder} has a finished training, but no checkpoint.pt: delete weights.pt to train anew"
             )

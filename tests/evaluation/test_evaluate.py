@@ -290,7 +290,9 @@ def test_averaged_weights_and_statistics_of_the_test_images_are_methods(run):
     config = json.loads((Path(run) / "config.json").read_text())
     config["parameters"]["averages"] = True
     (Path(run) / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"expected weights_ema.pt in .*, got none: delete weights.pt, too, and its"):
+    with pytest.raises(
+        ConfigError, match=r"expected weights_ema.pt in .*, got none: delete weights.pt and train again"
+    ):
         evaluate_all(settings(run=run, methods=wanted), progress=False)
     for number, file in enumerate(("weights", "weights_ema", "weights_tail")):
         moved, generator = net(), torch.Generator().manual_seed(number)

@@ -592,7 +592,10 @@ def test_files_of_one_name_listed_by_whole_paths_make_pairs_of_other_names(tmp_p
     names = [domain.test_pair(i).name for i in range(3)]
     assert len({*names}) == 3
     assert names[0].endswith("images_p0_T1<-" + "_".join([*images[1].parts[1:-1], "T1"]))
-    assert [name[-4:] for name in names[2].split("<-")] == [".nii", ".mha"]
+    fixed, moving = names[2].split("<-")
+    assert "_T1~" in fixed
+    assert "_T1~" in moving
+    assert fixed != moving
 
 
 def test_a_data_set_called_as_a_synthetic_domain_is_refused(tmp_path):

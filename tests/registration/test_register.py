@@ -31,6 +31,7 @@ from fmsam_lib.plotting.slices import fitting, overview
 from fmsam_lib.records import DataError
 from fmsam_lib.registration import command, result
 from fmsam_lib.registration.command import main, report
+from fmsam_lib.registration.folder import MOVING as MOVED
 from fmsam_lib.registration.folder import staged
 from fmsam_lib.registration.register import register as registering
 from fmsam_lib.registration.register import short
@@ -343,7 +344,7 @@ def test_label_images(tmp_path, pair):
 
 def test_the_summary_says_how_it_went(tmp_path, pair):
     files = [pair["fixed"], pair["moving"], pair["weights"]]
-    result = registering(*files, shape=GRID, labels=pair["labels"], fixed_labels=pair["fixed_labels"])
+    result = register(*files, shape=GRID, labels=pair["labels"], fixed_labels=pair["fixed_labels"])
     summary = result.summary
     ours = xyz(result.warp_labels(pair["labels"]))
     after = [summary["dice"][n]["after"] for n in ("1", "2")]
@@ -859,7 +860,7 @@ def test_while_results_are_replaced_there_is_no_summary(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", stops)
     with pytest.raises(OSError, match="stopped here"):
         replace_all()
-    assert set(visible(tmp_path)) <= {"a.nii.gz", "warped.nii.gz"}
+    assert set(visible(tmp_path)) <= {MOVED, "a.nii.gz", "warped.nii.gz"}
 
 
 def test_a_persons_own_file_is_never_replaced(tmp_path, pair, capsys):
@@ -871,14 +872,26 @@ def test_a_persons_own_file_is_never_replaced(tmp_path, pair, capsys):
     assert [path.read_text() for path in out.iterdir()] == ["drawn by hand"]
 
 
-def test_what_a_kill_left_of_our_results_is_replaced(tmp_path):
-    left = tmp_path / ".fmsam-1.partial"
-    left.mkdir()
-    (left / "summary.json").write_text('{"files": ["warped.nii.gz", "labels.nii.gz", "summary.json"]}')
-    (tmp_path / "warped.nii.gz").write_text("moved before the kill")
-    with staged(tmp_path) as staging:
-        (staging / "warped.nii.gz").write_text("new")
-    assert (tmp_path / "warped.nii.gz").read_text() == "new"
+def test_what_a_kill_left_of_our_results_is_replaced(tmp_path, monkeypatch):
+    def replace_all(*names):
+        with staged(tmp_path) as staging:
+            for name in names:
+                (staging / name).write_text(json.dumps({"files": names}))
+
+    def stops(source, target):
+        if Path(target).name == "warped.nii.gz":
+            raise OSError(5, "stopped here")
+        original(source, target)
+
+    replace_all("labels.nii.gz", "warped.nii.gz", "summary.json")
+    original = os.replace
+    monkeypatch.setattr(os, "replace", stops)
+    with pytest.raises(OSError, match="stopped here"):
+        replace_all("jacobian.nii.gz", "warped.nii.gz", "summary.json")
+    assert {MOVED, "warped.nii.gz"} <= {*visible(tmp_path)} <= {MOVED, "jacobian.nii.gz", "warped.nii.gz"}
+    monkeypatch.undo()
+    replace_all("warped.nii.gz", "summary.json")
+    assert visible(tmp_path) == ["summary.json", "warped.nii.gz"]
 
 
 def test_images_on_either_side_of_45_degrees_are_not_laid_over_each_other_turned(tmp_path):
@@ -892,7 +905,7 @@ def test_images_on_either_side_of_45_degrees_are_not_laid_over_each_other_turned
 
 def test_a_picture_too_wide_for_nifti_is_refused_before_the_work(tmp_path):
     wide = sitk.Image([40_000, 16], sitk.sitkUInt8)
-    with pytest.raises(DataError, match=r"expected sides of 32,767, as NIfTI has, found size \(40000, 16\)"):
+    with pytest.raises(DataError, match=r"expected sides of at most 32,767, as NIfTI has, found size \(40000, 16\)"):
         registering(wide, wide, network(dim=2), shape=(16, 16))
 
 

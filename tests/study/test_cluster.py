@@ -91,7 +91,7 @@ def test_kubernetes_is_given_the_resources_of_the_study(tmp_path, monkeypatch):
     pytest.importorskip("snakemake_executor_plugin_kubernetes")
     checkout = Checkout(tmp_path)
     checkout.path += os.pathsep + str(checkout.folder / "profiles/kubernetes")
-    for name in ("JUPYTER_PATH", "PYTHONIOENCODING", "PYTHONUTF8"):  # of the launcher
+    for name in ("FMSAM_CACHE", "JUPYTER_PATH", "PYTHONIOENCODING", "PYTHONUTF8"):  # the last three are the launcher's
         monkeypatch.setenv(name, os.environ.get(name, ""))
     checkout.plan(resources={"10_train": {"cpus": 3, "gpus": 1, "memory_mb": 9000}})
     told = checkout.snakemake("-n", *profiles(checkout, "kubernetes"), "--cores", "8")
@@ -250,6 +250,7 @@ def kubernetes(tmp_path, monkeypatch):
     (profile / "config.yaml").write_text(yaml.safe_dump(told | hurried))
     cluster = Cluster(tmp_path / "cluster", tmp_path / "runs")
     monkeypatch.setenv("KUBECONFIG", str(cluster.config))
+    monkeypatch.setenv("FMSAM_CACHE", str(tmp_path / "cache"))
     yield cluster, profile
     cluster.close()
 

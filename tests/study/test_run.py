@@ -150,8 +150,9 @@ def test_twins_begin_alike_and_differ_in_the_optimizer(tmp_path):
     assert twins(study_of(tmp_path, optimizers=["adam"])) == []
     for optimizer in ({"optimizer": "sam", "rho": 0.0}, {"optimizer": "sam", "lmbda": 3.0}):  # the same, another loss
         assert twins(study_of(tmp_path, variants={"other": optimizer}, optimizers=["adam", "other"])) == []
-    written_out = {"optimizer": "sam", "lmbda": 1.5}  # which is the default
-    assert len(twins(study_of(tmp_path, variants={"other": written_out}, optimizers=["adam", "other"]))) == 1
+    for more in ({"lmbda": 1.5}, {"sigma": 5}):  # the defaults, written out
+        written_out = {"optimizer": "sam"} | more
+        assert len(twins(study_of(tmp_path, variants={"other": written_out}, optimizers=["adam", "other"]))) == 1
 
 
 def test_every_notebook_gets_what_it_needs(tmp_path):
@@ -399,7 +400,7 @@ def test_numbers_that_yaml_reads_in_another_base_are_none(tmp_path, line):
 
 def test_steps_of_instance_optimisation_that_no_method_takes_are_refused(tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(TINY | {"evaluate": {"methods": ["network"], "io": 20}}))
-    with pytest.raises(ConfigError, match=r"section evaluate, run .*got io without network\+io"):
+    with pytest.raises(ConfigError, match=r"section evaluate, run .*network\+io with io, .*got io: 20"):
         read_study(tmp_path / "s.yaml")
 
 

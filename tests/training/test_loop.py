@@ -284,7 +284,7 @@ def test_a_training_whose_checkpoint_is_damaged_starts_anew_to_the_same_weights(
         net, history = run(tiny(tmp_path / "run", steps=8))
     assert torch.equal(weights(net), weights(whole))
     assert [line["step"] for line in history] == [8]
-    if damaged:  # what took computing is not deleted
+    if damaged:  # what took computing is not deleted, and the training can be run again
         assert (tmp_path / "run/checkpoint_damaged.pt").read_bytes() == damaged
 
 

@@ -1,6 +1,7 @@
-"""Snakemake's executor for Kubernetes with one difference: the pods share a volume, so no object store is asked for.
+"""Snakemake's executor for Kubernetes where the pods share a volume, so that no object store is asked for.
 
-Its own settings say that nothing is shared, and no option changes that (`implies_no_shared_fs`).
+Its own settings say that nothing is shared, and no option changes that (`implies_no_shared_fs`). Besides, a job starts
+in the study's folder, and the log of a failed pod is asked for rightly.
 """
 
 import shlex
