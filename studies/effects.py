@@ -8,7 +8,8 @@ that of the worst 5 % of pairs, and other measures. An effect is a difference be
 seed, on the sets that neither saw, averaged over trainings and sets. p is of a t test over seeds, by Holm's correction
 over all that SAM is said to change but the primary contrast at its two lengths. Writes figures/effects.csv, a row an
 effect, anatomy and seed; its figure and tables; figures/unseen_answer.png, spent.png and unseen_matrix.png;
-figures/table_arms.csv and smoothness.png. Where a study corrupted images, figures/corrupted.csv keeps the mean Dice of
+figures/table_arms.csv and smoothness.png. figures/validation.csv keeps the Dice on subjects held out as trainings went
+on; validation.png draws the longest ones. Where a study corrupted images, figures/corrupted.csv keeps the mean Dice of
 every network, set and kind, and figures/table_corrupted.csv compares them.
 """
 
@@ -21,7 +22,7 @@ import pandas as pd
 import scipy.stats
 from matplotlib import colors
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from statsmodels.stats.multitest import multipletests
 
 from fmsam_lib.evaluation.anatomies import BAND, LEVEL, NEW, THESE
@@ -33,7 +34,7 @@ from fmsam_lib.study.file import read_study
 from fmsam_lib.training.checkpoint import trained_with
 
 FIGURES = PROJECT / "figures"
-SPOILT = FIGURES / "corrupted.csv"
+SPOILT, VALIDATION = FIGURES / "corrupted.csv", FIGURES / "validation.csv"
 UNSEEN, REAL, SHIFTS, FORMS, SETTINGS = (
     read_study(PROJECT / "studies" / f"{name}.yaml") for name in ("unseen", "real", "shifts", "forms", "settings")
 )
@@ -125,6 +126,7 @@ EFFECTS = {
 }
 RADII = {"sam-0.003": "SAM, rho 0.003", "sam-0.01": "SAM, rho 0.01"}  # beside 0.001, falling to 0
 RADII |= {f"constant-{rho}": f"SAM, rho {rho}, constant" for rho in (0.001, 0.01)}
+LONGEST = {"adam-8x": "adam", "sam-4x": "sam"}
 PENALTIES = ("lambda-3", "adam-2x", "lambda-0.75")  # Adam's, from the smoothest maps on, with as many gradients
 ADAM, IO, TUNING = ("adam-2x", "nothing", 0), "io", "fine-tuned, adam"
 HELPS = {  # network, means and amount: of the baseline, and of the treatment
@@ -175,6 +177,32 @@ def corrupted(study: Path) -> pd.DataFrame:
             seen = test in run.train_domain.split("+")
             rows.append(about | {"test_domain": test, "seen": seen, "corruption": kind, "dice": dice})
     return pd.DataFrame(rows)
+
+
+def validated(study: Path) -> pd.DataFrame:
+    """The Dice on subjects held out as the study's longest trainings went on."""
+    parts = []
+    for file in sorted(path for name in LONGEST for path in study.glob(f"*/{name}/seed*/history.jsonl")):
+        run, lines = trained_with(file.parent), pd.read_json(file, lines=True).dropna(subset=["dice"])
+        about = {"train_domain": trained_on(run.train_domain), "optimizer": file.parent.parent.name, "seed": run.seed}
+        parts.append(lines[["gradient_evaluations", "dice"]].assign(**about)[[*about, "gradient_evaluations", "dice"]])
+    return pd.concat(parts) if parts else pd.DataFrame()
+
+
+def draw_validation(curves: pd.DataFrame) -> None:
+    """Mean and range over the trainings."""
+    picture, (ax,) = style.panels(1, 1, 3.2, "Dice, subjects held out")
+    for name, looks in LONGEST.items():
+        mine = curves[curves.optimizer == name].set_index("gradient_evaluations").dice
+        style.curve(ax, mine, style.LOOKS[looks] | {"marker": ""}, label=style.name_of(looks))
+    ax.set_xlabel("gradients spent (SAM: two a step)")
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    style.open_up(ax)
+    ax.set_ylim(bottom=curves[curves.gradient_evaluations >= 2000].dice.min())
+    ax.legend(frameon=False, loc="lower right")
+    trainings = curves.groupby("optimizer").train_domain.nunique().min()
+    ax.set_title(f"trainings of 32,000 gradients, seed 10: mean and range of {trainings}", fontsize=10)
+    picture.savefig(FIGURES / "validation.png", dpi=slices.DPI, metadata={"Software": None})
 
 
 def by_kind(table: pd.DataFrame) -> pd.DataFrame:
@@ -358,7 +386,7 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
             look = style.LOOKS[kind] | {"marker": "D", "linestyle": "", "markerfacecolor": "white"}
             label = f"{style.name_of(kind)}, averaged weights (EMA)"
             panels[0].plot(averaged.gradients, averaged.dice, label=label, **look, markersize=9)
-    alone, _ = lengths(runs[(runs.seed == 10) & ~runs.seen], {*arms, "adam-8x", "sam-4x"})
+    alone, _ = lengths(runs[(runs.seed == 10) & ~runs.seen], {*arms, *LONGEST})
     for kind, line in alone.groupby("kind"):
         thin = style.LOOKS[kind] | {"linestyle": "-", "marker": ".", "alpha": 0.5}
         panels[0].plot(line.gradients, line.dice, linewidth=1, label=f"{style.name_of(kind)}, seed 10 alone", **thin)
@@ -444,7 +472,7 @@ def arms(networks: pd.DataFrame) -> pd.DataFrame:
     Are the arms alike in their transforms? An arm and its gradients a row, the best first.
     """
     rows = on_chest_and_knee(networks)
-    rows = rows[~rows.optimizer.str.contains("+", regex=False) & ~rows.optimizer.isin(["adam-8x", "sam-4x"])]
+    rows = rows[~rows.optimizer.str.contains("+", regex=False) & ~rows.optimizer.isin([*LONGEST])]
     rows = whole_seeds(rows, "optimizer", "test_domain").assign(anatomy=rows.test_domain.map(ANATOMY))
     keys = ["optimizer", "gradients"]
     each = rows.groupby([*keys, "seed", "anatomy"])[MEASURES].mean()
@@ -519,6 +547,10 @@ def main() -> None:
         networks = pd.concat(parts).drop_duplicates(NETWORK, keep="last").sort_values(ABOUT[:-1])
         write_csv(networks, path, float_format="%.5g")
         networks = pd.read_csv(path)  # rounded, as whoever draws it again will have it
+        if len(curves := validated(study)):
+            curves = pd.concat([pd.read_csv(VALIDATION), curves] if VALIDATION.exists() else [curves])
+            curves = curves.drop_duplicates([*curves][:-1], keep="last").sort_values([*curves][:-1])
+            write_csv(curves, VALIDATION, float_format="%.5g")
         if len(spoilt := corrupted(study)):
             spoilt = pd.concat([pd.read_csv(SPOILT), spoilt] if SPOILT.exists() else [spoilt])
             write_csv(spoilt.drop_duplicates([*spoilt][:-1], keep="last"), SPOILT, float_format="%.5g")
@@ -541,6 +573,7 @@ def main() -> None:
     draw(table[several & (table.kind != MEASURED) & ~table.effect.str.startswith("averaged weights (last quarter)")])
     answer(table)
     spent(networks, helps)
+    draw_validation(pd.read_csv(VALIDATION))
     matrix(networks, helps)
 
 
