@@ -200,8 +200,9 @@ def draw_validation(curves: pd.DataFrame) -> None:
     style.open_up(ax)
     ax.set_ylim(bottom=curves[curves.gradient_evaluations >= 2000].dice.min())
     ax.legend(frameon=False, loc="lower right")
-    trainings = curves.groupby("optimizer").train_domain.nunique().min()
-    ax.set_title(f"trainings of 32,000 gradients, seed 10: mean and range of {trainings}", fontsize=10)
+    length, arms = curves.gradient_evaluations.max(), curves.groupby("optimizer")
+    numbers = f"{arms.train_domain.nunique().min()} trainings, {arms.seed.nunique().min()} seed"
+    ax.set_title(f"{length:,} gradients, mean and range of {numbers}", fontsize=10)
     picture.savefig(FIGURES / "validation.png", dpi=slices.DPI, metadata={"Software": None})
 
 
@@ -386,10 +387,12 @@ def spent(networks: pd.DataFrame, helps: pd.DataFrame) -> None:
             look = style.LOOKS[kind] | {"marker": "D", "linestyle": "", "markerfacecolor": "white"}
             label = f"{style.name_of(kind)}, averaged weights (EMA)"
             panels[0].plot(averaged.gradients, averaged.dice, label=label, **look, markersize=9)
-    alone, _ = lengths(runs[(runs.seed == 10) & ~runs.seen], {*arms, *LONGEST})
+    alone, number = lengths(runs[~runs.seen], {*arms, *LONGEST})
     for kind, line in alone.groupby("kind"):
         thin = style.LOOKS[kind] | {"linestyle": "-", "marker": ".", "alpha": 0.5}
-        panels[0].plot(line.gradients, line.dice, linewidth=1, label=f"{style.name_of(kind)}, seed 10 alone", **thin)
+        panels[0].plot(
+            line.gradients, line.dice, linewidth=1, label=f"{style.name_of(kind)}, never saw it, {number} seed", **thin
+        )
     syn = helps[helps.training == "ants-syn"].set_index("test_domain").dice.groupby(ANATOMY).mean().mean()
     panels[0].axhline(syn, label=style.name_of("ants-syn"), **style.LOOKS["ants-syn"] | {"marker": ""})
     on_two, number = lengths(on_chest_and_knee(networks), {*arms, *RADII})

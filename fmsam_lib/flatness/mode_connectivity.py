@@ -28,7 +28,8 @@ from fmsam_lib.training.loop import starting
 from fmsam_lib.training.losses import Batch
 
 ALIKE = ["train_domain", "seed", "shape", "weights", "down", "up", "levels", "last_step"]  # trainings of one start,
-ALIKE += ["similarity", "sigma", "lmbda"]  # and of one loss
+LOSS = ["similarity", "sigma", "lmbda"]
+ALIKE += LOSS  # and of one loss
 COLUMNS = ["train_domain", "test_domain", "baseline", "treatment", "seed"]
 COLUMNS += ["kind", "statistics", "optimizer", "step", "alpha", "beta", "term", "value"]
 BEYOND = 0.25  # how far past both solutions the path goes on, of the distance between them

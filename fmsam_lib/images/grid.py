@@ -49,10 +49,8 @@ def decode(image_path, label_path=None, *, modality: str, shape: Sequence[int], 
     image = read_values(image_path, dim)
     cosines = np.sort(np.abs(np.reshape(image.GetDirection(), (image.GetDimension(), -1))), axis=0)
     if (cosines[-1] - cosines[-2]).min() < 0.1 and oriented(image):  # 41 to 49 degrees
-        told = (
-            "an axis lies halfway between two of the body's; beside images on the other side of 45 degrees it is turned"
-        )
-        warn_once(f"{name_of(image_path)}: {told} by 90. Resample it along the body's axes.")
+        told = "an axis lies halfway between two of the body's, so beside others the image may be turned by 90"
+        warn_once(f"{name_of(image_path)}: {told} degrees. Resample it along the body's axes.")
     grid, label = reference(image, shape), None
     if label_path is not None:
         values = read_labels(label_path, dim, labels)

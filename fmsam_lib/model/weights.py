@@ -195,16 +195,17 @@ def from_icon(state: dict[str, Tensor]) -> GradICON:
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise ValueError("something other than a state dict")
     state = {key.removeprefix("regis_net."): value for key, value in state.items()}
-    found = {key.split("downConvs.")[0] for key in state if "downConvs." in key}
+    theirs = f"{THEIR_NAMES['down']}."
+    found = {key.split(theirs)[0] for key in state if theirs in key}
     known = {frozenset(icon_prefixes(n, last)): (n, last) for n in range(1, 9) for last in (False, True)}
     if frozenset(found) not in known:
         raise ValueError(f"keys that no network of uniGradICON's kind has, such as {', '.join(sorted(state)[:2])}")
     levels, last_step = known[frozenset(found)]
-    first = icon_prefixes(levels, last_step)[0]
-    depths = range(sum(key.startswith(f"{first}downConvs.") for key in state) // 2)  # a weight and a bias each
-    down = tuple(len(state[f"{first}downConvs.{depth}.weight"]) for depth in depths)
-    up = tuple(state[f"{first}upConvs.{depth}.weight"].shape[1] for depth in depths)
-    net = GradICON(state[f"{first}lastConv.weight"].dim() - 2, down=down, up=up, levels=levels, last_step=last_step)
+    of_first = {part: icon_prefixes(levels, last_step)[0] + name for part, name in THEIR_NAMES.items()}
+    depths = range(sum(key.startswith(f"{of_first['down']}.") for key in state) // 2)  # a weight and a bias each
+    down = tuple(len(state[f"{of_first['down']}.{depth}.weight"]) for depth in depths)
+    up = tuple(state[f"{of_first['up']}.{depth}.weight"].shape[1] for depth in depths)
+    net = GradICON(state[f"{of_first['last']}.weight"].dim() - 2, down=down, up=up, levels=levels, last_step=last_step)
     ours = dict(zip(to_icon(net), net.state_dict(), strict=True))
     if more := sorted(state.keys() - ours.keys()):
         raise ValueError(f"the key {more[0]}, which no network of uniGradICON's kind has")

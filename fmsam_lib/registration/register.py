@@ -179,10 +179,8 @@ def short(path: str) -> str:
 def _read(source: Source, dim: int, what: str) -> sitk.Image:
     image = read_values(source, dim, what)
     if max(image.GetSize()) > 32_767:
-        todo = "Shrink or cut it."
-        raise data_error(
-            name_of(source, what), "sides of at most 32,767, as NIfTI has", f"size {image.GetSize()}", todo
-        )
+        expected, found = "sides of at most 32,767, as NIfTI has", f"size {image.GetSize()}"
+        raise data_error(name_of(source, what), expected, found, "Shrink or cut it.")
     if dim == 2 and min((*image.GetSize(), 1)[:3]) > 1:
         found, todo = f"a volume of shape {image.GetSize()}", "Use a network for volumes, or save one slice."
         raise data_error(name_of(source, what), "a single slice, for this 2-D network", found, todo)

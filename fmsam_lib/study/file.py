@@ -26,11 +26,10 @@ class Once(yaml.SafeLoader):
 
 
 # Without YAML 1.1's octal whole numbers and those of base 60: 010 and 1:30 are text, and no seed.
+WHOLE = re.compile(r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)$")
 OTHERS = {k: [r for r in v if not r[0].endswith(":int")] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 Once.yaml_implicit_resolvers = OTHERS
-Once.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)$"), [*"-+0123456789"]
-)
+Once.add_implicit_resolver("tag:yaml.org,2002:int", WHOLE, [*"-+0123456789"])
 
 
 def placed(study: str, runs: Path) -> tuple[Path, Path]:

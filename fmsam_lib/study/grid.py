@@ -184,8 +184,7 @@ def swept(study: Study) -> Study:
             raise ValueError(f"{optimizer}: expected lists that {own['optimizer']} uses, got {', '.join(idle)}")
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
-            words = (re.sub(r"[^\w.-]+", "_", str(value)).strip("_") for value in values)  # of files on any system
-            called = "-".join([optimizer, *(f"{name}={word}" for name, word in zip(lists, words, strict=True))])
+            called = "-".join([optimizer, *map(named, lists, values)])
             variants |= {called: own | chosen} if chosen else {}
             optimizers.append(called)
         if not all(lists.values()) or len({name.lower() for name in optimizers}) < len(optimizers):
@@ -202,6 +201,11 @@ def _several(name: str, value: Any) -> bool:
     if name not in Train.model_fields or not isinstance(value, list):
         return False
     return typing.get_origin(Train.model_fields[name].annotation) is not list or any(isinstance(v, list) for v in value)
+
+
+def named(name: str, value: Any) -> str:
+    """A parameter with a value, as a part of an optimizer's name and so of files on any system: "down=4_8"."""
+    return f"{name}=" + re.sub(r"[^\w.-]+", "_", str(value)).strip("_")
 
 
 def swept_from(optimizer: str) -> tuple[str, set[str]]:

@@ -165,9 +165,7 @@ def resume(folder: Path, now: dict, parts: dict[str, Any]) -> State:
         refuse_another(there, now, folder)
     if not path.exists():
         if (folder / "weights.pt").exists() and not (folder / "checkpoint_damaged.pt").exists():
-            raise ConfigError(
-                f"{folder} has a finished training, but no checkpoint.pt: delete weights.pt to train anew"
-            )
+            raise ConfigError(f"{folder}: a finished training, but no checkpoint.pt: delete weights.pt to train anew")
         return State()
     try:
         saved = whole(path)

@@ -145,6 +145,16 @@ def test_in_a_sweep_a_variant_of_a_fixed_value_is_compared_with_adam_of_that_val
     assert pairs == [*zip(optimizers[:2], optimizers[2:4], strict=True), ("adam-lr=0.002", "slow")]
 
 
+def test_a_variants_own_list_is_the_value_of_a_sweep_of_lists():
+    optimizers = ["adam-down=4_8", "adam-down=8_8", "sam-down=4_8", "sam-down=8_8", "small"]
+    variants = {"small": {"optimizer": "sam", "down": [4, 8]}}
+    study = STUDY.model_copy(update={"optimizers": optimizers, "variants": variants})
+    asked = Compare(baseline=optimizers[0], treatment=optimizers[2])
+    pairs = run(study=study, settings=asked, results=pd.DataFrame({"optimizer": optimizers})).compare_what()
+    assert ("adam-down=4_8", "small") in pairs
+    assert ("adam-down=8_8", "small") not in pairs
+
+
 def test_a_caption_says_data_pairs_and_seeds_and_stands_beside_its_figure(settings, tmp_path):
     rows = made_up(tests=("a", "b"), train="a")
     done = run(results=rows, settings=settings, real=("figure",))
