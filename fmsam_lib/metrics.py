@@ -196,7 +196,7 @@ def determinants(pair: Pair, phi_map: Tensor) -> Tensor:
 
 def within(values: Tensor, mask: Tensor | None, part: slice) -> Tensor:
     """Values of this part of each axis, in a mask `(1, *S)`; all without a mask or where it is empty."""
-    inside = None if mask is None else mask[0][(part,) * values.dim()]
+    inside = None if mask is None else mask[0][(part,) * values.dim()] != 0
     return values if inside is None or not inside.any() else values[inside]
 
 

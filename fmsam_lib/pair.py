@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from fmsam_lib.records import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,3 +45,6 @@ class Pair:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)
+        low, high = (float(end) for end in torch.stack([*self.moving.aminmax(), *self.fixed.aminmax()]).aminmax())
+        if low < -0.01 or high > 1.01:  # a network would give some map for any values
+            raise DataError(f"expected images in [0, 1], got {low:.4g} to {high:.4g} in the pair {self.name}")

@@ -487,6 +487,9 @@ def test_regularity_is_that_of_the_fixed_mask():
     expected = np.ma.MaskedArray(logarithm, 1 - mask[0].numpy().astype(int)[2:-2, 2:-2, 2:-2]).std()
     assert inside["sdlogj_learn2reg"] == pytest.approx(expected, rel=1e-4)
     assert rows["sdlogj_learn2reg"] > 2 * expected
+    for dtype in (torch.uint8, torch.int16, torch.int64, torch.float32):  # 0 and 1 are no indices
+        rows_of = measure(replace(plain, fixed_mask=mask.to(dtype)), phi)
+        assert {row["metric"]: row["value"] for row in rows_of} == inside
     nowhere = measure(replace(plain, fixed_mask=torch.zeros_like(mask)), phi)
     assert {row["metric"]: row["value"] for row in nowhere} == rows
 

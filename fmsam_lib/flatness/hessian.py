@@ -73,7 +73,7 @@ def curvature(
     return pd.DataFrame(rows, columns=COLUMNS), pd.concat(spectra, ignore_index=True)
 
 
-@torch.enable_grad()  # whoever asks inside `no_grad` would get zeros
+@torch.inference_mode(False)  # whoever asks inside it or `no_grad` would get zeros
 def hessian(space: WeightSpace, term: int) -> Product:
     """The exact product `v -> H v` of one of the TERMS at w, all NaN where a term or its gradient is not finite.
 

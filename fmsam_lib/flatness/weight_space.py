@@ -39,6 +39,7 @@ class WeightSpace:
     True
     """
 
+    @torch.inference_mode(False)  # else its parameters would never have gradients
     def __init__(self, net: nn.Module, terms: TermsOf = lambda net: (), dtype=None, *, training=False):
         self.net = copy.deepcopy(net).train(training).requires_grad_(True)
         self.net.to(dtype=dtype)
@@ -68,7 +69,7 @@ class WeightSpace:
             values = np.array([float(term) for term in self.terms(self.net)])
         return np.where(np.isfinite(values), values, np.nan)
 
-    @torch.enable_grad()  # whoever asks inside `no_grad` would get zeros
+    @torch.inference_mode(False)  # whoever asks inside it or `no_grad` would get zeros
     def gradient(self, term: int, eps: Tensor | float = 0.0) -> tuple[float, Tensor]:
         """One of the TERMS at `w + eps` and its gradient, `(n,)`; NaN and all NaN where a term is not finite."""
         with self.at(eps):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fmsam_lib.checking import ConfigError, read
-from fmsam_lib.images.domains import FileDomain
+from fmsam_lib.images.domains import FileDomain, SyntheticDomain
 from fmsam_lib.images.files import parts
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import DAMAGED, sha256, whole
@@ -99,9 +99,12 @@ def identity(run: Train, dataset, net: GradICON) -> dict:
 
 
 def hash_of_images(dataset) -> str:
-    """Of the images and masks that a training may read, in their order, wherever they lie; "" of synthetic domains."""
-    found: list[list] = []
-    for domain in (d for d in getattr(dataset, "domains", [dataset]) if isinstance(d, FileDomain)):
+    """Of all images and masks that a training may read, or of an own domain's first pair; "" of synthetic domains."""
+    found, domains = list[list](), getattr(dataset, "domains", [dataset])
+    for pair in (d.training_pair(0) for d in domains if not isinstance(d, FileDomain | SyntheticDomain | None)):
+        images = (image.detach().cpu().float().numpy() for image in (pair.moving, pair.fixed))
+        found.append([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    for domain in (d for d in domains if isinstance(d, FileDomain)):
         about, listed, own = domain.manifest, domain.training_pairs, len(found)
         for image in [image for pair in listed for image in pair] if listed else domain.training:
             hashes = [hashed(path).values() for path in (image, about.beside["mask"][image]) if path]

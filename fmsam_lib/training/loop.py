@@ -77,6 +77,8 @@ def train(
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
+    if "every" in options and options.get("optimizer") not in ("sam-every", "looksam"):
+        raise ConfigError("expected optimizer sam-every or looksam with `every`, which others do not use")
     kept = out and os.path.abspath(os.path.expanduser(out))  # "" is no folder
     with TemporaryDirectory() if out is None else nullcontext(kept) as folder:
         run = read(Train, options | given | {"out": folder}, source="the options of train")

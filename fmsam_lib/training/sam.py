@@ -116,6 +116,8 @@ class SAM:
         moved = [p for p in self.params if p.requires_grad and p.grad is not None]
         if not moved:
             raise RuntimeError("no parameter has a gradient: call backward() before `with sam.perturbed()`")
+        if len({p.data_ptr() or id(p) for p in moved}) < len(moved):
+            raise RuntimeError("expected parameters with memory of their own, got two that share it: tie them as one")
         for grad in (p.grad for p in moved if p.grad is not None):
             if grad.is_complex() or grad.layout != torch.strided:
                 got = f"{grad.layout} of {grad.dtype}, shape {tuple(grad.shape)}"

@@ -184,6 +184,18 @@ def test_from_python_there_are_tidy_rows_and_the_network_stays_as_it_is():
     assert evaluate(None, domain).pair.nunique() == 10  # unless one asks for another number
 
 
+def test_images_that_are_not_from_0_to_1_are_a_problem():
+    class Raw(type(open_domain("brain-mr", shape=(16, 16)))):
+        def test_pair(self, index):
+            pair = super().test_pair(index)
+            return dataclasses.replace(pair, moving=pair.moving * 255)
+
+    rows, _, _, problems = measured(net(), Raw("brain-mr", (16, 16), 0))
+    assert rows.empty
+    assert len(problems) == 2
+    assert all("expected images in [0, 1], got 0 to 25" in problem for problem in problems), problems
+
+
 def test_problems_are_warnings_and_nothing_measured_is_an_error():
     with pytest.warns(UserWarning, match=r"a.nii.gz: expected a NIfTI file"):
         table = evaluate(net(), Broken(), pairs=2)

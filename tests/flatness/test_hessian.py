@@ -335,10 +335,11 @@ def test_neither_mode_nor_memory_layout_changes_a_measure():
     assert not all(p.is_contiguous() for p in net.parameters())
 
 
-def test_measures_are_the_same_where_gradients_are_switched_off():
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_measures_are_the_same_where_gradients_are_switched_off(switched_off):
     net, batch = network(2, levels=2), images(2)
     expected, _ = measures(net, batch, LOSS, ALL)
-    with torch.no_grad():
+    with switched_off():
         found, _ = measures(net, batch, LOSS, ALL)
     assert expected.value.abs().max() > 0
     assert found.equals(expected)

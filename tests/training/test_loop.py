@@ -347,6 +347,12 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     assert not torch.equal(first.points, make_batches(dataset, tiny(tmp_path, seed=1), 7)[0].points)
 
 
+def test_climbing_now_and_then_needs_its_optimizer():
+    domain = open_domain("brain-mr", shape=(16, 16))
+    with pytest.raises(ConfigError, match="expected optimizer sam-every or looksam with `every`"):
+        train(domain, **OPTIONS | {"optimizer": "sam"}, every=2)
+
+
 class Masked:
     """Pairs of a domain with masks, all but every `bare`-th."""
 
@@ -901,6 +907,25 @@ def test_out_counts_from_the_working_directory_and_resumes(tmp_path, domain, mon
 
 def real_domain(folder, **options):
     return open_domain("Own", shape=(16, 16), data=folder, **options)
+
+
+class Own:
+    """A domain of somebody's own: the library knows nothing of where its images come from."""
+
+    def __init__(self, images):
+        self.name, self.shape, self.images = "mine", (16, 16), open_domain(images, shape=(16, 16))
+        self.test_count = self.validation_count = 0
+
+    def training_pair(self, index):
+        return self.images.training_pair(index)
+
+
+def test_other_images_of_ones_own_domain_are_another_training(tmp_path):
+    options = OPTIONS | {"out": tmp_path / "run"}
+    first, _ = train(Own("brain-mr"), **options)
+    assert torch.equal(weights(train(Own("brain-mr"), **options)[0]), weights(first))
+    with pytest.raises(ConfigError, match=r"or images:\n- hash_of_images: '\w+' there, '\w+' now\n"):
+        train(Own("lung-ct"), **options)
 
 
 def test_other_images_are_another_training(tmp_path, monkeypatch):

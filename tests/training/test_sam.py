@@ -66,6 +66,19 @@ def test_the_adaptive_step_is_relative_to_the_weights():
         torch.testing.assert_close(w.detach().clone(), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"by_layer": True}, {"random_seed": 0}])
+def test_two_parameters_of_one_memory_are_refused(options):
+    """They would be moved twice: by |w|, not by rho."""
+    encoder, decoder = nn.Linear(4, 3, bias=False), nn.Linear(3, 4, bias=False)
+    decoder.weight = nn.Parameter(encoder.weight.t())
+    before = encoder.weight.detach().clone()
+    decoder(encoder(torch.rand(2, 4))).sum().backward()
+    sam = SAM([encoder.weight, decoder.weight], rho=0.1, **options)
+    with pytest.raises(RuntimeError, match="parameters with memory of their own"), sam.perturbed():
+        pass
+    assert torch.equal(encoder.weight, before)
+
+
 def model():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
