@@ -96,6 +96,7 @@ class Train(Parameters):
     batch: Count = Field(2, description="pairs a step")
     accumulate: Count = Field(1, description="compute a batch in so many parts, one after the other, to save memory")
     augment: bool = Field(False, description="uniGradICON's random axis permutations, flips and affine noise")
+    contrast: NotNegative = Field(0.0, description="each image's own brightness curve and bias field, this strong")
     validation: Natural = Field(4, description="watch the Dice of so many pairs that are in neither training nor test")
     lr: Positive = Field(0.001, description="learning rate at the start")
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="to 0 along half a cosine, or constant")
@@ -123,8 +124,7 @@ class Train(Parameters):
     def _fits(self) -> "Train":
         if self.up and len(self.up) != len(self.down):
             raise ValueError(f"expected as many channels up as down, {len(self.down)}, got {len(self.up)}")
-        parts = self.processes * self.accumulate
-        if self.batch % parts:
+        if self.batch % (parts := self.processes * self.accumulate):
             raise ValueError(f"expected batch to be a multiple of processes x accumulate, {parts}, got {self.batch}")
         if self.first_stage and not (self.first_stage < self.steps and (self.last_step or self.weights)):
             got = f"got first_stage {self.first_stage}, steps {self.steps}, last_step {self.last_step}"
@@ -258,7 +258,7 @@ class Registering(Parameters):
 class Register(Registering):
     """`fmsam-register`: one pair of files."""
 
-    fixed: str = Field("", description="image that stays: NIfTI, NRRD, MetaImage or a folder of DICOM")
+    fixed: str = Field("", description="image that stays: NIfTI, NRRD, MetaImage, PNG or a folder of DICOM")
     moving: str = Field("", description="image to be warped onto it")
     labels: str = Field("", description="label image of the moving image, to be warped too")
     fixed_labels: str = Field("", description="label image of the fixed image, for Dice before and after")

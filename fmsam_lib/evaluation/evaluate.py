@@ -57,7 +57,13 @@ def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress
     net = net.module if isinstance(net, nn.DataParallel) else getattr(net, "_orig_mod", net)  # of torch.compile
     if not hasattr(domain, "test_pair"):
         raise ConfigError(f"expected a domain, got {domain!r}: fm.open_domain(name, shape=(64, 64)) opens one")
-    net = copy.deepcopy(net).eval() if isinstance(net, GradICON) else net  # the caller's own stays in the mode it is in
+    if isinstance(net, GradICON):
+        net, shape = copy.deepcopy(net).eval(), tuple(getattr(domain, "shape", ()))  # the caller's stays in its mode
+        if shape and net.dim != len(shape):
+            raise ConfigError(f"expected a {len(shape)}-D network for {domain.name}, got a {net.dim}-D one")
+        if shape and net.shape and max(max(a / b, b / a) for a, b in zip(net.shape, shape, strict=True)) > 1.5:
+            trained = f"the network was trained on {tuple(net.shape)} samples: {domain.name} has {shape}"
+            warnings.warn(f"{trained}, where it may do far worse: open it with shape=net.shape", stacklevel=2)
     found = measured(net, domain, pairs=pairs, progress=progress)
     if found.results.empty and found.problems:
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(found.problems))

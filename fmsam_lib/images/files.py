@@ -112,7 +112,7 @@ def _open(source: Source, dim: int, what: str) -> sitk.Image:
         raise data_error(where, "one real number a voxel", f"data type {kind}", "Convert it to a single grey value.")
     if len(size) > 3 or sum(n > 1 for n in size) < dim:
         expected = f"a {'2-D or 3' if len(size) > 3 else dim}-D image with several samples along each axis"
-        todo = "Save one of its volumes" if len(size) > 3 else f"Choose a {dim}-D file or another grid"
+        todo = "Save one of its volumes" if len(size) > 3 else f"Choose a {dim}-D file, or another network or grid"
         raise data_error(where, expected, f"shape {size}", f"{todo}.")
     direction = np.array(image.GetDirection()).reshape(len(size), -1)
     if np.abs(direction.T @ direction - np.eye(len(size))).max() > 1e-3:
@@ -164,7 +164,7 @@ def _loaded(path: Path, where: str) -> Any:
     try:
         return nibabel.load(path)
     except (*UNREADABLE, ImportError) as error:
-        todo = DAMAGED if stem(path) != path.name else "Convert it to NIfTI, NRRD or MetaImage; SimpleITK can."
+        todo = DAMAGED if stem(path) != path.name else "Convert it to NIfTI, NRRD, MetaImage or PNG; SimpleITK can."
         raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
 
 

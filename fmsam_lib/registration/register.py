@@ -128,6 +128,9 @@ def register(
         notes.append(f"instance optimisation: the loss was not finite at step {len(losses)}; the best before counts")
         warnings.warn(notes[-1], stacklevel=2)
 
+    if how.similarity != "lncc" and not how.io:
+        notes.append(f"the similarity {how.similarity} counts with --io alone: without, the network's map is the same")
+        warnings.warn(notes[-1], stacklevel=2)
     where_fixed = counts[-1] if counts else None
     before, after = (lncc(image, b, sigma=how.sigma, mask=where_fixed).item() for image in (a, warp(a, phi.map)))
     comparable = how.similarity == "lncc" and len({*modality.values()}) == 1  # LNCC means something

@@ -28,7 +28,7 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.records import warn_once
 from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
-from fmsam_lib.training.augmentation import augment
+from fmsam_lib.training.augmentation import augment, seen_otherwise
 from fmsam_lib.training.averages import Averages
 from fmsam_lib.training.losses import Batch, batch_of, jittered_points, with_masks
 from fmsam_lib.training.seen import seen
@@ -260,9 +260,12 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
     number, own = numbered(run, step), run.batch // run.processes
     numbers = range(number * run.batch, (number + 1) * run.batch)[parallel.rank() * own :][:own]
     images = with_masks([dataset.training_pair(i) for i in numbers])
+    generators = [torch.Generator().manual_seed(i) for i in numbers]
     if run.augment:
-        generators = (torch.Generator().manual_seed(i) for i in numbers)
         images = [augment(*both, generator) for both, generator in zip(images, generators, strict=True)]
+    if run.contrast:
+        by = zip(images, generators, strict=True)
+        images = [(seen_otherwise(a, run.contrast, g), seen_otherwise(b, run.contrast, g)) for (a, b), g in by]
     points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(number))
     moving, fixed = (torch.stack(part).split(own // run.accumulate) for part in zip(*images, strict=True))
     return [batch_of(m, f, points) for m, f in zip(moving, fixed, strict=True)]

@@ -450,6 +450,19 @@ def test_a_wrapped_network_is_the_network_and_another_module_is_told():
     assert len(table)
 
 
+def test_a_grid_that_the_network_does_not_know_is_told():
+    own = net()
+    with warnings.catch_warnings(action="error"):
+        evaluate(own, open_domain("brain-mr", shape=(48, 48)), pairs=1)  # it was trained on none
+        own.shape = (32, 32)
+        evaluate(own, open_domain("brain-mr", shape=(48, 24)), pairs=1)
+    told = r"trained on \(32, 32\) samples: brain-mr has \(32, 49\), where .* open it with shape=net.shape"
+    with pytest.warns(UserWarning, match=told):
+        evaluate(own, open_domain("brain-mr", shape=(32, 49)), pairs=1)
+    with pytest.raises(ConfigError, match="expected a 3-D network for brain-mr, got a 2-D one"):
+        evaluate(own, open_domain("brain-mr", shape=(16, 16, 16)), pairs=1)
+
+
 def test_a_network_of_another_type_than_the_images_is_told():
     with pytest.raises(DataError, match=r"expected torch.float64 as in the weights, got torch.float32.*net.float"):
         evaluate(net().double(), open_domain("brain-mr", shape=(24, 24)), pairs=1)

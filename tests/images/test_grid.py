@@ -5,6 +5,7 @@ The judges: SimpleITK's physical space, torch's `interpolate` with `align_corner
 
 import os
 import struct
+import warnings
 
 import nibabel
 import numpy as np
@@ -458,6 +459,15 @@ def test_a_large_offset_costs_no_detail(kind):
     values = np.random.default_rng(0).integers(0, 1000, GRID)
     apart = normalise("a", (values + 10**9).astype(kind), "MR") - normalise("a", values.astype(np.float32), "MR")
     assert np.abs(apart).max() < 1e-6
+
+
+def test_one_value_far_below_all_others_is_told():
+    values = 500 + head().astype(np.float32)
+    with warnings.catch_warnings(action="error"):
+        window("alike", values, "MR")
+    values[3, 4, 5] = 0
+    with pytest.warns(UserWarning, match=r"^dead: its minimum, 0, lies far below .* at 5\d\d.*: clip it"):
+        window("dead", values, "MR")
 
 
 def test_without_a_fill_value_mr_is_as_it_was():

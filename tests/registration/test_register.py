@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nibabel
@@ -1045,6 +1046,19 @@ def test_the_commands_options_help_and_defaults_are_those_of_the_parameters(caps
     for name, field in Register.model_fields.items():
         default = f" (default: {field.default})" if field.default not in ("", []) else ""
         assert re.search(rf"--{name.replace('_', '-')} (\S.*? )?{re.escape(field.description + default)}", shown), name
+
+
+@pytest.mark.parametrize("similarity", ["lncc2", "mind"])
+def test_another_similarity_without_instance_optimisation_is_told(pair, similarity):
+    files = [pair[role] for role in ("fixed", "moving", "weights")]
+    how = {"shape": GRID, "lr": 0.001}
+    told = f"the similarity {similarity} counts with --io alone: without, the network's map is the same"
+    with pytest.warns(UserWarning, match=told):
+        found = register(*files, similarity=similarity, **how)
+    assert told in found.summary["notes"]
+    assert torch.equal(found.phi.map, register(*files, **how).phi.map)
+    with warnings.catch_warnings(action="error"):
+        assert told not in register(*files, similarity=similarity, io=1, **how).summary["notes"]
 
 
 def test_an_option_of_the_command_reaches_register(tmp_path, pair, monkeypatch):

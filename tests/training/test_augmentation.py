@@ -3,7 +3,9 @@ import itertools
 import pytest
 import torch
 
-from fmsam_lib.training.augmentation import augment, transformed, turn
+from fmsam_lib.images.domains import open_domain
+from fmsam_lib.training.augmentation import augment, seen_otherwise, transformed, turn
+from fmsam_lib.training.losses import lncc
 
 
 def generator(seed=0):
@@ -71,3 +73,35 @@ def test_the_warp_is_that_of_unigradicons_own_training(monkeypatch):
     straight = torch.cat([torch.eye(3), torch.zeros(3, 1)], 1)
     for image, key, z in zip(images, batch, drawn, strict=True):
         assert torch.allclose(transformed(image[0], straight + 0.05 * z[0]), theirs[key][0], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (12, 10, 14)])
+def test_another_scanner_shows_the_same_things_otherwise(shape):
+    torch.manual_seed(0)
+    image = torch.cat([torch.rand(1, *shape) * 0.9, (torch.rand(1, *shape) > 0.5).float()])
+    powers, ends = [], []
+    for seed in range(200):
+        changed = seen_otherwise(image, 0.7, generator(seed))
+        assert torch.equal(changed[1:], image[1:])  # the mask
+        assert changed[:1].min() >= 0
+        assert changed[:1].max().item() == pytest.approx(image[:1].max().item())
+        ramp = seen_otherwise(torch.ones(1, *shape), 0.7, generator(seed)).log()  # 1 to any power is 1
+        ends.append([ramp.select(axis, -1).mean() - ramp.select(axis, 0).mean() for axis in range(1, len(shape) + 1)])
+        without = (changed[0] / ramp[0].exp()).flatten()
+        logs = torch.stack([without.log(), image[0].flatten().log()]).cov()
+        powers.append(logs[0, 1] / logs[1, 1])
+    powers, ends = torch.stack(powers).log(), torch.tensor(ends)
+    assert -0.7 <= powers.min() < -0.6 < 0.6 < powers.max() <= 0.7
+    assert torch.allclose(ends.std(0), torch.full((len(shape),), 0.7), rtol=0.2)
+
+
+def test_what_is_black_stays_black():
+    assert torch.equal(seen_otherwise(torch.zeros(1, 5, 5), 2.0, generator()), torch.zeros(1, 5, 5))
+
+
+def test_lncc_hardly_sees_another_scanner():
+    x = open_domain("brain-mr", shape=(64, 64)).test_pair(0).fixed
+    for seed in range(5):
+        changed = seen_otherwise(x, 0.7, generator(seed))
+        assert (changed - x).abs().mean() > 0.01
+        assert lncc(x[None], changed[None]) > 0.9

@@ -1065,3 +1065,18 @@ def test_a_compiled_network_is_trained_as_itself(tmp_path, domain):
     both = {"plain": net, "compiled": compiled}
     totals = [train(domain, net=n, out=tmp_path / name, steps=2, batch=2)[1][-1]["total"] for name, n in both.items()]
     assert totals[0] == pytest.approx(totals[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_contrast_changes_each_image_by_itself_and_nothing_where_it_is_0(tmp_path, augmented):
+    dataset = open_domain("brain-mr", shape=(16, 16))
+    plain, again, changed, same = (
+        make_batches(data, tiny(tmp_path, batch=2, augment=augmented, contrast=strength), 3)[0]
+        for data, strength in ((dataset, 0.0), (Masked(), 0.0), (Masked(), 0.7), (Masked(), 0.7))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], again[:3], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(changed, same, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(again[2:], changed[2:], strict=True))  # points and masks
+    ratios = torch.cat([changed.moving / again.moving, changed.fixed / again.fixed]).nan_to_num(0, 0, 0).flatten(1)
+    assert len(ratios.sum(1).unique()) == 4
+    assert not torch.isclose(ratios.sum(1), torch.tensor(256.0), rtol=0.01).any()
