@@ -214,6 +214,17 @@ def captured() -> pd.DataFrame:
     return table.rename(columns=lambda shift: f"{100 * shift:.0f} %").reset_index()
 
 
+def scanners() -> pd.DataFrame:
+    """Dice on the sets never seen where one image alone comes from another scanner, of the networks that ship."""
+    rows = pd.read_csv(FIGURES / "scanners.csv").query("not seen")
+    rows["network"] = rows.network.mask(rows.network == "before", "before, " + rows.dim.astype(str) + "-D")
+    rows["image"] = rows.corruption.where(rows.severity > 0, "as it is")
+    table = rows.groupby(["network", "image", "severity"]).dice.mean().unstack([1, 2])
+    named = {"gamma": "to the power {0:.1f}", "bias_field": "bias field {1:g}"}
+    table.columns = [named.get(kind, kind).format(2**severity, severity) for kind, severity in table.columns]
+    return table.map("{:.3f}".format).reset_index()
+
+
 def longer() -> pd.DataFrame:
     """Dice on anatomies never seen by the gradients that Adam and SAM spent, mean of the seeds that have all of these
     lengths, and the differences at equal compute, over seeds."""
@@ -298,6 +309,7 @@ MADE = {
         pretrained,
         licences,
         captured,
+        scanners,
         heldout,
         radius,
         tuning,

@@ -117,6 +117,7 @@ EFFECTS = {
     (OTHER, "half the penalty (lambda 0.75)"): (("unseen", "adam-2x"), ("settings", "lambda-0.75")),
     (OTHER, "twice the penalty (lambda 3)"): (("unseen", "adam-2x"), ("settings", "lambda-3")),
     (OTHER, "no augmentation"): (("unseen", "adam-2x"), ("settings", "plain")),
+    (OTHER, "contrast varied in training"): (("unseen", "adam-2x"), ("settings", "contrast")),
     (OTHER, "twice the channels"): (("unseen", "adam-2x"), ("settings", "wide")),
     (OTHER, "uniGradICON's channels, 4,000 gradients"): (("unseen", "adam"), ("settings", "unigradicon")),
     (OTHER, "no synthetic images"): (("unseen", "adam-2x"), ("real", "adam-2x")),

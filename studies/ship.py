@@ -1,7 +1,7 @@
 """Train the networks that come with fmsam and write them with their checksums.
 
     FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d 3d-sam    # each 15 to 60 minutes on one core; goes on
-    FMSAM_DATA=... python studies/ship.py --judge                # Dice of all: figures/pretrained.csv, captured.csv
+    FMSAM_DATA=... python studies/ship.py --judge                # figures/pretrained.csv, captured.csv, scanners.csv
     FMSAM_DATA=... python studies/ship.py --licences             # 40 minutes on one core: figures/licences.csv
 
 They see synthetic images and those real sets whose licences allow any use: CardiacSunnybrook2D (CC0), FetalHeadUS
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 import fmsam_lib as fm
+from fmsam_lib.evaluation.corruptions import robustness
 from fmsam_lib.model.spatial import identity_map, warp, warp_label
 from fmsam_lib.model.weights import SHIPPED, golden, sha256, shipped
 from fmsam_lib.records import PROJECT, provenance, write_csv, written_whole
@@ -82,13 +83,17 @@ def ship(name: str, net: fm.GradICON) -> None:
         partial.write_text(f"{sha256(SHIPPED / f'{name}.pt')}\n")
 
 
+def methods(dim: int) -> dict[str, fm.GradICON | None]:
+    """No registration, and the networks that ship."""
+    return {"before": None} | {name: fm.pretrained(name) for name in shipped() if NETWORKS[name][0] == dim}
+
+
 def judged(dim: int, pairs: int = 30) -> pd.DataFrame:
     """Dice and folding on every real set, on several grids, beside those without registration."""
-    methods = {"before": None} | {name: fm.pretrained(name) for name in shipped() if NETWORKS[name][0] == dim}
     lines = []
     for test, shape in itertools.product(SETS[dim], GRIDS[dim]):
         domain = fm.open_domain(test, shape=shape)
-        for name, method in methods.items():
+        for name, method in methods(dim).items():
             table = fm.evaluate(method, domain, pairs=pairs)
             means = table.groupby(["metric", "pair"]).value.mean().groupby("metric").mean()
             about = {"network": name, "tested on": test, "seen": test in DOMAINS[dim].split("+")}
@@ -118,15 +123,32 @@ class Shifted:
 
 def captured(dim: int, pairs: int = 10) -> pd.DataFrame:
     """Dice on the sets never seen, on the grid of the last stage, where one image is shifted against the other."""
-    methods, lines = {"before": None}, []
-    methods |= {name: fm.pretrained(name) for name in shipped() if NETWORKS[name][0] == dim}
+    lines = []
     for test in [name for name in SETS[dim] if name not in DOMAINS[dim].split("+")]:
         domain = fm.open_domain(test, shape=STAGES[dim][-1][0])
-        for (name, net), by in itertools.product(methods.items(), SHIFTS):
+        for (name, net), by in itertools.product(methods(dim).items(), SHIFTS):
             dice = fm.evaluate(net, Shifted(domain, by), pairs=pairs).query("metric == 'dice'")
             about = {"network": name, "dim": dim, "tested on": test, "shift": by, "pairs": dice.pair.nunique()}
             lines.append(about | {"dice": dice.groupby("pair").value.mean().mean()})
     return pd.DataFrame(lines)
+
+
+def scanners(dim: int, pairs: int = 30) -> pd.DataFrame:
+    """Dice on every real set, on the grid of the last stage, where the moving image alone has another brightness curve
+    or a bias field."""
+    tables = []
+    for test, (name, net) in itertools.product(SETS[dim], methods(dim).items()):
+        domain = fm.open_domain(test, shape=STAGES[dim][-1][0])
+        rows, _ = robustness(net, domain, ["gamma", "bias_field"], pairs=pairs, progress=False)
+        dice = (
+            rows[rows.metric == "dice"].groupby(["corruption", "severity"]).value.agg(["mean", "count"]).reset_index()
+        )
+        about = {"network": name, "dim": dim, "tested on": test, "seen": test in DOMAINS[dim].split("+")}
+        tables.append(dice.rename(columns={"mean": "dice", "count": "pairs"}).assign(**about))
+    return pd.concat(tables)
+
+
+JUDGED = {"pretrained": judged, "captured": captured, "scanners": scanners}
 
 
 def main() -> None:
@@ -143,7 +165,7 @@ def main() -> None:
         dim, optimizer = NETWORKS[name]
         ship(name, trained(name, given.runs, dim, DOMAINS[dim], optimizer))
     tables = {"licences": licences(given.runs)} if given.licences else {}
-    for measure, name in ((judged, "pretrained"), (captured, "captured")) if given.judge else ():
+    for name, measure in JUDGED.items() if given.judge else ():
         tables[name] = pd.concat([measure(dim) for dim in STAGES], ignore_index=True)
     made = provenance()
     for name, table in tables.items():
