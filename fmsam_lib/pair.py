@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from fmsam_lib.records import DataError
@@ -45,6 +44,9 @@ class Pair:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "title", self.title or self.name)
-        low, high = (float(end) for end in torch.stack([*self.moving.aminmax(), *self.fixed.aminmax()]).aminmax())
-        if low < -0.01 or high > 1.01:  # a network would give some map for any values
-            raise DataError(f"expected images in [0, 1], got {low:.4g} to {high:.4g} in the pair {self.name}")
+        for image in (self.moving, self.fixed):
+            low, high = (float(end) for end in image.detach().aminmax())
+            if low < -0.01 or high > 1.01:  # a network would give some map for any values
+                raise DataError(
+                    f"{self.name}: expected images in [0, 1], got {low:.4g} to {high:.4g}: scale or clip them"
+                )

@@ -96,7 +96,7 @@ class Train(Parameters):
     batch: Count = Field(2, description="pairs a step")
     accumulate: Count = Field(1, description="compute a batch in so many parts, one after the other, to save memory")
     augment: bool = Field(False, description="uniGradICON's random axis permutations, flips and affine noise")
-    contrast: NotNegative = Field(0.0, description="each image's own brightness curve and bias field, this strong")
+    contrast: NotNegative = Field(0.0, le=3, description="each image's own brightness curve and bias field")
     validation: Natural = Field(4, description="watch the Dice of so many pairs that are in neither training nor test")
     lr: Positive = Field(0.001, description="learning rate at the start")
     lr_schedule: Literal["cosine", "constant"] = Field("cosine", description="to 0 along half a cosine, or constant")

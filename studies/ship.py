@@ -139,7 +139,8 @@ def scanners(dim: int, pairs: int = 30) -> pd.DataFrame:
     tables = []
     for test, (name, net) in itertools.product(SETS[dim], methods(dim).items()):
         domain = fm.open_domain(test, shape=STAGES[dim][-1][0])
-        rows, _ = robustness(net, domain, ["gamma", "bias_field"], pairs=pairs, progress=False)
+        rows, problems = robustness(net, domain, ["gamma", "bias_field"], pairs=pairs, progress=False)
+        assert not problems, problems
         dice = (
             rows[rows.metric == "dice"].groupby(["corruption", "severity"]).value.agg(["mean", "count"]).reset_index()
         )

@@ -45,7 +45,7 @@ def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress
 
     Another method takes a `Pair` and returns its map and the swapped pair's, or None: `(1, D, *S)` each, as `phi.map`.
     Columns test_domain, pair, label, metric, value, unit; `fmsam_lib.metrics` defines the metrics. A pair that could
-    not be measured is a warning that says why, and so is a domain without the labels that it names. Raises DataError
+    not be measured is a warning that says why, as are missing labels or a grid unlike the network's. Raises DataError
     where no pair could be measured; ConfigError for what is no network, method or domain.
 
     >>> table = evaluate(None, open_domain("brain-mr", shape=(32, 32)), pairs=2)
@@ -63,7 +63,7 @@ def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress
             raise ConfigError(f"expected a {len(shape)}-D network for {domain.name}, got a {net.dim}-D one")
         if shape and net.shape and max(max(a / b, b / a) for a, b in zip(net.shape, shape, strict=True)) > 1.5:
             trained = f"the network was trained on {tuple(net.shape)} samples: {domain.name} has {shape}"
-            warnings.warn(f"{trained}, where it may do far worse: open it with shape=net.shape", stacklevel=2)
+            warnings.warn(f"{trained}, where Dice may be far lower: open it with shape=net.shape", stacklevel=2)
     found = measured(net, domain, pairs=pairs, progress=progress)
     if found.results.empty and found.problems:
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(found.problems))

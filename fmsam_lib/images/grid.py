@@ -208,9 +208,8 @@ def window(where: Source, image: np.ndarray, modality: str) -> tuple[float, floa
     if modality != "CT":
         inside = without_fill(image)
         low, high = float(inside.min()), float(np.percentile(inside, 99))
-        if (above := float(np.percentile(inside, 0.1))) - low > 0.1 * (high - low) > 0:
-            told = f"its minimum, {low:.4g}, lies far below 99.9 % of it, which begins at {above:.4g}"
-            warn_once(f"{name_of(where)}: {told}; all of that becomes bright: clip it")
+        if (inside < low + 0.3 * (high - low)).mean() < 0.001 and high > low:
+            warn_once(f"{name_of(where)}: a few values lie far below all others, which are bright now: clip those")
     elif image.min() < image.max() and image.max() > low:
         _check_hounsfield(where, image)
     if min(image.max(), high) <= max(image.min(), low):

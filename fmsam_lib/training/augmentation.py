@@ -37,7 +37,7 @@ def transformed(image: Tensor, affine: Tensor) -> Tensor:
     return F.grid_sample(image[None], grid, padding_mode="border", align_corners=True)[0]
 
 
-def seen_otherwise(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def other_scanner(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """An image in [0, 1], `(1, *S)` or `(2, *S)` with its mask, with another brightness curve and a bias field.
 
     `I^exp(u) exp(r . x)` with u uniform in `[-strength, strength]`, every entry of r normal with that standard

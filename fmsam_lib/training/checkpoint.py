@@ -34,6 +34,7 @@ except ImportError:  # Windows, where nothing keeps two trainings out of one fol
     fcntl = None  # type: ignore[assignment]
 
 WRITES = (".checkpoint", ".config", ".history", ".weights", "snapshots/.step")  # before they have their names
+SINCE = {"contrast": 0.0}  # what earlier trainings did without
 MAY_DIFFER = ("out", "data", "save_memory", "snapshots", "threads", "device")  # the same training at another place
 
 
@@ -41,7 +42,7 @@ def trained_with(folder: Path | str) -> Train:
     """The parameters of the training in `folder`, from its `config.json`; ConfigError where it lacks one."""
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))["parameters"] | {"out": str(folder)}  # may have moved
+        values = SINCE | json.loads(path.read_text(encoding="utf-8"))["parameters"] | {"out": str(folder)}  # moved
         absent = Train.model_fields.keys() - values.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         got = "none" if isinstance(error, FileNotFoundError) else repr(error)
@@ -101,9 +102,10 @@ def identity(run: Train, dataset, net: GradICON) -> dict:
 def hash_of_images(dataset) -> str:
     """Of all images and masks that a training may read, or of an own domain's first pair; "" of synthetic domains."""
     found, domains = list[list](), getattr(dataset, "domains", [dataset])
-    for pair in (d.training_pair(0) for d in domains if not isinstance(d, FileDomain | SyntheticDomain | None)):
-        images = (image.detach().cpu().float().numpy() for image in (pair.moving, pair.fixed))
-        found.append([hashlib.sha256(image.tobytes()).hexdigest() for image in images])
+    for domain in (d for d in domains if type(d) not in (FileDomain, SyntheticDomain, type(None))):
+        twice = (domain.training_pair(0) for _ in range(2))
+        images = [torch.cat([pair.moving, pair.fixed]).detach().cpu().float().numpy().tobytes() for pair in twice]
+        found.append([hashlib.sha256(images[0]).hexdigest() if images[0] == images[1] else ""])  # "": never the same
     for domain in (d for d in domains if isinstance(d, FileDomain)):
         about, listed, own = domain.manifest, domain.training_pairs, len(found)
         for image in [image for pair in listed for image in pair] if listed else domain.training:
@@ -126,7 +128,7 @@ _hash = functools.cache(lambda path, *_: sha256(path))  # once in a process, unl
 
 def refuse_another(there: dict, now: dict, folder: Path) -> None:
     """A folder holds one training: going on with another `identity` would mix two."""
-    old, new = ({**who, **who["parameters"], "parameters": None} for who in (there, now))
+    old, new = (SINCE | {**who, **who["parameters"], "parameters": None} for who in (there, now))
     fixed = {"snapshots"} if new["snapshots"] and (folder / "weights.pt").exists() else set()  # it would leave none
     if names := [name for name in new if name not in {*MAY_DIFFER} - fixed and old.get(name) != new[name]]:
         differing = "\n- ".join(f"{name}: {old.get(name)!r} there, {new[name]!r} now" for name in names)

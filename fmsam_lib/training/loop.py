@@ -28,7 +28,7 @@ from fmsam_lib.parameters import Train
 from fmsam_lib.records import warn_once
 from fmsam_lib.training import checkpoint
 from fmsam_lib.training import distributed as parallel
-from fmsam_lib.training.augmentation import augment, seen_otherwise
+from fmsam_lib.training.augmentation import augment, other_scanner
 from fmsam_lib.training.averages import Averages
 from fmsam_lib.training.losses import Batch, batch_of, jittered_points, with_masks
 from fmsam_lib.training.seen import seen
@@ -77,7 +77,7 @@ def train(
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
-    if "every" in options and options.get("optimizer") not in ("sam-every", "looksam"):
+    if options.get("every", 5) != 5 and options.get("optimizer") not in ("sam-every", "looksam"):
         raise ConfigError("expected optimizer sam-every or looksam with `every`, which others do not use")
     kept = out and os.path.abspath(os.path.expanduser(out))  # "" is no folder
     with TemporaryDirectory() if out is None else nullcontext(kept) as folder:
@@ -265,7 +265,7 @@ def make_batches(dataset, run: Train, step: int) -> list[Batch]:
         images = [augment(*both, generator) for both, generator in zip(images, generators, strict=True)]
     if run.contrast:
         by = zip(images, generators, strict=True)
-        images = [(seen_otherwise(a, run.contrast, g), seen_otherwise(b, run.contrast, g)) for (a, b), g in by]
+        images = [(other_scanner(a, run.contrast, g), other_scanner(b, run.contrast, g)) for (a, b), g in by]
     points = jittered_points(tuple(run.shape), torch.Generator().manual_seed(number))
     moving, fixed = (torch.stack(part).split(own // run.accumulate) for part in zip(*images, strict=True))
     return [batch_of(m, f, points) for m, f in zip(moving, fixed, strict=True)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fmsam_lib.images.domains import open_domain
-from fmsam_lib.training.augmentation import augment, seen_otherwise, transformed, turn
+from fmsam_lib.training.augmentation import augment, other_scanner, transformed, turn
 from fmsam_lib.training.losses import lncc
 
 
@@ -81,11 +81,11 @@ def test_another_scanner_shows_the_same_things_otherwise(shape):
     image = torch.cat([torch.rand(1, *shape) * 0.9, (torch.rand(1, *shape) > 0.5).float()])
     powers, ends = [], []
     for seed in range(200):
-        changed = seen_otherwise(image, 0.7, generator(seed))
+        changed = other_scanner(image, 0.7, generator(seed))
         assert torch.equal(changed[1:], image[1:])  # the mask
         assert changed[:1].min() >= 0
         assert changed[:1].max().item() == pytest.approx(image[:1].max().item())
-        ramp = seen_otherwise(torch.ones(1, *shape), 0.7, generator(seed)).log()  # 1 to any power is 1
+        ramp = other_scanner(torch.ones(1, *shape), 0.7, generator(seed)).log()  # 1 to any power is 1
         ends.append([ramp.select(axis, -1).mean() - ramp.select(axis, 0).mean() for axis in range(1, len(shape) + 1)])
         without = (changed[0] / ramp[0].exp()).flatten()
         logs = torch.stack([without.log(), image[0].flatten().log()]).cov()
@@ -96,12 +96,12 @@ def test_another_scanner_shows_the_same_things_otherwise(shape):
 
 
 def test_what_is_black_stays_black():
-    assert torch.equal(seen_otherwise(torch.zeros(1, 5, 5), 2.0, generator()), torch.zeros(1, 5, 5))
+    assert torch.equal(other_scanner(torch.zeros(1, 5, 5), 2.0, generator()), torch.zeros(1, 5, 5))
 
 
 def test_lncc_hardly_sees_another_scanner():
     x = open_domain("brain-mr", shape=(64, 64)).test_pair(0).fixed
     for seed in range(5):
-        changed = seen_otherwise(x, 0.7, generator(seed))
+        changed = other_scanner(x, 0.7, generator(seed))
         assert (changed - x).abs().mean() > 0.01
         assert lncc(x[None], changed[None]) > 0.9

@@ -29,7 +29,8 @@ from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.weights import load, unigradicon
 from fmsam_lib.parameters import Optimizer, Train
 from fmsam_lib.records import DataError
-from fmsam_lib.training.checkpoint import State
+from fmsam_lib.training.augmentation import other_scanner
+from fmsam_lib.training.checkpoint import State, trained_with
 from fmsam_lib.training.loop import (
     AHEAD,
     GIVE_UP_AFTER,
@@ -927,6 +928,30 @@ def test_other_images_of_ones_own_domain_are_another_training(tmp_path):
     with pytest.raises(ConfigError, match=r"or images:\n- hash_of_images: '\w+' there, '\w+' now\n"):
         train(Own("lung-ct"), **options)
 
+    class Drawn(Own):
+        def training_pair(self, index):
+            pair = super().training_pair(index)
+            return dataclasses.replace(pair, moving=(pair.moving + 0.1 * torch.rand(1, 16, 16)).clamp(0, 1))
+
+    options["out"] = tmp_path / "drawn"
+    first, _ = train(Drawn("brain-mr"), **options)
+    assert torch.equal(weights(train(Drawn("brain-mr"), **options)[0]), weights(first))  # nobody knows
+
+
+def test_other_images_of_a_changed_synthetic_domain_are_another_training(tmp_path):
+    class Darker(type(open_domain("brain-mr", shape=(16, 16)))):
+        power = 1
+
+        def training_pair(self, index):
+            pair = super().training_pair(index)
+            return dataclasses.replace(pair, moving=pair.moving**self.power)
+
+    options = OPTIONS | {"out": tmp_path / "run"}
+    train(Darker("brain-mr", (16, 16), 0), **options)
+    Darker.power = 3
+    with pytest.raises(ConfigError, match="hash_of_images"):
+        train(Darker("brain-mr", (16, 16), 0), **options)
+
 
 def test_other_images_are_another_training(tmp_path, monkeypatch):
     images, mask = dataset(tmp_path / "Own") / "imagesTr", tmp_path / "Own/masksTr/p2_ED.nii.gz"
@@ -1067,16 +1092,44 @@ def test_a_compiled_network_is_trained_as_itself(tmp_path, domain):
     assert totals[0] == pytest.approx(totals[1], abs=1e-5)
 
 
+class Alike:
+    """Pairs of one image with itself, and a mask."""
+
+    def training_pair(self, index):
+        pair = Masked().training_pair(index)
+        return dataclasses.replace(pair, moving=pair.fixed, moving_mask=pair.fixed_mask)
+
+
 @pytest.mark.parametrize("augmented", [False, True])
 def test_contrast_changes_each_image_by_itself_and_nothing_where_it_is_0(tmp_path, augmented):
-    dataset = open_domain("brain-mr", shape=(16, 16))
-    plain, again, changed, same = (
-        make_batches(data, tiny(tmp_path, batch=2, augment=augmented, contrast=strength), 3)[0]
-        for data, strength in ((dataset, 0.0), (Masked(), 0.0), (Masked(), 0.7), (Masked(), 0.7))
+    changed, same, plain = (
+        make_batches(Alike(), tiny(tmp_path, batch=2, augment=augmented, contrast=strength), 3)[0]
+        for strength in (0.7, 0.7, 0.0)
     )
-    assert all(torch.equal(a, b) for a, b in zip(plain[:3], again[:3], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(changed, same, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(again[2:], changed[2:], strict=True))  # points and masks
-    ratios = torch.cat([changed.moving / again.moving, changed.fixed / again.fixed]).nan_to_num(0, 0, 0).flatten(1)
-    assert len(ratios.sum(1).unique()) == 4
-    assert not torch.isclose(ratios.sum(1), torch.tensor(256.0), rtol=0.01).any()
+    assert all(torch.equal(a, b) for a, b in zip(plain[2:], changed[2:], strict=True))  # points and masks
+    assert augmented or torch.equal(plain.moving, plain.fixed)
+    ratios = torch.cat([changed.moving / plain.moving, changed.fixed / plain.fixed]).nan_to_num(0, 0, 0).flatten(1)
+    apart = torch.pdist(ratios) / ratios.norm(dim=1).mean()
+    assert apart.min() > 0.05
+    if not augmented:
+        generator = torch.Generator().manual_seed(3 * 2)
+        for image in (changed.moving[0], changed.fixed[0]):
+            assert torch.equal(other_scanner(plain.moving[0], 0.7, generator), image)
+
+
+def test_trainings_from_before_contrast_are_read_and_go_on(tmp_path, monkeypatch):
+    domain, options = open_domain("brain-mr", shape=(16, 16)), OPTIONS | {"out": tmp_path / "run"}
+    monkeypatch.setattr("fmsam_lib.training.loop.CHECKPOINT_EVERY", 5)
+    with interrupted_in_step(8, monkeypatch):
+        train(domain, **options)
+    config, checkpoint = tmp_path / "run/config.json", tmp_path / "run/checkpoint.pt"
+    there, saved = json.loads(config.read_text()), torch.load(checkpoint)
+    for parameters in (there["parameters"], saved["parameters"]):
+        del parameters["contrast"]
+    config.write_text(json.dumps(there))
+    torch.save(saved, checkpoint)
+    assert trained_with(tmp_path / "run").contrast == 0
+    with pytest.raises(ConfigError, match=r"contrast: 0\.0 there, 0\.5 now"):
+        train(domain, contrast=0.5, **options)
+    assert torch.equal(weights(train(domain, **options)[0]), weights(train(domain, **OPTIONS)[0]))

@@ -77,6 +77,13 @@ def test_two_parameters_of_one_memory_are_refused(options):
     with pytest.raises(RuntimeError, match="parameters with memory of their own"), sam.perturbed():
         pass
     assert torch.equal(encoder.weight, before)
+    flat = torch.rand(6)
+    parts = [nn.Parameter(flat[:3]), nn.Parameter(flat[3:])]  # of one memory, each its own part of it
+    torch.cat(parts).square().sum().backward()
+    sam = SAM(parts, rho=0.1)
+    with sam.perturbed():
+        pass
+    assert sam.step_norm > 0
 
 
 def model():
