@@ -2,7 +2,7 @@
 
     FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d 3d-sam    # each 15 to 60 minutes on one core; goes on
     FMSAM_DATA=... python studies/ship.py --judge                # figures/pretrained.csv, captured.csv, scanners.csv
-    FMSAM_DATA=... python studies/ship.py --licences             # 40 minutes on one core: figures/licences.csv
+    FMSAM_DATA=... python studies/ship.py --licences             # two hours on one core: figures/licences.csv
 
 They see synthetic images and those real sets whose licences allow any use: CardiacSunnybrook2D (CC0), FetalHeadUS
 (CC BY 4.0), HippocampusMR (CC BY-SA 4.0). Each is trained on a coarse grid first, then on a finer one. SAM's has half
