@@ -77,7 +77,7 @@ def train(
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
-    if options.get("every", 5) != 5 and options.get("optimizer") not in ("sam-every", "looksam"):
+    if options.get("every", 5) != 5 and options.get("optimizer", "sam") in ("adam", "adam-2x", "sam", "asam", "random"):
         raise ConfigError("expected optimizer sam-every or looksam with `every`, which others do not use")
     kept = out and os.path.abspath(os.path.expanduser(out))  # "" is no folder
     with TemporaryDirectory() if out is None else nullcontext(kept) as folder:

@@ -1124,7 +1124,7 @@ def test_trainings_from_before_contrast_are_read_and_go_on(tmp_path, monkeypatch
     with interrupted_in_step(8, monkeypatch):
         train(domain, **options)
     config, checkpoint = tmp_path / "run/config.json", tmp_path / "run/checkpoint.pt"
-    there, saved = json.loads(config.read_text()), torch.load(checkpoint)
+    there, saved = json.loads(config.read_text()), torch.load(checkpoint, weights_only=True)
     for parameters in (there["parameters"], saved["parameters"]):
         del parameters["contrast"]
     config.write_text(json.dumps(there))
