@@ -141,11 +141,9 @@ def scanners(dim: int, pairs: int = 30) -> pd.DataFrame:
         domain = fm.open_domain(test, shape=STAGES[dim][-1][0])
         rows, problems = robustness(net, domain, ["gamma", "bias_field"], pairs=pairs, progress=False)
         assert not problems, problems
-        dice = (
-            rows[rows.metric == "dice"].groupby(["corruption", "severity"]).value.agg(["mean", "count"]).reset_index()
-        )
+        rows = rows[rows.metric == "dice"].groupby(["corruption", "severity"]).value
         about = {"network": name, "dim": dim, "tested on": test, "seen": test in DOMAINS[dim].split("+")}
-        tables.append(dice.rename(columns={"mean": "dice", "count": "pairs"}).assign(**about))
+        tables.append(rows.agg(dice="mean", pairs="count").reset_index().assign(**about))
     return pd.concat(tables)
 
 

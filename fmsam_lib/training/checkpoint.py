@@ -105,7 +105,7 @@ def hash_of_images(dataset) -> str:
     for domain in (d for d in domains if type(d) not in (FileDomain, SyntheticDomain, type(None))):
         twice = (domain.training_pair(0) for _ in range(2))
         images = [torch.cat([pair.moving, pair.fixed]).detach().cpu().float().numpy().tobytes() for pair in twice]
-        found.append([hashlib.sha256(images[0]).hexdigest() if images[0] == images[1] else ""])  # "": never the same
+        found.append([hashlib.sha256(images[0]).hexdigest() if images[0] == images[1] else ""])  # drawn anew
     for domain in (d for d in domains if isinstance(d, FileDomain)):
         about, listed, own = domain.manifest, domain.training_pairs, len(found)
         for image in [image for pair in listed for image in pair] if listed else domain.training:
