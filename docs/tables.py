@@ -206,18 +206,21 @@ def licences() -> pd.DataFrame:
     return wide.map("{:.3f}".format).assign(**{"free - all": difference}).reset_index()
 
 
+def of_networks(name: str) -> pd.DataFrame:
+    """A table of the networks that ship; no registration has a row in each dimension."""
+    rows = pd.read_csv(FIGURES / f"{name}.csv")
+    return rows.assign(network=rows.network.mask(rows.network == "before", "before, " + rows.dim.astype(str) + "-D"))
+
+
 def captured() -> pd.DataFrame:
     """Dice on the sets never seen where one image is shifted, of the networks that ship."""
-    rows = pd.read_csv(FIGURES / "captured.csv")
-    rows["network"] = rows.network.mask(rows.network == "before", "before, " + rows.dim.astype(str) + "-D")
-    table = rows.groupby(["network", "shift"]).dice.mean().unstack().map("{:.3f}".format)
+    table = of_networks("captured").groupby(["network", "shift"]).dice.mean().unstack().map("{:.3f}".format)
     return table.rename(columns=lambda shift: f"{100 * shift:.0f} %").reset_index()
 
 
 def scanners() -> pd.DataFrame:
     """Dice on the sets never seen where one image alone comes from another scanner, of the networks that ship."""
-    rows = pd.read_csv(FIGURES / "scanners.csv").query("not seen")
-    rows["network"] = rows.network.mask(rows.network == "before", "before, " + rows.dim.astype(str) + "-D")
+    rows = of_networks("scanners").query("not seen").copy()
     rows["image"] = rows.corruption.where(rows.severity > 0, "as it is")
     table = rows.groupby(["network", "image", "severity"]).dice.mean().unstack([1, 2])
     named = {"gamma": "to the power {0:.1f}", "bias_field": "bias field {1:g}"}

@@ -77,11 +77,11 @@ def train(
         given |= {"weights": "", **{name: net.settings[name] for name in ("down", "up", "levels", "last_step")}}
     if twice := sorted(given.keys() & options.keys()):
         raise ConfigError(f"expected {', '.join(twice)} from the domain and the network given, got options too")
-    if options.get("every", 5) != 5 and options.get("optimizer", "sam") in ("adam", "adam-2x", "sam", "asam", "random"):
-        raise ConfigError("expected optimizer sam-every or looksam with `every`, which others do not use")
     kept = out and os.path.abspath(os.path.expanduser(out))  # "" is no folder
     with TemporaryDirectory() if out is None else nullcontext(kept) as folder:
         run = read(Train, options | given | {"out": folder}, source="the options of train")
+        if run.every != Train().every and run.optimizer in ("adam", "adam-2x", "sam", "asam", "random"):
+            raise ConfigError("expected optimizer sam-every or looksam with `every`, which others do not use")
         if run.processes > 1 and net is not None:
             raise ConfigError("several processes cannot start from `net`: save it and give the file as `weights`")
         if run.processes > 1 and not opens_again(domain):

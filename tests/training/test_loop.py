@@ -348,10 +348,11 @@ def test_a_batch_depends_on_seed_and_step_alone(tmp_path):
     assert not torch.equal(first.points, make_batches(dataset, tiny(tmp_path, seed=1), 7)[0].points)
 
 
-def test_climbing_now_and_then_needs_its_optimizer():
+@pytest.mark.parametrize("optimizer", ["adam", "adam-2x", "sam", "asam", "random"])
+def test_climbing_now_and_then_needs_its_optimizer(optimizer):
     domain = open_domain("brain-mr", shape=(16, 16))
     with pytest.raises(ConfigError, match="expected optimizer sam-every or looksam with `every`"):
-        train(domain, **OPTIONS | {"optimizer": "sam"}, every=2)
+        train(domain, **OPTIONS | {"optimizer": optimizer}, every=2)
 
 
 class Masked:
