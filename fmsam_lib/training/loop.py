@@ -80,7 +80,8 @@ def train(
     kept = out and os.path.abspath(os.path.expanduser(out))  # "" is no folder
     with TemporaryDirectory() if out is None else nullcontext(kept) as folder:
         run = read(Train, options | given | {"out": folder}, source="the options of train")
-        if run.every != Train().every and run.optimizer in ("adam", "adam-2x", "sam", "asam", "random"):
+        default = Train.model_fields["every"].default
+        if run.every != default and run.optimizer in ("adam", "adam-2x", "sam", "asam", "random"):
             raise ConfigError("expected optimizer sam-every or looksam with `every`, which others do not use")
         if run.processes > 1 and net is not None:
             raise ConfigError("several processes cannot start from `net`: save it and give the file as `weights`")

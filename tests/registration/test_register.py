@@ -1052,7 +1052,7 @@ def test_the_commands_options_help_and_defaults_are_those_of_the_parameters(caps
 def test_another_similarity_without_instance_optimisation_is_told(pair, similarity):
     files = [pair[role] for role in ("fixed", "moving", "weights")]
     how = {"shape": GRID, "lr": 0.001}
-    told = f"the similarity {similarity} without --io: the network's own map is the same, and LNCC neither judges nor"
+    told = f"{similarity} without --io leaves the network's map as it is; LNCC neither judges nor"
     with pytest.warns(UserWarning, match=told):
         found = register(*files, similarity=similarity, **how)
     assert found.summary["notes"][-1] == f"{told} undoes it"
