@@ -47,5 +47,4 @@ class Pair:
         for image in (self.moving, self.fixed):
             low, high = (float(end) for end in image.detach().aminmax())
             if low < -0.01 or high > 1.01:  # a network would give some map for any values
-                got = f"got {low:.4g} to {high:.4g}: scale or clip them"
-                raise DataError(f"{self.name}: expected images in [0, 1], {got}")
+                raise DataError(f"{self.name}: expected images in [0, 1], got {low:.4g} to {high:.4g}: scale them")

@@ -129,9 +129,7 @@ def register(
         warnings.warn(notes[-1], stacklevel=2)
 
     if how.similarity != "lncc" and not how.io:
-        notes.append(
-            f"{how.similarity} without --io leaves the network's map as it is; LNCC neither judges nor undoes it"
-        )
+        notes.append(f"{how.similarity} without --io leaves the network's map as it is, and LNCC no longer judges it")
         warnings.warn(notes[-1], stacklevel=2)
     where_fixed = counts[-1] if counts else None
     before, after = (lncc(image, b, sigma=how.sigma, mask=where_fixed).item() for image in (a, warp(a, phi.map)))

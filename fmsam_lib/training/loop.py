@@ -36,6 +36,7 @@ from fmsam_lib.training.step import Recorded, perturbation, train_step
 
 LOG_EVERY, CHECKPOINT_EVERY, VALIDATE_EVERY = 10, 50, 100  # steps
 STATISTICS = 50  # of the last steps, whose batches give the averaged weights their BatchNorm's
+IDLE = ("adam", "adam-2x", "sam", "asam", "random")  # the optimizers that do not use `every`
 AHEAD = 2  # batches made while the network computes, for each thread that makes them
 GPU_THREADS = 4  # that make batches: a GPU is quicker than one
 GIVE_UP_AFTER = 10  # non-finite steps in a row
@@ -80,8 +81,7 @@ def train(
     kept = out and os.path.abspath(os.path.expanduser(out))  # "" is no folder
     with TemporaryDirectory() if out is None else nullcontext(kept) as folder:
         run = read(Train, options | given | {"out": folder}, source="the options of train")
-        default = Train.model_fields["every"].default
-        if run.every != default and run.optimizer in ("adam", "adam-2x", "sam", "asam", "random"):
+        if run.optimizer in IDLE and run.every != Train.model_fields["every"].default:
             raise ConfigError("expected optimizer sam-every or looksam with `every`, which others do not use")
         if run.processes > 1 and net is not None:
             raise ConfigError("several processes cannot start from `net`: save it and give the file as `weights`")

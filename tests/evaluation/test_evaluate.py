@@ -194,7 +194,7 @@ def test_images_that_are_not_from_0_to_1_are_a_problem():
     rows, _, _, problems = measured(net(), Raw("brain-mr", (16, 16), 0))
     assert rows.empty
     assert len(problems) == 2
-    told = r"brain-mr-0-\d+: expected images in \[0, 1\], got 0 to 2\d\d.*: scale or clip them"
+    told = r"brain-mr-0-\d+: expected images in \[0, 1\], got 0 to 2\d\d.*: scale them"
     assert all(re.fullmatch(told, problem) for problem in problems), problems
 
 
