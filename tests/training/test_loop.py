@@ -881,7 +881,8 @@ def test_train_is_the_notebooks_training(tmp_path, domain):
     assert written[0] == written[1] | {"out": str(tmp_path / "train")}
 
 
-def test_without_out_nothing_is_kept(tmp_path, domain, monkeypatch):
+def test_without_out_nothing_is_kept(tmp_path, tmp_path_factory, domain, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("torch")))  # which torch makes when used
     (tmp_path / "temporary").mkdir()
     (tmp_path / "here").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
