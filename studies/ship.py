@@ -27,11 +27,10 @@ from fmsam_lib.study.file import read_study
 
 SYNTHETIC = "brain-mr+lung-ct+knee-mr+abdomen-ct+heart-mr"
 DOMAINS = {2: f"CardiacSunnybrook2D+FetalHeadUS+{SYNTHETIC}", 3: f"HippocampusMR+{SYNTHETIC}"}
-COARSE = {"lr": 0.004, "augment": True, "validation": 14, "seed": 20}
+COARSE = {"lr": 0.004, "augment": True, "contrast": 0.7, "validation": 14, "seed": 20}
 FINE = COARSE | {"lr": 0.001}
-FLAT = {"batch": 4, "contrast": 0.7}
 STAGES = {  # of Adam's steps
-    2: [((64, 64), COARSE | FLAT | {"steps": 16000}), ((128, 128), FINE | FLAT | {"steps": 3000})],
+    2: [((64, 64), COARSE | {"batch": 4, "steps": 16000}), ((128, 128), FINE | {"batch": 4, "steps": 3000})],
     3: [
         ((32, 32, 32), COARSE | {"batch": 2, "steps": 4000, "sigma": 3.0}),
         ((64, 64, 64), FINE | {"batch": 1, "steps": 1000}),
