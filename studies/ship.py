@@ -32,7 +32,7 @@ FINE = COARSE | {"lr": 0.001}
 STAGES = {  # of Adam's steps
     2: [((64, 64), COARSE | {"batch": 4, "steps": 16000}), ((128, 128), FINE | {"batch": 4, "steps": 3000})],
     3: [
-        ((32, 32, 32), COARSE | {"batch": 2, "steps": 4000, "sigma": 3.0}),
+        ((32, 32, 32), COARSE | {"batch": 2, "steps": 4000, "sigma": 3.0, "lr": 0.002}),
         ((64, 64, 64), FINE | {"batch": 1, "steps": 1000}),
     ],
 }
