@@ -81,13 +81,15 @@ class Walk:
         return phi, dict(zip(NAMES, terms.tolist(), strict=True)) | {"mean Dice": mean_dice(self.pair, phi)}
 
     def picture(self) -> tuple[slices.Picture, Axes]:
-        """The surface as contours, logarithmic where the loss spans a factor of 50; its figure and axes."""
+        """The surface as contours up to 50 times its lowest loss, logarithmic from 10 times on; figure and axes."""
         figure = slices.Picture(figsize=(4.6, 4.2), layout="constrained")
         axes = figure.subplots()
         finite = np.ma.masked_invalid(self.losses)
         low, high = float(finite.min()), max(float(finite.max()), float(finite.min()) + 1e-12)
-        levels, norm = (np.geomspace, colors.LogNorm) if 0 < 50 * low < high else (np.linspace, colors.Normalize)
-        filled = axes.contourf(self.alphas, self.betas, finite, levels(low, high, 15), norm=norm(low, high))
+        high = min(high, 50 * low) if low > 0 else high  # beyond, the barrier between two solutions would drown
+        levels, norm = (np.geomspace, colors.LogNorm) if 0 < 10 * low < high else (np.linspace, colors.Normalize)
+        shades = {"levels": levels(low, high, 15), "norm": norm(low, high), "extend": "max"}
+        filled = axes.contourf(self.alphas, self.betas, finite, **shades)
         axes.contour(filled, colors="white", linewidths=0.4)
         for name, place in self.places.items():
             axes.plot(*place, "P", color="white", markeredgecolor="black", markersize=10)

@@ -1,6 +1,7 @@
 """The landscape walker: what a point shows is what its weights give."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from fmsam_lib.flatness.landscape import batch_with
 from fmsam_lib.images.domains import open_domain
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON
+from fmsam_lib.model.weights import pretrained
 from fmsam_lib.plotting.slices import Picture, registration
+from fmsam_lib.records import PROJECT
 from fmsam_lib.training.losses import objective
 from fmsam_lib.widgets import landscape_walker
 from fmsam_lib.widgets.landscape_walker import NAMES, walk
@@ -144,3 +147,30 @@ def test_an_interrupted_answer_is_an_answer_too(pair, monkeypatch):
     assert "interrupted" in walker.facts["no picture"]
     walker.point = [0.2, 0.2]
     assert walker.facts["(α, β)"] == "(0.2, 0.2)"
+
+
+def test_notebook_30_tells_what_its_first_walk_shows():
+    """The networks that come with fmsam change; the numbers beside the picture have to follow."""
+    cells = json.loads((PROJECT / "notebooks" / "30_loss_landscape.ipynb").read_text())["cells"]
+    (told,) = [text for cell in cells if "lies a barrier" in (text := "".join(cell["source"]))]
+    nets = {"Adam": pretrained("2d"), "SAM": pretrained("2d-sam")}
+    torch.manual_seed(20)
+    start, heart = GradICON(**nets["Adam"].settings), open_domain("heart-mr", shape=(64, 64)).test_pair(0)
+    ground = walk(nets, heart, start=start, interactive=True, points=3, lmbda=1.5, sigma=5.0).ground
+    adam, sam = (np.array(ground.places[name]) for name in nets)
+    turn = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    ring = np.linalg.norm(sam - adam) * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+
+    def loss(place):
+        return ground.at(*place)[1]["total loss"]
+
+    def rise(place, share):
+        return np.mean([loss(place + share * way) for way in ring]) - loss(place)
+
+    ends = f"{loss(adam):.2f} at Adam's end, {loss(sam):.2f} at SAM's and {loss((adam + sam) / 2):.2f} halfway"
+    rises = f"risen by {rise(adam, 0.1):.2f} around Adam's and by {rise(sam, 0.1):.2f} around SAM's"
+    dice = [ground.at(*place)[1]["mean Dice"] for place in (adam, sam)]
+    assert ends in told
+    assert rises in told
+    assert f"{dice[0]:.3f} at Adam's end, {dice[1]:.3f} at SAM's" in told
+    assert rise(adam, 0.3) < rise(sam, 0.3)
