@@ -194,7 +194,8 @@ def pretrained() -> pd.DataFrame:
     """Dice of the networks that ship, by data set and grid."""
     rows = pd.read_csv(FIGURES / "pretrained.csv")
     wide = rows.pivot(index=["tested on", "seen", "grid", "pairs"], columns="network", values="dice")
-    wide = wide[["before", *sorted(set(wide.columns) - {"before"})]].map("{:.3f}".format).replace("nan", "")
+    first = [name for name in ("before", "ANTs SyN") if name in wide]
+    wide = wide[[*first, *sorted(set(wide.columns) - {*first})]].map("{:.3f}".format).replace("nan", "")
     return wide.reset_index().assign(seen=lambda table: table.seen.map({True: "yes", False: "no"}))
 
 
@@ -209,7 +210,8 @@ def licences() -> pd.DataFrame:
 def of_networks(name: str) -> pd.DataFrame:
     """A table of the networks that ship; no registration has a row in each dimension."""
     rows = pd.read_csv(FIGURES / f"{name}.csv")
-    return rows.assign(network=rows.network.mask(rows.network == "before", "before, " + rows.dim.astype(str) + "-D"))
+    nothing = "no registration, " + rows.dim.astype(str) + "-D"
+    return rows.assign(network=rows.network.mask(rows.network == "before", nothing))
 
 
 def captured() -> pd.DataFrame:

@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 import fmsam_lib as fm
+from fmsam_lib.evaluation.baselines import ants_syn
 from fmsam_lib.evaluation.corruptions import robustness
 from fmsam_lib.model.spatial import identity_map, warp, warp_label
 from fmsam_lib.model.weights import SHIPPED, golden, sha256, shipped
@@ -86,11 +87,13 @@ def methods(dim: int) -> dict[str, fm.GradICON | None]:
 
 
 def judged(dim: int, pairs: int = 30) -> pd.DataFrame:
-    """Dice and folding on every real set, on several grids, beside those without registration."""
+    """Dice and folding on every real set, on several grids, beside those without registration; on the grid of the
+    last stage those of ANTs SyN, too."""
     lines = []
     for test, shape in itertools.product(SETS[dim], GRIDS[dim]):
         domain = fm.open_domain(test, shape=shape)
-        for name, method in methods(dim).items():
+        classical = {"ANTs SyN": ants_syn} if shape == STAGES[dim][-1][0] else {}
+        for name, method in (methods(dim) | classical).items():
             table = fm.evaluate(method, domain, pairs=pairs)
             means = table.groupby(["metric", "pair"]).value.mean().groupby("metric").mean()
             about = {"network": name, "tested on": test, "seen": test in DOMAINS[dim].split("+")}
