@@ -120,7 +120,7 @@ class SyntheticDomain:
         pair = synthetic.make_pair(self.name, seed=0, index=FIRST[kind] + index, shape=self.shape)
         return dataclasses.replace(pair, title=f"{self.name}, {kind} pair {index + 1}")
 
-    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
+    def check(self, *, test: bool = True) -> list[str]:
         return []
 
 
@@ -169,10 +169,10 @@ class FileDomain:
             raise data_error(self.manifest.folder, f"test pair {index}, counted from 0", found, todo)
         return self._pair(*self.manifest.test_pairs[index], keep=False)
 
-    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
-        """Read all files that training and/or test need: every problem's message; for training alone labels warn."""
-        pairs = [*(self.manifest.training_pairs or []) * training, *self.manifest.test_pairs * test]
-        problems, images = list[str](), sorted({*self.manifest.training * training, *itertools.chain(*pairs)})
+    def check(self, *, test: bool = True) -> list[str]:
+        """Read all files that training and `test` need: every problem's message; for training alone labels warn."""
+        pairs = [*(self.manifest.training_pairs or []), *self.manifest.test_pairs * test]
+        problems, images = list[str](), sorted({*self.manifest.training, *itertools.chain(*pairs)})
         for files in [*zip(images, strict=True), *pairs]:
             try:
                 self._pair(*files, keep=not test) if len(files) == 2 else self._sample(files[0], keep=not test)
@@ -296,5 +296,5 @@ class Mixture:
     def test_pair(self, index: int) -> Pair:
         raise data_error(self.name, "a single domain to test on", "a mixture", "Test its domains one by one.")
 
-    def check(self, *, training: bool = True, test: bool = True) -> list[str]:
-        return [message for domain in self.domains for message in domain.check(training=training, test=test)]
+    def check(self, *, test: bool = True) -> list[str]:
+        return [message for domain in self.domains for message in domain.check(test=test)]

@@ -196,7 +196,6 @@ def test_check_lists_all_problems(tmp_path):
     save(folder / "imagesTr/p9.nii.gz", np.ones(GRID))
     for options, bad in (
         ({}, ["imagesTr/p1_ED", "labelsTr/p3_ED", "imagesTr/p9"]),
-        ({"training": False}, ["imagesTr/p9"]),
         ({"test": False}, ["imagesTr/p1_ED"]),
     ):
         with warnings.catch_warnings(record=True) as warned:
