@@ -17,11 +17,10 @@ from fmsam_lib.registration.folder import LONGEST, ROLES, SUMMARY, fitting
 TABLE = "pairs.csv"
 COLUMNS = ["name", "status", "similarity_before", "similarity_after", "folding_percent", "sdlogj"]
 COLUMNS += ["dice_before", "dice_after", "seconds", "verdict", "reason"]
-RegisterOne = Callable[[dict[str, str], Path], Any]
 
 
 def register_all(
-    pairs: str | Path, out: str | Path, register_one: RegisterOne, options: dict[str, Any], *, quiet: bool = False
+    pairs: str | Path, out: str | Path, register_one: Callable, options: dict[str, Any], *, quiet: bool = False
 ) -> int:
     """Register each pair of the CSV file `pairs` into `<out>/<name>/`; 0, or 1 where a pair failed, which it names.
 
