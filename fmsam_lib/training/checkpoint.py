@@ -108,7 +108,7 @@ def hash_of_images(dataset) -> str:
         found.append([hashlib.sha256(images[0]).hexdigest() if images[0] == images[1] else ""])  # drawn anew
     for domain in (d for d in domains if isinstance(d, FileDomain)):
         about, listed, own = domain.manifest, domain.training_pairs, len(found)
-        for image in [image for pair in listed for image in pair] if listed else domain.training:
+        for image in itertools.chain(*listed) if listed else domain.training:
             hashes = [hashed(path).values() for path in (image, about.beside["mask"][image]) if path]
             found.append([bool(listed), about.modality_of[image], *itertools.chain(*hashes)])
         if domain.hashed != found[own:]:  # what it keeps in memory is of files as they were
