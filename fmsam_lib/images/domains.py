@@ -17,11 +17,11 @@ from torch import Tensor
 from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.files import stem
-from fmsam_lib.images.grid import Sample
+from fmsam_lib.images.grid import Sample, check_oriented, orientation
 from fmsam_lib.images.manifest import BESIDE, Manifest, data_folder, read_manifest
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
-from fmsam_lib.records import DataError, data_error
+from fmsam_lib.records import DataError, data_error, warn_once
 
 FIRST = {"test": 1_000_000, "validation": 2_000_000}  # numbers of synthetic pairs; those before are for training
 HELD_OUT = 5  # of the training subjects of a data set, one in so many is kept for validation, two at least
@@ -171,7 +171,8 @@ class FileDomain:
 
     def check(self, *, test: bool = True) -> list[str]:
         """Read all files that training and `test` need: every problem's message; for training alone labels warn."""
-        pairs = [*(self.manifest.training_pairs or []), *self.manifest.test_pairs * test]
+        drawn = self.manifest.training_pairs or zip(self.manifest.training, self.manifest.training[1:], strict=False)
+        pairs = [*drawn, *self.manifest.test_pairs * test]
         problems, images = list[str](), sorted({*self.manifest.training, *itertools.chain(*pairs)})
         for files in [*zip(images, strict=True), *pairs]:
             try:
@@ -203,6 +204,7 @@ class FileDomain:
     def _pair(self, fixed_path: Path, moving_path: Path, *, keep: bool = True) -> Pair:
         fixed, fixed_points, fixed_mask = self._sample(fixed_path, keep=keep)
         moving, moving_points, moving_mask = self._sample(moving_path, keep=keep)
+        _check_axes((fixed, moving), (self.called[fixed_path], self.called[moving_path]))
         if fixed_points is None or moving_points is None:
             fixed_points = moving_points = None
         elif len(fixed_points) != len(moving_points):
@@ -220,6 +222,18 @@ class FileDomain:
             affine=torch.from_numpy(fixed.affine) if fixed.oriented else None,
             subjects=(self.manifest.subject[fixed_path], self.manifest.subject[moving_path]),
         )  # fmt: skip
+
+
+def _check_axes(samples: tuple[Sample, Sample], names: tuple[str, str]) -> None:
+    """Warns of a pair whose axes are turned to each other; raises DataError where that makes other slices of them."""
+    check_oriented(names, [bool(sample.oriented) for sample in samples])
+    dim, along = samples[0].image.dim() - 1, orientation(samples[1].affine, samples[0].affine)
+    if along[:dim, 0].max() >= dim:
+        expected, todo = f"a slice of the plane of {names[0]}", "Take slices of one orientation."
+        raise data_error(names[1], expected, "one over 45 degrees off", todo)
+    if not np.array_equal(along[:dim], [[axis, 1] for axis in range(dim)]):
+        told = f"{' and '.join(names)}: their axes lie over 45 degrees apart, so one image may be turned by 90 degrees"
+        warn_once(f"{told} beside the other. Resample both along the body's axes.")
 
 
 def landmarks(path: Path, sample: Sample) -> Tensor:

@@ -147,13 +147,18 @@ def _read(source: str | os.PathLike | SpatialImage, where: str) -> sitk.Image:
     try:
         reader.ReadImageInformation()
         if kind == "NiftiImageIO":
-            _check_nifti(path, where, reader, content)  # before ITK makes room for what a damaged header promises
+            qfac = _check_nifti(path, where, reader, content)  # before ITK makes room for what a damaged one promises
         image = reader.Execute()
     except RuntimeError as error:
         if "orthonormal" in str(error):
             _check_scale(_loaded(path, where).affine[:3, :3], where)
             raise data_error(where, "axes perpendicular to each other", "a sheared sform", UNSHEAR) from error
         raise data_error(where, "a readable image", _said(error), DAMAGED) from error
+    if kind == "NiftiImageIO":
+        image.SetMetaData("qfac", str(qfac))
+    else:
+        for key in {"qform_code", "sform_code"} & {*image.GetMetaDataKeys()}:  # of a NIfTI file that it was made from
+            image.EraseMetaData(key)
     if kind == "PNGImageIO" or (kind == "NrrdImageIO" and not image.HasMetaDataKey("NRRD_space")):
         image.SetMetaData("sform_code", "0")  # says of its place as little as a NIfTI file of code 0
     return image
@@ -168,17 +173,21 @@ def _loaded(path: Path, where: str) -> Any:
         raise data_error(where, "a readable image", f"{type(error).__name__}: {error}", todo) from error
 
 
-def _check_nifti(path: Path, where: str, reader: sitk.ImageFileReader, content: bytes) -> None:
-    """Refuse what SimpleITK would read as 0 without a word: the missing end of a file, NaN and infinity."""
+def _check_nifti(path: Path, where: str, reader: sitk.ImageFileReader, content: bytes) -> float:
+    """Refuse what SimpleITK would read as 0 without a word: the missing end of a file, NaN and infinity.
+
+    Returns the header's qfac, which SimpleITK reads as 0, too.
+    """
     bits, offset, kind = (int(float(reader.GetMetaData(key))) for key in ("bitpix", "vox_offset", "datatype"))
     pixels = math.prod(reader.GetSize())
     needed = offset + pixels * bits // 8
     if offset < 0 or len(content) < needed:
         raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
+    pair = offset < 348  # .hdr and .img
+    header: Any = _loaded(path, where).header if pair else nibabel.Nifti1Header(content[:348], check=False)
     if kind in (16, 64):  # float32, float64
-        pair = offset < 348  # .hdr and .img
-        header: Any = _loaded(path, where).header if pair else nibabel.Nifti1Header(content[:348], check=False)
         _check_finite(np.frombuffer(content, f"{header.endianness}f{bits // 8}", pixels, offset), where)
+    return header["pixdim"][0]
 
 
 def _said(error: RuntimeError) -> str:

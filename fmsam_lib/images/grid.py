@@ -67,9 +67,9 @@ def affine(image: sitk.Image) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
 
 
-def orientation(image: sitk.Image, beside: sitk.Image | None = None) -> np.ndarray:
-    """Nibabel's orientation of an image's axes along the body's or, `beside` another image, along that one's."""
-    frame, turn = affine(beside)[:3, :3] if beside else np.eye(3), affine(image)
+def orientation(of: np.ndarray, beside: np.ndarray | None = None) -> np.ndarray:
+    """Nibabel's orientation of an affine's axes along the body's or, `beside` another affine, along that one's."""
+    frame, turn = np.eye(3) if beside is None else beside[:3, :3], of.copy()
     turn[:3, :3] = (frame / np.linalg.norm(frame, axis=0)).T @ turn[:3, :3]
     return nibabel.io_orientation(turn)
 
@@ -78,6 +78,15 @@ def oriented(image: sitk.Image) -> bool:
     """Whether the file says where the axes point: of NIfTI, unless the codes of qform and sform are 0; a PNG never."""
     codes = {*image.GetMetaDataKeys()} & {"qform_code", "sform_code"}
     return not codes or any(image.GetMetaData(key) != "0" for key in codes)
+
+
+def check_oriented(names: Sequence[str], said: Sequence[bool]) -> None:
+    """Raises DataError where only one of two images states an orientation."""
+    if said[0] != said[1]:
+        silent, other = names if said[1] else names[::-1]
+        expected = f"a header that states the orientation, as {other}'s does"
+        todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
+        raise data_error(silent, expected, "none", todo)
 
 
 def reference(image: sitk.Image, shape: Sequence[int], beside: sitk.Image | None = None) -> sitk.Image:
@@ -89,7 +98,7 @@ def reference(image: sitk.Image, shape: Sequence[int], beside: sitk.Image | None
     """
     size = (*image.GetSize(), 1)[:3]
     dim, steps = image.GetDimension(), np.ones(3)
-    along = orientation(image, beside)
+    along = orientation(affine(image), affine(beside) if beside else None)
     along[0, 1] = 1 if dim == 2 and not oriented(image) else along[0, 1]  # a picture is not mirrored
     axes = [int(axis) for axis in np.argsort(along[:, 0])]  # the file's, in canonical order
     across = ([axis for axis in axes if size[axis] == 1] or axes[-1:])[-1] if len(shape) == 2 else None

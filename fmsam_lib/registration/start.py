@@ -15,7 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from fmsam_lib.images.grid import affine, orientation, oriented
+from fmsam_lib.images.grid import affine, check_oriented, orientation, oriented
 from fmsam_lib.records import data_error, encodable
 
 FOUND = ("rigid", "affine")
@@ -104,8 +104,9 @@ def index_to_lps(image: sitk.Image) -> np.ndarray:
 def _check_alike(grids: tuple[sitk.Image, sitk.Image], names: tuple[str, str]) -> None:
     """Raises DataError unless the two fields of view could show the same thing."""
     dim = sum(n > 1 for n in grids[0].GetSize())
-    if orientation(grids[1], grids[0])[:dim, 0].max() >= dim:
-        along = [sorted(orientation(grid)[:dim, 0].astype(int)) for grid in grids]
+    fixed_axes, moving_axes = map(affine, grids)
+    if orientation(moving_axes, fixed_axes)[:dim, 0].max() >= dim:
+        along = [sorted(orientation(axes)[:dim, 0].astype(int)) for axes in (fixed_axes, moving_axes)]
         fixed, moving = (" and ".join(("left-right", "back-front", "down-up")[axis] for axis in axes) for axes in along)
         expected, todo = f"a slice along {fixed}, as {names[0]}", "Take slices of one orientation."
         raise data_error(names[1], expected, f"one along {moving}, over 45 degrees off", todo)
@@ -122,14 +123,9 @@ def _check_alike(grids: tuple[sitk.Image, sitk.Image], names: tuple[str, str]) -
 
 def doubts(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> list[str]:
     """What is doubtful about the headers. Raises DataError where only one of them states an orientation."""
-    silent = [name for name, image in zip(where, images, strict=True) if not oriented(image)]
-    if len(silent) == 1:
-        (other,) = {*where} - {*silent} or {*silent}
-        expected = f"a header that states the orientation, as {other}'s does"
-        todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
-        raise data_error(silent[0], expected, "none", todo)
+    check_oriented(where, [*map(oriented, images)])
     said = "the header states no orientation (of NIfTI: qform and sform codes 0): the axes are taken as for ITK, LPS"
-    notes = [f"{name}: {said}" for name in silent]
+    notes = [] if oriented(images[0]) else [f"{name}: {said}" for name in where]
     for name, image in zip(where, images, strict=True):
         if _forms_disagree(image):
             spacing = " x ".join(f"{mm:.3g}" for mm in image.GetSpacing())
@@ -139,7 +135,7 @@ def doubts(where: tuple[str, str], images: tuple[sitk.Image, sitk.Image]) -> lis
 
 def _forms_disagree(image: sitk.Image) -> bool:
     """Whether a NIfTI header says of a volume's place also something else than what SimpleITK made of it."""
-    if image.GetDimension() < 3 or not image.HasMetaDataKey("qform_code"):
+    if image.GetDimension() < 3 or not image.HasMetaDataKey("qfac"):  # no file that we read
         return False
 
     def numbers(*keys: str) -> list[float]:
@@ -149,7 +145,7 @@ def _forms_disagree(image: sitk.Image) -> bool:
     if image.GetMetaData("sform_code") != "0":
         places.append(np.reshape(numbers("srow_x", "srow_y", "srow_z"), (3, 4)))
     if image.GetMetaData("qform_code") != "0":
-        vector, last = numbers("quatern_b", "quatern_c", "quatern_d"), -1 if numbers("pixdim[0]")[0] < 0 else 1
+        vector, last = numbers("quatern_b", "quatern_c", "quatern_d"), -1 if numbers("qfac")[0] < 0 else 1
         rotation = Rotation.from_quat([*vector, np.sqrt(max(0, 1 - np.square(vector).sum()))]).as_matrix()
         steps = np.multiply(numbers("pixdim[1]", "pixdim[2]", "pixdim[3]"), [1, 1, last])
         places.append(np.column_stack([rotation * steps, numbers("qoffset_x", "qoffset_y", "qoffset_z")]))

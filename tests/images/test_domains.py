@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
+from scipy.spatial.transform import Rotation
 
 from fmsam_lib.checking import ConfigError
 from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again, readable
@@ -54,6 +55,56 @@ def test_pairs_of_files(tmp_path):
     other = open_domain("Own", shape=(11, 7, 8), data=tmp_path, seed=1)
     assert [other.training_pair(i).name for i in range(60)] != drawn
     pairs_equal(other.test_pair(0), pair)
+
+
+def placed(folder, name, affine, *, codes=1, shape=GRID):
+    """The image and the label of a data set, stored once more with other headers."""
+    structures = label([n for n in shape if n > 1]).reshape(shape)
+    for kind, values in (("imagesTr", image(9, shape).astype(np.float32)), ("labelsTr", structures)):
+        stored = nibabel.Nifti1Image(values, affine)
+        stored.set_qform(affine, codes)
+        stored.set_sform(affine, codes)
+        nibabel.save(stored, folder / kind / f"{name}.nii.gz")
+
+
+def about_z(degrees, spacing=(1.0, 2.0, 3.0)):
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("z", degrees, degrees=True).as_matrix() * spacing
+    return affine
+
+
+def test_a_pair_of_which_one_header_states_no_orientation_is_refused(tmp_path):
+    """Taken as LPS, one of two alike images would be turned by 180 degrees. `register` refuses it, too."""
+    own = dataset(tmp_path / "Own")
+    placed(own, "p9", np.diag([1.0, 2.0, 3.0, 1.0]), codes=0)
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    with pytest.raises(DataError, match=r"p9: expected a header that states the orientation, as p8's does, found none"):
+        domain.test_pair(0)
+    assert len(domain.check()) == 1
+    assert not domain.check(test=False)
+    placed(own, "p2_ED", np.diag([1.0, 2.0, 3.0, 1.0]), codes=0)
+    assert "p2_ED: expected a header" in open_domain("Own", shape=GRID, data=tmp_path).check(test=False)[0]
+
+
+def test_a_pair_whose_axes_are_turned_to_each_other_is_told(tmp_path, recwarn):
+    """38 and 51 degrees are 13 apart, and yet each image takes other axes of the body for its own."""
+    own = dataset(tmp_path / "Own", test=[("p8", "p9"), ("p8", "p7")])
+    for name, angle in (("p7", 35), ("p8", 38), ("p9", 51)):
+        placed(own, name, about_z(angle))
+    domain = open_domain("Own", shape=GRID, data=tmp_path)
+    for index in (0, 1):
+        domain.test_pair(index)
+    (told,) = [str(w.message) for w in recwarn if "over 45 degrees apart" in str(w.message)]
+    assert told.startswith("p8 and p9: their axes")
+
+
+def test_slices_of_two_planes_are_no_pair(tmp_path):
+    own = dataset(tmp_path / "Own", dimensions=2)
+    sagittal = np.array([[0.0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    for name, affine in (("p8", np.eye(4)), ("p9", sagittal)):
+        placed(own, name, affine, shape=(7, 8, 1))
+    with pytest.raises(DataError, match=r"p9: expected a slice of the plane of p8, found one over 45 degrees off"):
+        open_domain("Own", shape=(7, 8), data=tmp_path).test_pair(0)
 
 
 def test_a_pair_knows_the_subjects_that_the_manifest_names(tmp_path):
