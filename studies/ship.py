@@ -75,7 +75,7 @@ def licences(runs: str, pairs: int = 30) -> pd.DataFrame:
 def ship(name: str, net: fm.GradICON) -> None:
     for p in net.parameters():
         p.data = p.data.half().float()  # as it will be read again
-    net.about["golden"] = golden(net)
+    net.about |= {"golden": golden(net), "norm": net.norm()}
     net.save(SHIPPED / f"{name}.pt", half=True)
     with written_whole(SHIPPED / f"{name}.sha256") as partial:
         partial.write_text(f"{sha256(SHIPPED / f'{name}.pt')}\n")

@@ -17,14 +17,13 @@ from torch import Tensor
 from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.files import stem
-from fmsam_lib.images.grid import Sample, check_oriented, orientation
-from fmsam_lib.images.manifest import BESIDE, Manifest, data_folder, read_manifest
+from fmsam_lib.images.grid import Sample, check_axes
+from fmsam_lib.images.manifest import BESIDE, Manifest, data_folder, held_out, read_manifest
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
-from fmsam_lib.records import DataError, data_error, warn_once
+from fmsam_lib.records import DataError, data_error
 
 FIRST = {"test": 1_000_000, "validation": 2_000_000}  # numbers of synthetic pairs; those before are for training
-HELD_OUT = 5  # of the training subjects of a data set, one in so many is kept for validation, two at least
 
 
 def domain_names(data=None) -> list[str]:
@@ -49,12 +48,12 @@ def open_domain(name: str, *, shape: Sequence[int], data=None, seed: int = 0, su
     shape, least = tuple(np.atleast_1d(shape).tolist()), 16 if name in synthetic.DOMAINS else 2
     if len(shape) not in (2, 3) or not all(isinstance(side, int) and side >= least for side in shape):
         raise ConfigError(f"expected a shape of 2 or 3 sides, whole and from {least} on, got {shape}: give (64, 64)")
+    folder, known = data_folder(data), domain_names(data)
+    if known.count(name) > 1 or ("+" in name and name in known):
+        raise data_error(folder / name, "a data set of another name", "a synthetic domain's, or a +", "Rename it.")
     if "+" in name:
         how: dict = {"shape": shape, "data": data, "seed": seed, "subjects": subjects}
         return Mixture(name, [open_domain(part, **how) for part in name.split("+")])
-    folder, known = data_folder(data), domain_names(data)
-    if known.count(name) > 1:
-        raise data_error(folder / name, "a data set of another name", "a synthetic domain's", "Rename it.")
     if name in synthetic.DOMAINS:
         return SyntheticDomain(name, shape, seed, subjects)
     if name not in known:
@@ -171,9 +170,9 @@ class FileDomain:
 
     def check(self, *, test: bool = True) -> list[str]:
         """Read all files that training and `test` need: every problem's message; for training alone labels warn."""
-        drawn = self.manifest.training_pairs or zip(self.manifest.training, self.manifest.training[1:], strict=False)
-        pairs = [*drawn, *self.manifest.test_pairs * test]
-        problems, images = list[str](), sorted({*self.manifest.training, *itertools.chain(*pairs)})
+        about, problems = self.manifest, list[str]()
+        pairs = [*(about.training_pairs or itertools.pairwise(about.training)), *about.test_pairs * test]
+        images = sorted({*about.training, *itertools.chain(*pairs)})
         for files in [*zip(images, strict=True), *pairs]:
             try:
                 self._pair(*files, keep=not test) if len(files) == 2 else self._sample(files[0], keep=not test)
@@ -204,7 +203,7 @@ class FileDomain:
     def _pair(self, fixed_path: Path, moving_path: Path, *, keep: bool = True) -> Pair:
         fixed, fixed_points, fixed_mask = self._sample(fixed_path, keep=keep)
         moving, moving_points, moving_mask = self._sample(moving_path, keep=keep)
-        _check_axes((fixed, moving), (self.called[fixed_path], self.called[moving_path]))
+        check_axes((fixed, moving), (self.called[fixed_path], self.called[moving_path]))
         if fixed_points is None or moving_points is None:
             fixed_points = moving_points = None
         elif len(fixed_points) != len(moving_points):
@@ -222,18 +221,6 @@ class FileDomain:
             affine=torch.from_numpy(fixed.affine) if fixed.oriented else None,
             subjects=(self.manifest.subject[fixed_path], self.manifest.subject[moving_path]),
         )  # fmt: skip
-
-
-def _check_axes(samples: tuple[Sample, Sample], names: tuple[str, str]) -> None:
-    """Warns of a pair whose axes are turned to each other; raises DataError where that makes other slices of them."""
-    check_oriented(names, [bool(sample.oriented) for sample in samples])
-    dim, along = samples[0].image.dim() - 1, orientation(samples[1].affine, samples[0].affine)
-    if along[:dim, 0].max() >= dim:
-        expected, todo = f"a slice of the plane of {names[0]}", "Take slices of one orientation."
-        raise data_error(names[1], expected, "one over 45 degrees off", todo)
-    if not np.array_equal(along[:dim], [[axis, 1] for axis in range(dim)]):
-        told = f"{' and '.join(names)}: their axes lie over 45 degrees apart, so one image may be turned by 90 degrees"
-        warn_once(f"{told} beside the other. Resample both along the body's axes.")
 
 
 def landmarks(path: Path, sample: Sample) -> Tensor:
@@ -255,30 +242,6 @@ def landmarks(path: Path, sample: Sample) -> Tensor:
         expected = "x,y,z in each line and no header: a voxel's index in the image's file"
         raise data_error(path, expected, str(error), "Correct the file.") from error
     return torch.from_numpy(unit).float()
-
-
-def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:
-    """Training images, training pairs (None: all ordered ones) and validation pairs, which share no subject.
-
-    One subject in five is held out, two at least, the manifest's last, of ten training subjects or more; of fewer
-    none, nor where no listed pair would be left on either side. Without listed pairs, each held-out image is fixed
-    once, the next one of another subject moving.
-    """
-    listed = manifest.training_pairs
-    images = [*manifest.training, *itertools.chain(*(listed or []))]
-    subjects = list(dict.fromkeys(manifest.subject[image] for image in images))
-    kept_apart = set(subjects[-max(2, len(subjects) // HELD_OUT) :]) if len(subjects) >= 10 else set()
-    training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]
-    if listed is not None:
-        within = [pair for pair in listed if not any(manifest.subject[image] in kept_apart for image in pair)]
-        apart = [pair for pair in listed if all(manifest.subject[image] in kept_apart for image in pair)]
-        return (training, within, apart) if within and apart else (manifest.training, listed, [])
-    images = [image for image in manifest.training if manifest.subject[image] in kept_apart]
-    pairs = []
-    for i, fixed in enumerate(images):
-        others = [image for image in images[i + 1 :] + images[:i] if manifest.subject[image] != manifest.subject[fixed]]
-        pairs += [(fixed, moving) for moving in others[:1]]
-    return training, None, pairs
 
 
 class Mixture:

@@ -89,6 +89,18 @@ def check_oriented(names: Sequence[str], said: Sequence[bool]) -> None:
         raise data_error(silent, expected, "none", todo)
 
 
+def check_axes(samples: tuple[Sample, Sample], names: tuple[str, str]) -> None:
+    """Warns of a pair whose axes are turned to each other; raises DataError where that makes other slices of them."""
+    check_oriented(names, [bool(sample.oriented) for sample in samples])
+    dim, along = samples[0].image.dim() - 1, orientation(samples[1].affine, samples[0].affine)
+    if along[:dim, 0].max() >= dim:
+        expected, todo = f"a slice of the plane of {names[0]}", "Take slices of one orientation."
+        raise data_error(names[1], expected, "one over 45 degrees off", todo)
+    if not np.array_equal(along[:dim], [[axis, 1] for axis in range(dim)]):
+        told = f"{' and '.join(names)}: their axes lie over 45 degrees apart, so one image may be turned by 90 degrees"
+        warn_once(f"{told} beside the other. Resample both along the body's axes.")
+
+
 def reference(image: sitk.Image, shape: Sequence[int], beside: sitk.Image | None = None) -> sitk.Image:
     """The grid of `shape` over the image's field of view, its axes in canonical order; x of a picture as it is stored.
 

@@ -24,6 +24,7 @@ READ_AS = {  # what modalities are called, in capitals, letters and digits only
     "CT": "(CB|FB|LD|HR|CE)?CT",
     "MR": "(?=.)(C?MRI?)?((T[12]|PD)(W|WEIGHTED|C|CE|GD|STAR|FLAIR)?|FLAIR|DWI|ADC|BSSFP|LGE)?(MRI?)?",
 }
+HELD_OUT = 5  # of the training subjects of a data set, one in so many is kept for validation, two at least
 NUMBERED = re.compile(r"(?<=\d)(_slice\d+|_ED|_ES)?_(000\d)$")  # Learn2Reg's modality number, behind the subject's
 
 
@@ -195,3 +196,27 @@ def subject_of(image: Path | str, numbered: bool = False) -> str:
     if numbered or re.search(r"(_\d{4}|_slice\d+|_ED|_ES)_000\d$", name):
         name = NUMBERED.sub(r"\1", name)
     return re.sub(r"^(sub-[^_]+).*|(_slice\d+|_ED|_ES)*(_(ses-|visit[-_]?\d).*)?$", r"\1", name)
+
+
+def held_out(manifest: Manifest) -> tuple[list[Path], list[tuple[Path, Path]] | None, list[tuple[Path, Path]]]:
+    """Training images, training pairs (None: all ordered ones) and validation pairs, which share no subject.
+
+    One subject in five is held out, two at least, the manifest's last, of ten training subjects or more; of fewer
+    none, nor where no listed pair would be left on either side. Without listed pairs, each held-out image is fixed
+    once, the next one of another subject moving.
+    """
+    listed = manifest.training_pairs
+    images = [*manifest.training, *itertools.chain(*(listed or []))]
+    subjects = list(dict.fromkeys(manifest.subject[image] for image in images))
+    kept_apart = set(subjects[-max(2, len(subjects) // HELD_OUT) :]) if len(subjects) >= 10 else set()
+    training = [image for image in manifest.training if manifest.subject[image] not in kept_apart]
+    if listed is not None:
+        within = [pair for pair in listed if not any(manifest.subject[image] in kept_apart for image in pair)]
+        apart = [pair for pair in listed if all(manifest.subject[image] in kept_apart for image in pair)]
+        return (training, within, apart) if within and apart else (manifest.training, listed, [])
+    images = [image for image in manifest.training if manifest.subject[image] in kept_apart]
+    pairs = []
+    for i, fixed in enumerate(images):
+        others = [image for image in images[i + 1 :] + images[:i] if manifest.subject[image] != manifest.subject[fixed]]
+        pairs += [(fixed, moving) for moving in others[:1]]
+    return training, None, pairs

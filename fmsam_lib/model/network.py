@@ -7,6 +7,7 @@ arXiv 2403.05780), of any width, depth and number of levels, in 2-D and 3-D.
 import ctypes
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fmsam_lib.model.spatial import look_up
 from fmsam_lib.model.transform import LINEAR, Transform
-from fmsam_lib.records import written_whole
+from fmsam_lib.records import warn_once, written_whole
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 FUNCTIONAL_CONV = {2: F.conv2d, 3: F.conv3d}
@@ -190,7 +191,11 @@ class GradICON(nn.Module):
         half = HALF.get(self.precision)
         own = torch.float32 if half else next(self.parameters()).dtype
         if not (moving.dtype == fixed.dtype == own or torch.is_autocast_enabled(fixed.device.type)):
-            raise ValueError(f"expected {own} as in the weights, got {moving.dtype}, {fixed.dtype}: try net.float()")
+            todo = "try net.float()" if own != torch.float32 else "try moving.float() and fixed.float()"
+            raise ValueError(f"expected {own} as in the weights, got {moving.dtype}, {fixed.dtype}: {todo}")
+        looked_at = () if self.training or moving.is_cuda or torch.compiler.is_compiling() else (moving, fixed)
+        if any(image.min() < -0.5 or image.max() > 1.5 for image in looked_at):  # a GPU would wait for the answer
+            warn_once("a network expects images in [0, 1], and got values far beyond: scale them, or nothing fits")
         pyramid = [(moving, fixed)]
         for _ in range(self.levels - 1):
             pyramid.append((halve(pyramid[-1][0]), halve(pyramid[-1][1])))
@@ -220,10 +225,16 @@ class GradICON(nn.Module):
         weights = {name: value.half() if half and name in parameters else value for name, value in kept.items()}
         rounded = half and any(bool((value != kept[name]).any()) for name, value in weights.items())
         saved = {"settings": self.settings, "weights": weights, "shape": self.shape and [*map(int, self.shape)]}
-        about = {k: value for k, value in self.about.items() if not rounded or k != "golden"}  # it maps elsewhere
+        read = self.about.get("norm", (norm := self.norm()))  # of the weights that the rest was said of
+        about = self.about if math.isclose(read, norm, rel_tol=1e-9) else {}  # else trained on since, in one's own loop
+        about = {k: value for k, value in about.items() if k != "norm" and not (rounded and k == "golden")}
         saved |= {"about": about} if about else {}
         with written_whole(path) as partial, open(partial, "wb") as file:
             torch.save(saved, file)  # given a path, it would write that path's name into the file
+
+    def norm(self) -> float:
+        """Of all parameters, in double precision: it tells weights that were trained on from those that were read."""
+        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters()))
 
 
 def give_back_memory() -> None:

@@ -69,7 +69,7 @@ def load(weights: Path | str) -> GradICON:
             net = GradICON(**saved["settings"])
             net.load_state_dict(saved["weights"])
             net.shape = tuple(saved["shape"]) if saved.get("shape") else None
-            net.about = saved.get("about", {})
+            net.about = saved.get("about", {}) | {"norm": net.norm()}
         else:
             net = from_icon(saved)
     except DAMAGED as error:

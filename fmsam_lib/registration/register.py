@@ -8,6 +8,7 @@ import re
 import time
 import warnings
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import SimpleITK as sitk  # noqa: N813
@@ -71,10 +72,13 @@ def register(
     if len(shape) != dim:
         got = list(shape) if shape else "none, and the weights do not say what they were trained on"
         raise ValueError(f"expected {dim} numbers as `shape` (--shape) of a {dim}-D network, got {got}")
+    told = []
+    if network.shape and max(max(a / b, b / a) for a, b in zip(network.shape, shape, strict=True)) > 1.5:
+        told = [f"the network was trained on {tuple(network.shape)} samples: {shape} may register far worse"]
 
     here, there = (_read(source, dim, name) for source, name in ((fixed, "fixed image"), (moving, "moving image")))
     where = (name_of(fixed, "fixed image"), name_of(moving, "moving image"))
-    notes, sided = doubts(where, (here, there)), oriented(here)  # before the headers are lost in joining
+    notes, sided = told + doubts(where, (here, there)), oriented(here)  # before the headers are lost in joining
     if here.GetDimension() != there.GetDimension():  # ITK reads a file (X, Y) as 2-D, one (X, Y, 1) as 3-D
         here, there = (sitk.JoinSeries([i]) if i.GetDimension() == 2 else i for i in (here, there))
     for note in notes:
@@ -169,7 +173,12 @@ def register(
     error_map = placed(error.reshape(grid.GetSize()).numpy().transpose(), grid)
     parts = (phi, psi, start, transform, inverse, pair, summary, losses, error_map, names)
     result = Registration(here, there, *parts, marks.get("labels"), marks.get("fixed_labels"))
-    summary |= {"dice": result.dice(), "seconds": round(time.perf_counter() - begun, 2), "notes": notes}
+    if overlap := result.dice():
+        start_dice, end_dice = (fmean(dice[when] for dice in overlap.values()) for when in ("before", "after"))
+        if end_dice < start_dice - 0.01:  # the verdict needs no labels, but does not look away
+            reasons = [f"mean Dice falls from {start_dice:.3f} to {end_dice:.3f}", summary["verdict"]["reason"]]
+            summary["verdict"] |= {"verdict": "look at it", "reason": "; ".join(filter(None, reasons))}
+    summary |= {"dice": overlap, "seconds": round(time.perf_counter() - begun, 2), "notes": notes}
     summary |= {"version": importlib.metadata.version("fmsam"), "provenance": provenance()}
     return result
 

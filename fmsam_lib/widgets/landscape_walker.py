@@ -88,8 +88,8 @@ class Walk:
         low, high = float(finite.min()), max(float(finite.max()), float(finite.min()) + 1e-12)
         high = min(high, 50 * low) if low > 0 else high  # beyond, the barrier between two solutions would drown
         levels, norm = (np.geomspace, colors.LogNorm) if 0 < 10 * low < high else (np.linspace, colors.Normalize)
-        shades = {"levels": levels(low, high, 15), "norm": norm(low, high), "extend": "max"}
-        filled = axes.contourf(self.alphas, self.betas, finite, **shades)
+        steps = levels(low, high, 15)
+        filled = axes.contourf(self.alphas, self.betas, finite, steps, norm=norm(low, high), extend="max")
         axes.contour(filled, colors="white", linewidths=0.4)
         for name, place in self.places.items():
             axes.plot(*place, "P", color="white", markeredgecolor="black", markersize=10)

@@ -15,8 +15,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from fmsam_lib.checking import ConfigError
-from fmsam_lib.images.domains import Mixture, held_out, open_domain, opens_again, readable
-from fmsam_lib.images.manifest import data_folder, read_manifest
+from fmsam_lib.images.domains import Mixture, open_domain, opens_again, readable
+from fmsam_lib.images.manifest import data_folder, held_out, read_manifest
 from fmsam_lib.metrics import measure
 from fmsam_lib.model.spatial import identity_map
 from fmsam_lib.phantoms import pairs as synthetic
@@ -96,6 +96,12 @@ def test_a_pair_whose_axes_are_turned_to_each_other_is_told(tmp_path, recwarn):
         domain.test_pair(index)
     (told,) = [str(w.message) for w in recwarn if "over 45 degrees apart" in str(w.message)]
     assert told.startswith("p8 and p9: their axes")
+
+
+def test_a_data_set_with_a_plus_in_its_name_is_no_mixture(tmp_path):
+    dataset(tmp_path / "MR+CT")
+    with pytest.raises(DataError, match=r"MR\+CT: expected a data set of another name, found .* a \+\. Rename it"):
+        open_domain("MR+CT", shape=GRID, data=tmp_path)
 
 
 def test_slices_of_two_planes_are_no_pair(tmp_path):

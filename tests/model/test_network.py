@@ -158,3 +158,20 @@ def test_impossible_settings_are_refused():
         GradICON(4, down=(4,))
     with pytest.raises(ValueError, match="as many `up` as `down`"):
         GradICON(2, down=(4, 8), up=(4,))
+
+
+def test_images_in_hounsfield_units_are_told(recwarn):
+    net, (moving, fixed) = small(2).eval(), images(24, 24)
+    net(moving, fixed)
+    assert not recwarn.list
+    network.warn_once.cache_clear()  # some other test may have had it
+    with pytest.warns(UserWarning, match=r"a network expects images in \[0, 1\]"):
+        net(2000 * moving - 1000, fixed)
+
+
+def test_images_of_another_type_are_told_what_to_do():
+    net, (moving, fixed) = small(2), images(24, 24)
+    with pytest.raises(ValueError, match=r"try moving.float\(\) and fixed.float\(\)"):
+        net(moving.double(), fixed.double())
+    with pytest.raises(ValueError, match=r"try net.float\(\)"):
+        net.double()(moving, fixed)

@@ -24,6 +24,22 @@ def test_saved_and_loaded_weights_give_the_same_map(tmp_path):
     assert torch.equal(load(tmp_path / "weights.pt")(*pair).map, net(*pair).map)
 
 
+def test_weights_that_somebody_trained_on_no_longer_say_what_others_saw(tmp_path):
+    net = small(2).eval()
+    net.shape, net.about = (24, 24), {"seen": {"there": [0.0]}, "golden": weights.golden(net)}
+    net.save(tmp_path / "first.pt")
+    load(tmp_path / "first.pt").save(tmp_path / "copy.pt")
+    assert weights.check(tmp_path / "copy.pt")["fine"]
+    assert load(tmp_path / "copy.pt").about["seen"] == net.about["seen"]
+    own = load(tmp_path / "first.pt").train()
+    optimizer = torch.optim.SGD(own.parameters(), lr=1e-3)
+    own(*images(24, 24)).map.square().mean().backward()
+    optimizer.step()
+    own.save(tmp_path / "own.pt")
+    assert not {"seen", "golden"} & load(tmp_path / "own.pt").about.keys()
+    assert weights.check(tmp_path / "own.pt")["fine"] is None
+
+
 def test_unigradicon_refuses_weights_of_another_architecture(tmp_path):
     small(2).save(tmp_path / "small.pt")
     with pytest.raises(ValueError, match=r"expected weights of .*'down': \[16, 32, 64, 256, 512\].*got those of"):

@@ -382,6 +382,31 @@ def test_a_label_of_one_image_alone_has_no_dice(tmp_path, pair):
     assert "no Dice of the labels [2, 3]" in result.summary["notes"][-1]
 
 
+def test_a_registration_that_lowers_the_dice_of_given_labels_is_not_fine(tmp_path):
+    """The verdict needs no labels; where they are given, it does not look away."""
+    fixed, labels = (
+        save(tmp_path / name, made(FIXED, 1)) for name, made in (("f.nii", texture), ("l.nii", structures))
+    )
+    net = network(strength=0.3)
+    marks = {"labels": labels, "fixed_labels": labels}
+    result = register(fixed, fixed, net, shape=GRID, keep_worse=True, **marks)
+    before, after = (np.mean([d[when] for d in result.summary["dice"].values()]) for when in ("before", "after"))
+    assert before == 1
+    assert after < 0.95
+    assert result.summary["verdict"]["verdict"] == "look at it"
+    assert result.summary["verdict"]["reason"].startswith(f"mean Dice falls from 1.000 to {after:.3f}")
+    still = register(fixed, fixed, GradICON(3, down=(4, 8), levels=2).eval(), shape=GRID, **marks)
+    assert "Dice" not in still.summary["verdict"]["reason"]
+
+
+def test_a_grid_far_from_the_networks_own_is_told(pair):
+    net = network()
+    net.shape = tuple(2 * side for side in GRID)
+    with pytest.warns(UserWarning, match=r"the network was trained on \(.*\) samples: \(.*\) may register far worse"):
+        result = register(pair["fixed"], pair["moving"], net, shape=GRID)
+    assert any("may register far worse" in note for note in result.summary["notes"])
+
+
 @pytest.mark.parametrize(
     ("file", "name"),
     [
