@@ -30,10 +30,12 @@ SYNTHETIC = "brain-mr+lung-ct+knee-mr+abdomen-ct+heart-mr"
 DOMAINS = {2: f"CardiacSunnybrook2D+FetalHeadUS+{SYNTHETIC}", 3: f"HippocampusMR+{SYNTHETIC}"}
 COARSE = {"lr": 0.004, "augment": True, "contrast": 0.7, "validation": 14, "seed": 20}
 FINE = COARSE | {"lr": 0.001}
+COARSE_3D = COARSE | {"batch": 2, "steps": 4000, "sigma": 3.0, "lr": 0.002}  # at 0.004 SAM diverges
 STAGES = {  # of Adam's steps
     2: [((64, 64), COARSE | {"batch": 4, "steps": 16000}), ((128, 128), FINE | {"batch": 4, "steps": 3000})],
     3: [
-        ((32, 32, 32), COARSE | {"batch": 2, "steps": 4000, "sigma": 3.0, "lr": 0.002}),
+        ((32, 32, 32), COARSE_3D),
+        ((32, 32, 32), COARSE_3D | {"seed": 21}),  # other pairs, from the full learning rate
         ((64, 64, 64), FINE | {"batch": 1, "steps": 1000}),
     ],
 }
