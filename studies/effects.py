@@ -88,6 +88,7 @@ EFFECTS = {
     (BY_SAM, "half the penalty (lambda 0.75)"): (("settings", "lambda-0.75"), ("settings", "sam-lambda-0.75")),
     (BY_SAM, "no augmentation"): (("settings", "plain"), ("settings", "sam-plain")),
     (BY_SAM, "no augmentation, equal steps, 4,000"): (("settings", "adam-plain"), ("settings", "sam-plain")),
+    (BY_SAM, "contrast varied in training"): (("settings", "contrast"), ("settings", "sam-contrast")),
     (BY_SAM, "twice the channels"): (("settings", "wide"), ("settings", "sam-wide")),
     (BY_SAM, "uniGradICON's channels, 4,000 gradients"): (("settings", "unigradicon"), LARGE),
     (BY_SAM, "uniGradICON's channels, equal steps, 2,000"): (("settings", "adam-unigradicon"), LARGE),

@@ -416,7 +416,7 @@ def test_the_loop_of_sam_runs():
         "net": net,
         "optimizer": optimizer,
         "batch": batch,
-        "objective": lambda net, x: (net(x) ** 2).sum(),
+        "my_loss": lambda net, x: (net(x) ** 2).sum(),
     }
     exec(code, there)
     assert not torch.equal(net.weight, before)
