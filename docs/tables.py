@@ -196,6 +196,7 @@ def pretrained() -> pd.DataFrame:
     wide = rows.pivot(index=["tested on", "seen", "grid", "pairs"], columns="network", values="dice")
     first = [name for name in ("before", "ANTs SyN") if name in wide]
     wide = wide[[*first, *sorted(set(wide.columns) - {*first})]].map("{:.3f}".format).replace("nan", "")
+    wide = wide.rename(columns={"before": "no registration"})
     return wide.reset_index().assign(seen=lambda table: table.seen.map({True: "yes", False: "no"}))
 
 

@@ -1,12 +1,12 @@
 """Train the networks that come with fmsam and write them with their checksums.
 
-    FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d 3d-sam    # each 15 to 60 minutes on one core; goes on
+    FMSAM_DATA=... python studies/ship.py 2d 2d-sam 3d 3d-sam    # each 40 to 75 minutes on one core; goes on
     FMSAM_DATA=... python studies/ship.py --judge                # figures/pretrained.csv, captured.csv, scanners.csv
     FMSAM_DATA=... python studies/ship.py --licences             # two hours on one core: figures/licences.csv
 
 They see synthetic images and those real sets whose licences allow any use: CardiacSunnybrook2D (CC0), FetalHeadUS
-(CC BY 4.0), HippocampusMR (CC BY-SA 4.0). Each is trained on a coarse grid first, then on a finer one. SAM's has half
-the steps of Adam's, which is the same compute. docs/pretrained.md has what came of it.
+(CC BY 4.0), HippocampusMR (CC BY-SA 4.0). Each is trained on a coarse grid first, in 3-D twice, then on a finer one.
+SAM's has half the steps of Adam's, which is the same compute. docs/pretrained.md has what came of it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import fmsam_lib as fm
 from fmsam_lib.evaluation.baselines import ants_syn
 from fmsam_lib.evaluation.corruptions import robustness
 from fmsam_lib.model.spatial import identity_map, warp, warp_label
-from fmsam_lib.model.weights import SHIPPED, golden, sha256, shipped
+from fmsam_lib.model.weights import SHIPPED, sha256, shipped, signed
 from fmsam_lib.records import PROJECT, provenance, write_csv, written_whole
 from fmsam_lib.study.file import read_study
 
@@ -77,7 +77,7 @@ def licences(runs: str, pairs: int = 30) -> pd.DataFrame:
 def ship(name: str, net: fm.GradICON) -> None:
     for p in net.parameters():
         p.data = p.data.half().float()  # as it will be read again
-    net.about |= {"golden": golden(net), "norm": net.norm()}
+    net.about |= signed(net)
     net.save(SHIPPED / f"{name}.pt", half=True)
     with written_whole(SHIPPED / f"{name}.sha256") as partial:
         partial.write_text(f"{sha256(SHIPPED / f'{name}.pt')}\n")

@@ -61,9 +61,9 @@ def evaluate(net: GradICON | Method | None, domain, *, pairs: int = 10, progress
         net, shape = copy.deepcopy(net).eval(), tuple(getattr(domain, "shape", ()))  # the caller's stays in its mode
         if shape and net.dim != len(shape):
             raise ConfigError(f"expected a {len(shape)}-D network for {domain.name}, got a {net.dim}-D one")
-        if shape and net.shape and max(max(a / b, b / a) for a, b in zip(net.shape, shape, strict=True)) > 1.5:
-            trained = f"the network was trained on {tuple(net.shape)} samples: {domain.name} has {shape}"
-            warnings.warn(f"{trained}, where Dice may be far lower: open it with shape=net.shape", stacklevel=2)
+        if shape and (trained := net.grid_unlike(shape)):
+            todo = f"{domain.name} has {shape}, where Dice may be far lower: open it with shape=net.shape"
+            warnings.warn(f"{trained}: {todo}", stacklevel=2)
     found = measured(net, domain, pairs=pairs, progress=progress)
     if found.results.empty and found.problems:
         raise DataError("no test pair could be measured:\n- " + "\n- ".join(found.problems))

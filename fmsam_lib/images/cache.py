@@ -13,7 +13,7 @@ from fmsam_lib.images.files import parts
 from fmsam_lib.images.grid import Sample, decode
 from fmsam_lib.records import warn_once, written_whole
 
-CACHE_VERSION = 6  # raise it whenever `decode` returns something else than before
+CACHE_VERSION = 7  # raise it whenever `decode` returns something else than before
 
 
 def load(image_path, label_path=None, *, modality: str, shape: Sequence[int], labels=None) -> Sample:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fmsam_lib.checking import ConfigError, nearest
 from fmsam_lib.images.cache import load
 from fmsam_lib.images.files import stem
-from fmsam_lib.images.grid import Sample, check_axes
+from fmsam_lib.images.grid import Sample, check_oriented, turned
 from fmsam_lib.images.manifest import BESIDE, Manifest, data_folder, held_out, read_manifest
 from fmsam_lib.pair import Pair
 from fmsam_lib.phantoms import pairs as synthetic
@@ -147,6 +147,7 @@ class FileDomain:
         again = Counter(called.values())  # T1.nii.gz beside T1.mha
         self.called = {i: c if again[c] == 1 else f"{c}~{n}" for n, (i, c) in enumerate(called.items(), 1)}
         self.samples: dict[Path, tuple[Sample, Tensor | None, Tensor | None]] = {}
+        self.axes, self.told = dict[Path, tuple[np.ndarray, bool]](), False  # of the images read, and whether they fit
         self.hashed: list = []  # what the files of `samples` were when they were last hashed for a training
 
     def training_pair(self, index: int) -> Pair:
@@ -171,14 +172,30 @@ class FileDomain:
     def check(self, *, test: bool = True) -> list[str]:
         """Read all files that training and `test` need: every problem's message; for training alone labels warn."""
         about, problems = self.manifest, list[str]()
-        pairs = [*(about.training_pairs or itertools.pairwise(about.training)), *about.test_pairs * test]
+        pairs = [*(about.training_pairs or []), *about.test_pairs * test]
         images = sorted({*about.training, *itertools.chain(*pairs)})
         for files in [*zip(images, strict=True), *pairs]:
             try:
                 self._pair(*files, keep=not test) if len(files) == 2 else self._sample(files[0], keep=not test)
             except DataError as error:
                 problems.append(str(error))
+        try:
+            drawn = about.training if about.training_pairs is None else []  # at random
+            for pair in itertools.pairwise(image for image in drawn if image in self.axes):
+                self._fit(*pair)
+        except DataError as error:
+            problems.append(str(error))
         return [*dict.fromkeys(problems)]
+
+    def _fit(self, *pair: Path) -> None:
+        """Refuse a pair of which one header states no orientation; tell of one whose axes are turned to each other."""
+        (fixed, here), (moving, there) = map(self.axes.__getitem__, pair)
+        check_oriented([*map(str, pair)], (here, there))
+        if not self.told and turned(fixed, moving, len(self.shape)):
+            self.told = True
+            apart = "their axes lie over 45 degrees apart, so one may be turned by 90 degrees, or show another plane"
+            todo = "Resample all along the body's axes, and store a slice as (X, Y, 1)."
+            warnings.warn(f"{pair[0]} and {pair[1]}: {apart}. {todo}", stacklevel=2)
 
     def _sample(self, image: Path, *, keep: bool = True) -> tuple[Sample, Tensor | None, Tensor | None]:
         """An image, its landmarks `(L, D)` in unit coordinates and its mask `(1, *S)`, None where it has none."""
@@ -195,6 +212,7 @@ class FileDomain:
             warnings.warn(f"{error} Until then {label.name} is left out of training and validation", stacklevel=2)
         inside = load(image, mask, **options).label if mask else None
         points = landmarks(keypoints, sample) if keypoints and len(self.shape) == self.manifest.dimensions else None
+        self.axes[image] = sample.affine, bool(sample.oriented)
         read = sample, points, None if inside is None or not inside.any() else inside != 0
         if keep:
             self.samples[image] = read
@@ -203,7 +221,7 @@ class FileDomain:
     def _pair(self, fixed_path: Path, moving_path: Path, *, keep: bool = True) -> Pair:
         fixed, fixed_points, fixed_mask = self._sample(fixed_path, keep=keep)
         moving, moving_points, moving_mask = self._sample(moving_path, keep=keep)
-        check_axes((fixed, moving), (self.called[fixed_path], self.called[moving_path]))
+        self._fit(fixed_path, moving_path)
         if fixed_points is None or moving_points is None:
             fixed_points = moving_points = None
         elif len(fixed_points) != len(moving_points):

@@ -85,20 +85,13 @@ def check_oriented(names: Sequence[str], said: Sequence[bool]) -> None:
     if said[0] != said[1]:
         silent, other = names if said[1] else names[::-1]
         expected = f"a header that states the orientation, as {other}'s does"
-        todo = "Set it (nibabel: image.set_sform(affine, 1)): guessed, it could mirror the result."
+        todo = "Set it (nibabel: image.set_sform(affine, 1)), or of neither: guessed, it could mirror the result."
         raise data_error(silent, expected, "none", todo)
 
 
-def check_axes(samples: tuple[Sample, Sample], names: tuple[str, str]) -> None:
-    """Warns of a pair whose axes are turned to each other; raises DataError where that makes other slices of them."""
-    check_oriented(names, [bool(sample.oriented) for sample in samples])
-    dim, along = samples[0].image.dim() - 1, orientation(samples[1].affine, samples[0].affine)
-    if along[:dim, 0].max() >= dim:
-        expected, todo = f"a slice of the plane of {names[0]}", "Take slices of one orientation."
-        raise data_error(names[1], expected, "one over 45 degrees off", todo)
-    if not np.array_equal(along[:dim], [[axis, 1] for axis in range(dim)]):
-        told = f"{' and '.join(names)}: their axes lie over 45 degrees apart, so one image may be turned by 90 degrees"
-        warn_once(f"{told} beside the other. Resample both along the body's axes.")
+def turned(fixed: np.ndarray, moving: np.ndarray, dim: int) -> bool:
+    """Whether two grids' axes lie over 45 degrees apart, so that side by side one is turned, or another plane."""
+    return not np.array_equal(orientation(moving, fixed)[:dim], [[axis, 1] for axis in range(dim)])
 
 
 def reference(image: sitk.Image, shape: Sequence[int], beside: sitk.Image | None = None) -> sitk.Image:

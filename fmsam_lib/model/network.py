@@ -193,8 +193,8 @@ class GradICON(nn.Module):
         if not (moving.dtype == fixed.dtype == own or torch.is_autocast_enabled(fixed.device.type)):
             todo = "try net.float()" if own != torch.float32 else "try moving.float() and fixed.float()"
             raise ValueError(f"expected {own} as in the weights, got {moving.dtype}, {fixed.dtype}: {todo}")
-        looked_at = () if self.training or moving.is_cuda or torch.compiler.is_compiling() else (moving, fixed)
-        if any(image.min() < -0.5 or image.max() > 1.5 for image in looked_at):  # a GPU would wait for the answer
+        seen = moving.device.type == "cpu" and moving.numel() and not torch.compiler.is_compiling()  # a GPU would wait
+        if seen and any(image.min() < -0.5 or image.max() > 1.5 for image in (moving, fixed)):
             warn_once("a network expects images in [0, 1], and got values far beyond: scale them, or nothing fits")
         pyramid = [(moving, fixed)]
         for _ in range(self.levels - 1):
@@ -225,7 +225,7 @@ class GradICON(nn.Module):
         weights = {name: value.half() if half and name in parameters else value for name, value in kept.items()}
         rounded = half and any(bool((value != kept[name]).any()) for name, value in weights.items())
         saved = {"settings": self.settings, "weights": weights, "shape": self.shape and [*map(int, self.shape)]}
-        read = self.about.get("norm", (norm := self.norm()))  # of the weights that the rest was said of
+        read = self.about.get("norm", norm := self.norm())  # of the weights that the rest was said of
         about = self.about if math.isclose(read, norm, rel_tol=1e-9) else {}  # else trained on since, in one's own loop
         about = {k: value for k, value in about.items() if k != "norm" and not (rounded and k == "golden")}
         saved |= {"about": about} if about else {}
@@ -233,8 +233,13 @@ class GradICON(nn.Module):
             torch.save(saved, file)  # given a path, it would write that path's name into the file
 
     def norm(self) -> float:
-        """Of all parameters, in double precision: it tells weights that were trained on from those that were read."""
-        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters()))
+        """Of all weights and statistics, in double precision: it tells what was trained on from what was read."""
+        return math.sqrt(sum(float(t.double().square().sum()) for t in self.state_dict().values()))
+
+    def grid_unlike(self, shape: tuple[int, ...]) -> str:
+        """What to say of a grid far from that of the training; empty where it is near, or nobody knows."""
+        far = self.shape and max(max(a / b, b / a) for a, b in zip(self.shape, shape, strict=False)) > 1.5
+        return f"the network was trained on {tuple(self.shape)} samples" if self.shape and far else ""
 
 
 def give_back_memory() -> None:

@@ -69,7 +69,7 @@ def load(weights: Path | str) -> GradICON:
             net = GradICON(**saved["settings"])
             net.load_state_dict(saved["weights"])
             net.shape = tuple(saved["shape"]) if saved.get("shape") else None
-            net.about = saved.get("about", {}) | {"norm": net.norm()}
+            net.about = saved.get("about", {}) | {"norm": net.norm()}  # see `save`
         else:
             net = from_icon(saved)
     except DAMAGED as error:
@@ -149,6 +149,11 @@ class SameScheme(HTTPRedirectHandler):
         if urlsplit(newurl).scheme != req.type:
             raise OSError(f"a redirect from {req.type} to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def signed(net: GradICON) -> dict[str, Any]:
+    """What a network's `about` holds to find it changed: its map of a test pair, and its norm."""
+    return {"golden": golden(net), "norm": net.norm()}
 
 
 def golden(net: GradICON) -> list[float]:

@@ -72,9 +72,8 @@ def register(
     if len(shape) != dim:
         got = list(shape) if shape else "none, and the weights do not say what they were trained on"
         raise ValueError(f"expected {dim} numbers as `shape` (--shape) of a {dim}-D network, got {got}")
-    told = []
-    if network.shape and max(max(a / b, b / a) for a, b in zip(network.shape, shape, strict=True)) > 1.5:
-        told = [f"the network was trained on {tuple(network.shape)} samples: {shape} may register far worse"]
+    trained = network.grid_unlike(shape)
+    told = [f"{trained}: {shape} may register far worse"] if trained else []
 
     here, there = (_read(source, dim, name) for source, name in ((fixed, "fixed image"), (moving, "moving image")))
     where = (name_of(fixed, "fixed image"), name_of(moving, "moving image"))

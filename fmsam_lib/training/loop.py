@@ -22,7 +22,7 @@ from fmsam_lib.checking import ConfigError, in_project, read
 from fmsam_lib.images.domains import opens_again
 from fmsam_lib.metrics import mean_dice
 from fmsam_lib.model.network import GradICON, give_back_memory
-from fmsam_lib.model.weights import golden, load
+from fmsam_lib.model.weights import load, signed
 from fmsam_lib.pair import Pair
 from fmsam_lib.parameters import Train
 from fmsam_lib.records import warn_once
@@ -217,10 +217,10 @@ def _fit(net: GradICON, dataset, run: Train, folder: Path, progress: bool, watch
         if averages is not None:
             ended = [batch for step in range(run.updates)[-STATISTICS:] for batch in make_batches(dataset, run, step)]
             for name, averaged in averages.networks([(batch.moving, batch.fixed) for batch in ended]).items():
-                averaged.shape, averaged.about = net.shape, about | {"golden": golden(averaged)}
+                averaged.shape, averaged.about = net.shape, about | signed(averaged)
                 averaged.save(folder / f"weights_{name}.pt")
         checkpoint.record(folder, run, now, net, state)  # the history's lines may not be on the disk yet
-        net.about = about | {"golden": golden(net)}
+        net.about = about | signed(net)
         net.save(folder / "weights.pt")  # last: it says that the training is done
     return state.history
 

@@ -26,10 +26,10 @@ class SAM:
     """The perturbation of SAM beside any torch optimizer, which is left as it is.
 
         optimizer.zero_grad()
-        my_loss(net, batch).backward()      # gradient at w
+        my_loss(net, batch).backward()        # gradient at w
         with sam.perturbed():                 # at w + eps: the worst weights within rho
             optimizer.zero_grad()
-            my_loss(net, batch).backward()  # its gradient is what moves w
+            my_loss(net, batch).backward()    # its gradient is what moves w
         optimizer.step()
 
     params: what torch's optimizers take: tensors, `named_parameters()`, or groups `{"params": tensors, "rho": radius}`,

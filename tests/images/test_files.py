@@ -950,3 +950,26 @@ def test_a_name_that_no_file_can_have_is_no_such_file(tmp_path):
     folder = dataset(tmp_path / "Own", training=[{"image": f"./imagesTr/{name}"}])
     with pytest.raises(DataError, match="expected every listed file on disk, found 1 missing"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize("end", [".nii", ".nii.gz", ".img", ".img.gz"])
+@pytest.mark.parametrize("kind", [np.float32, np.int16])
+def test_qfac_is_read_from_the_header(tmp_path, end, kind):
+    """SimpleITK gives pixdim[0] as 0, whatever the file has."""
+    stored = (nibabel.Nifti1Pair if "img" in end else nibabel.Nifti1Image)(image().astype(kind), np.eye(4))
+    stored.set_qform(np.diag([1.0, 1.0, -1.0, 1.0]), 1)
+    nibabel.save(stored, tmp_path / f"a{end}")
+    assert float(read_values(tmp_path / f"a{end}", 3).GetMetaData("qfac")) == -1
+
+
+@pytest.mark.parametrize("end", [".mha", ".nrrd"])
+def test_another_format_keeps_no_codes_of_the_nifti_that_it_was_made_from(tmp_path, end):
+    silent = save(tmp_path / "a.nii", image())
+    raw = bytearray(silent.read_bytes())
+    raw[252:256] = bytes(4)  # qform_code and sform_code
+    silent.write_bytes(raw)
+    assert not oriented(read_values(silent, 3))
+    read = sitk.ReadImage(str(silent))
+    read.SetDirection(np.diag([-1.0, -1.0, 1.0]).ravel())
+    sitk.WriteImage(read, str(tmp_path / f"b{end}"))
+    assert oriented(read_values(tmp_path / f"b{end}", 3))

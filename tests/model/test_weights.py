@@ -10,6 +10,7 @@ from fmsam_lib.model import weights
 from fmsam_lib.model.network import GradICON
 from fmsam_lib.model.spatial import identity_map, jacobian_determinant
 from fmsam_lib.model.weights import from_icon, load, to_icon, unigradicon
+from fmsam_lib.training.loop import train
 from tests.conftest import PROJECT
 from tests.model.test_network import images, small
 
@@ -26,18 +27,24 @@ def test_saved_and_loaded_weights_give_the_same_map(tmp_path):
 
 def test_weights_that_somebody_trained_on_no_longer_say_what_others_saw(tmp_path):
     net = small(2).eval()
-    net.shape, net.about = (24, 24), {"seen": {"there": [0.0]}, "golden": weights.golden(net)}
+    net.shape = (24, 24)
+    net.about = {"seen": {"there": [0.0]}} | weights.signed(net)
     net.save(tmp_path / "first.pt")
     load(tmp_path / "first.pt").save(tmp_path / "copy.pt")
     assert weights.check(tmp_path / "copy.pt")["fine"]
     assert load(tmp_path / "copy.pt").about["seen"] == net.about["seen"]
-    own = load(tmp_path / "first.pt").train()
+    own, statistics = load(tmp_path / "first.pt").train(), load(tmp_path / "first.pt").train()
     optimizer = torch.optim.SGD(own.parameters(), lr=1e-3)
     own(*images(24, 24)).map.square().mean().backward()
     optimizer.step()
-    own.save(tmp_path / "own.pt")
-    assert not {"seen", "golden"} & load(tmp_path / "own.pt").about.keys()
-    assert weights.check(tmp_path / "own.pt")["fine"] is None
+    statistics(*images(24, 24))
+    trained, _ = train(open_domain("brain-mr", shape=(24, 24)), down=[4], levels=1, steps=1, batch=1, sigma=3.0)
+    assert "golden" in trained.about
+    next(trained.parameters()).data += 0.01
+    for net in (own, statistics, trained):
+        net.save(tmp_path / "own.pt")
+        assert not {"seen", "golden"} & load(tmp_path / "own.pt").about.keys()
+        assert weights.check(tmp_path / "own.pt")["fine"] is None
 
 
 def test_unigradicon_refuses_weights_of_another_architecture(tmp_path):

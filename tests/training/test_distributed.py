@@ -132,7 +132,7 @@ def test_several_processes_open_the_domain_that_was_given(tmp_path, monkeypatch)
     alone, expected = train(domain, **options)
     assert history[-1]["total"] == pytest.approx(expected[-1]["total"], abs=1e-5)
     assert net.shape == alone.shape == (18, 16)
-    assert net.about.keys() == alone.about.keys() == {"seen", "golden"}
+    assert net.about.keys() == alone.about.keys() == {"seen", "golden", "norm"}
     assert not net.training
 
 

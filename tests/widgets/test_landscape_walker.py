@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import walk as animation
+from matplotlib import colors
 from PIL import Image, ImageSequence
 
 from fmsam_lib.checking import ConfigError
@@ -147,6 +148,19 @@ def test_an_interrupted_answer_is_an_answer_too(pair, monkeypatch):
     assert "interrupted" in walker.facts["no picture"]
     walker.point = [0.2, 0.2]
     assert walker.facts["(α, β)"] == "(0.2, 0.2)"
+
+
+@pytest.mark.parametrize(("highest", "shown", "logarithmic"), [(0.5, 0.5, False), (3.0, 3.0, True), (1e6, 5.0, True)])
+def test_colours_end_where_the_barrier_would_drown(pair, highest, shown, logarithmic):
+    ground = between_two(pair)[1].ground
+    ground.losses = np.linspace(0.1, 0.4, 25).reshape(5, 5)
+    ground.losses[2, 2] = highest
+    axes = ground.picture()[1]
+    filled = axes.collections[0]
+    assert filled.norm.vmin == pytest.approx(0.1)
+    assert filled.norm.vmax == pytest.approx(shown)
+    assert isinstance(filled.norm, colors.LogNorm) == logarithmic
+    assert filled.extend == "max"
 
 
 def test_notebook_30_tells_what_its_first_walk_shows():
