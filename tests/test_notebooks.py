@@ -741,15 +741,21 @@ def test_50_makes_and_registers_a_pair_without_files(tmp_path):
     assert field.GetNumberOfComponentsPerPixel() == 3
 
 
-def test_50s_verdict_sees_a_patient_who_lies_elsewhere(tmp_path):
-    """With the network that comes with fmsam, as a newcomer runs it."""
+def test_50_tells_what_a_patient_who_lies_elsewhere_does(tmp_path):
+    """With the network that comes with fmsam, as a newcomer runs it. The verdict misses it, and the text says so."""
     _, solved = with_solutions("50_register_your_own", tmp_path, (3, 3), 1, out=str(tmp_path))
     told = re.findall(r"^(\d+) voxels, from (\w+), mean Dice (\S+): verdict: (look at it|fine)", solved, re.M)
     ends = {(int(n), start): (float(dice), verdict) for n, start, dice, verdict in told}
-    assert ends[20, "overlay"][0] < 0.8 < ends[10, "overlay"][0] < 0.84 < ends[20, "rigid"][0] < ends[0, "overlay"][0]
-    assert [verdict for _, verdict in ends.values()] == ["fine", "fine", "fine", "look at it", "fine"]
+    assert len(ends) == 5
+    assert {verdict for _, verdict in ends.values()} == {"fine"}
+    text = " ".join("".join(cell.source) for cell in nbformat.read(NOTEBOOKS / "50_register_your_own.ipynb", 4).cells)
+    text = " ".join(text.split())
+    rigid, without = ends[20, "rigid"][0], ends[0, "overlay"][0]
+    assert f"from `rigid` at a Dice of {rigid:.2f}, as without the shift ({without:.2f})" in text
+    assert f"from `overlay` at {ends[10, 'overlay'][0]:.2f} and at {ends[20, 'overlay'][0]:.2f}" in text
+    assert ends[10, "rigid"][0] == pytest.approx(rigid, abs=0.005)
     ends = [float(dice) for dice in re.search(r"^with the network +(\S+) +(\S+) +(\S+)", solved, re.M).groups()]
-    assert max(ends) - min(ends) < 0.015
+    assert max(ends) - min(ends) < 0.02
 
 
 def test_50_registers_files_with_weights(tmp_path):
