@@ -98,15 +98,22 @@ def check_map(pair: Pair, phi_map: Tensor) -> Tensor:
     return phi_map.detach().to("cpu", torch.float32)
 
 
-def cut(pair: Pair, phi_map: Tensor | None = None, *, axis: int = 2) -> Cut:
-    """The middle plane across `axis`; a 2-D pair is its own plane.
+def cut(pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index: int | None = None) -> Cut:
+    """The plane across `axis` (the last one unless given) at `index` (the middle); a 2-D pair is its own plane.
 
     phi_map: `(1, D, *S)` in unit coordinates, the identity unless given. Only the plane is warped.
     """
     shape = tuple(pair.fixed.shape[1:])
     dim = len(shape)
+    if dim == 2 and (axis, index) != (None, None):
+        raise ValueError(f"expected no axis and no index for the 2-D pair {pair.name!r}, got {axis}, {index}")
+    axis = 2 if axis is None else axis
+    if axis not in (0, 1, 2):
+        raise ValueError(f"expected axis 0, 1 or 2, got {axis}; they are the {', '.join(PLANES)} planes")
     depth = shape[axis] if dim == 3 else 1
-    at = depth // 2
+    at = depth // 2 if index is None else index
+    if not 0 <= at < depth:
+        raise ValueError(f"expected an index from 0 to {depth - 1} along axis {axis}, got {index}")
     phi_map = identity_map(shape) if phi_map is None else check_map(pair, phi_map)
 
     def slab(volume: Tensor, width: int = 1) -> Tensor:  # (..., *S), `width` samples thick
@@ -212,12 +219,12 @@ def contour_legend(figure: Figure, other: str) -> None:
     figure.legend(handles=handles, frameon=False, ncols=2, fontsize=9, loc="outside lower center")
 
 
-def registration(pair: Pair, phi_map: Tensor | None = None) -> Figure:
+def registration(pair: Pair, phi_map: Tensor | None = None, *, axis: int | None = None, index=None) -> Figure:
     """Fixed and moving image; with `phi_map` `(1, D, *S)` also what it does: warped, checkerboard, grid, Jacobian.
 
-    3-D: the middle axial plane.
+    3-D: the plane across `axis` (0 sagittal, 1 coronal, 2 axial: the default) at `index` (the middle).
     """
-    plane = cut(pair, phi_map)
+    plane = cut(pair, phi_map, axis=axis, index=index)
     columns, rows = (2, 1) if phi_map is None else (3, 2)
     high = rows * ((WIDTH - 0.5) / columns * min(plane.tall, 1.4) + 0.3) + 0.5
     figure = Picture(figsize=(WIDTH, min(high, MOST_HIGH)), layout="constrained")
@@ -249,7 +256,7 @@ def overview(pair: Pair, phi_map: Tensor, said: str = "") -> Figure:
     phi_map: `(1, D, *S)`. In the overlays the fixed image alone is green, the other alone magenta, both together grey.
     said: a line under the name. A plane less than a quarter as high as it is wide is stretched to that.
     """
-    planes = [cut(pair, phi_map, axis=axis) for axis in ((2,) if pair.fixed.dim() == 3 else (2, 1, 0))]
+    planes = [cut(pair, phi_map, axis=axis) for axis in ((None,) if pair.fixed.dim() == 3 else (2, 1, 0))]
     rows = [max(p.tall, 0.25) for p in planes]
     high = min(WIDTH / 5 * sum(rows) + 0.15 * len(rows) + 0.7, MOST_HIGH)
     figure = Picture(figsize=(WIDTH, high), layout="constrained")

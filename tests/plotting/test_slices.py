@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from fmsam_lib.model.spatial import identity_map, jacobian_determinant
@@ -57,21 +56,20 @@ FIXED, WARPED = slices.FIXED_LINE["colors"], slices.WARPED_LINE["colors"]
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_the_plane_shown_is_the_middle_one(axis):
+def test_the_plane_shown_is_the_one_asked_for(axis):
     pair = toy_pair((6, 7, 8))
-    plane, at = slices.cut(pair, axis=axis), (3, 3, 4)[axis]
-    assert np.array_equal(plane.fixed, pair.fixed[0].select(axis, at).T.numpy())
-    assert np.array_equal(plane.moving, pair.moving[0].select(axis, at).T.numpy())
-    assert f"{slices.PLANES[axis]} slice {at}" in plane.name
+    figure = registration(pair, axis=axis, index=3)
+    assert np.array_equal(shown(figure, "fixed"), pair.fixed[0].select(axis, 3).T.numpy())
+    assert np.array_equal(shown(figure, "moving"), pair.moving[0].select(axis, 3).T.numpy())
+    assert f"{slices.PLANES[axis]} slice 3" in figure.get_suptitle()
 
 
 def test_patients_axes_point_right_and_up_and_voxels_keep_their_aspect():
-    axes = Figure().subplots()
-    plane = slices.cut(toy_pair((6, 7, 8)), axis=1)
-    image = slices.show(axes, plane, plane.fixed)
+    figure = registration(toy_pair((6, 7, 8)), axis=1)
+    axes = panel(figure, "fixed")
     assert texts(axes)[:4] == ["L", "R", "I", "S"]
-    assert image.origin == "lower"
-    left, right, bottom, top = image.get_extent()
+    assert axes.images[0].origin == "lower"
+    left, right, bottom, top = axes.images[0].get_extent()
     assert (right - left, top - bottom) == pytest.approx((6 * 1.0, 8 * 3.0))
 
 
@@ -90,12 +88,13 @@ def test_the_identity_shows_the_moving_image_and_no_change(shape):
     assert panel(figure, "Jacobian").get_title() == "Jacobian determinant, 0 % folded"
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((6, 7), 2), ((6, 7, 8), 0), ((6, 7, 8), 1), ((6, 7, 8), 2)])
+@pytest.mark.parametrize(("shape", "axis"), [((6, 7), None), ((6, 7, 8), 0), ((6, 7, 8), 1), ((6, 7, 8), 2)])
 def test_the_jacobian_of_a_plane_is_the_volumes(shape, axis):
     phi_map = shrunk(shape) + 0.01 * torch.randn(1, len(shape), *shape, generator=torch.Generator().manual_seed(1))
+    index = None if axis is None else 3
     expected = jacobian_determinant(phi_map)[0]
-    expected = expected.T if len(shape) == 2 else expected.select(axis, shape[axis] // 2).T
-    assert np.allclose(slices.cut(toy_pair(shape), phi_map, axis=axis).jacobian, expected, atol=1e-5)
+    expected = expected.T if axis is None else expected.select(axis, 3).T
+    assert np.allclose(slices.cut(toy_pair(shape), phi_map, axis=axis, index=index).jacobian, expected, atol=1e-5)
 
 
 def test_a_cut_shows_what_the_map_does():
@@ -152,9 +151,22 @@ def test_a_pair_without_labels_spacing_or_affine_is_shown():
     assert any("samples" in text for text in texts(panel(figure, "fixed")))
 
 
-def test_a_map_of_another_grid_is_explained():
-    with pytest.raises(ValueError, match=r"expected a map \(1, 3, 6, 7, 8\).*got \(1, 3, 5, 5, 5\)"):
-        registration(toy_pair((6, 7, 8)), identity_map((5, 5, 5)))
+@pytest.mark.parametrize(
+    ("phi_map", "where", "message"),
+    [
+        (identity_map((5, 5, 5)), {}, r"expected a map \(1, 3, 6, 7, 8\).*got \(1, 3, 5, 5, 5\)"),
+        (None, {"axis": 3}, "expected axis 0, 1 or 2, got 3"),
+        (None, {"axis": 0, "index": 6}, "expected an index from 0 to 5 along axis 0, got 6"),
+    ],
+)
+def test_wrong_maps_and_planes_are_explained(phi_map, where, message):
+    with pytest.raises(ValueError, match=message):
+        registration(toy_pair((6, 7, 8)), phi_map, **where)
+
+
+def test_a_plane_has_no_planes():
+    with pytest.raises(ValueError, match="expected no axis and no index for the 2-D pair 'toy', got 0, None"):
+        registration(toy_pair((6, 7)), axis=0)
 
 
 # --- the overview of a registration
@@ -164,7 +176,7 @@ def test_a_map_of_another_grid_is_explained():
 def test_the_overview_has_a_row_for_each_mid_plane_with_overlays_before_and_after(shape):
     pair, phi_map = toy_pair(shape), shrunk(shape)
     figure = overview(pair, phi_map)
-    planes = [slices.cut(pair, phi_map, axis=axis) for axis in ((2,) if len(shape) == 2 else (2, 1, 0))]
+    planes = [slices.cut(pair, phi_map, axis=axis) for axis in ((None,) if len(shape) == 2 else (2, 1, 0))]
     rows = np.reshape([ax for ax in figure.axes if ax.images], (len(planes), 5))
     assert [ax.get_title() for ax in rows[0]] == ["fixed", "moving", "warped", "overlay before", "overlay after"]
     for row, plane in zip(rows, planes, strict=True):
