@@ -183,10 +183,13 @@ def _check_nifti(path: Path, where: str, reader: sitk.ImageFileReader, content: 
     needed = offset + pixels * bits // 8
     if offset < 0 or len(content) < needed:
         raise data_error(where, f"a readable image of {needed} bytes", f"{len(content)}", DAMAGED)
-    alone = next((part.read_bytes() for part in parts(path) if re.search(r"\.hdr(\.gz)?$", part.name)), content)
-    alone = gzip.decompress(alone) if alone.startswith(b"\x1f\x8b") else alone  # of .hdr and .img
-    header: Any = nibabel.Nifti1Header(alone[:348], check=False)
+    apart = [part for part in parts(path) if re.search(r"\.hdr(\.gz)?$", part.name)]  # beside an .img
+    stored = apart[0].read_bytes() if apart else content
+    stored = gzip.decompress(stored) if stored.startswith(b"\x1f\x8b") else stored
+    header: Any = nibabel.Nifti1Header(stored[:348], check=False)
     if kind in (16, 64):  # float32, float64
+        if offset < 348 and not apart:
+            _loaded(path, where)  # refuses a damaged header
         _check_finite(np.frombuffer(content, f"{header.endianness}f{bits // 8}", pixels, offset), where)
     return header["pixdim"][0]
 
