@@ -751,9 +751,9 @@ def test_50_tells_what_a_patient_who_lies_elsewhere_does(tmp_path):
     text = " ".join("".join(cell.source) for cell in nbformat.read(NOTEBOOKS / "50_register_your_own.ipynb", 4).cells)
     text = " ".join(text.split())
     rigid, without = ends[20, "rigid"][0], ends[0, "overlay"][0]
-    assert f"from `rigid` at a Dice of {rigid:.2f}, as without the shift ({without:.2f})" in text
-    assert f"from `overlay` at {ends[10, 'overlay'][0]:.2f} and at {ends[20, 'overlay'][0]:.2f}" in text
-    assert ends[10, "rigid"][0] == pytest.approx(rigid, abs=0.005)
+    assert f"without the shift, at a Dice of {without:.2f} or a little above" in text
+    assert f"from `overlay` at {ends[10, 'overlay'][0]:.1f} and at {ends[20, 'overlay'][0]:.1f}" in text
+    assert without - 0.005 < min(rigid, ends[10, "rigid"][0]) <= max(rigid, ends[10, "rigid"][0]) < without + 0.015
     ends = [float(dice) for dice in re.search(r"^with the network +(\S+) +(\S+) +(\S+)", solved, re.M).groups()]
     assert max(ends) - min(ends) < 0.02
 
