@@ -58,7 +58,7 @@ class Transform:
 
     def then(self, displacement: Tensor) -> "Transform":
         """One step finer: this transform after `displacement`."""
-        return self.with_fields((*self.fields, displacement.flip(1) * 2))
+        return self.with_fields((*self.fields, *Transform(self.shape, (displacement,)).fields))
 
     def __getitem__(self, batch: slice) -> "Transform":
         """The transforms of some of the batch's pairs."""
