@@ -85,7 +85,7 @@ def check_oriented(names: Sequence[str], said: Sequence[bool]) -> None:
     if said[0] != said[1]:
         silent, other = names if said[1] else names[::-1]
         expected = f"a header that states the orientation, as {other}'s does"
-        todo = "Set it (nibabel: image.set_sform(affine, 1)), or of neither: guessed, it could mirror the result."
+        todo = "Set it (nibabel: image.set_sform(affine, 1); convert a PNG): guessed, it could mirror the result."
         raise data_error(silent, expected, "none", todo)
 
 
